@@ -1,0 +1,196 @@
+"""The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
+from flowtilt.errors import UserError
+
+EPILOG = """examples:
+  flowtilt train playground                      the first run: a laptop's CPU, a minute or two
+  flowtilt train playground steps=20 seed=1      override any key of the recipe
+  flowtilt train my_recipe.toml                  a recipe of your own
+  flowtilt train --resume runs/playground        go on where it was killed, to the same bits
+  flowtilt sample "a red circle left of a blue square" --lora runs/playground
+  torchrun --nproc-per-node 2 -m flowtilt train playground
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = Parser(
+        prog="flowtilt",
+        description="Tilts a flow-matching image generator toward rewards.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe, or go on with a run")
+    train.add_argument("recipe", nargs="?", help="name (`flowtilt recipes` lists them) or .toml file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe (`flowtilt keys` lists them)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
+    train.set_defaults(call=_train)
+
+    sample = commands.add_parser("sample", help="draw prompts, base and tuned side by side from the same noise")
+    sample.add_argument("prompts", nargs="+", metavar="PROMPT")
+    sample.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
+    sample.add_argument(
+        "--lora", type=Path, action="append", default=[], metavar="RUN", help="a run, a lora folder or a .safetensors file; several add up"
+    )
+    sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's evaluation)")
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")
+    sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2 or heun")
+    sample.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sample.add_argument("--same-noise", action="store_true", help="start all prompts from one noise")
+    sample.add_argument("--no-base", action="store_true", help="draw only the tuned model")
+    sample.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help="(%(default)s)")
+    sample.set_defaults(call=_sample)
+
+    commands.add_parser("recipes", help="list the recipes").set_defaults(call=_recipes)
+    commands.add_parser("keys", help="list every key of a recipe with its default and meaning").set_defaults(call=_keys)
+    commands.add_parser("doctor", help="what is installed, which device, what is missing for which reward").set_defaults(call=_doctor)
+    return top
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.recipe and "=" in args.recipe and not Path(args.recipe).exists():
+        args.recipe, args.overrides = None, [args.recipe, *args.overrides]
+    if args.resume:
+        from flowtilt.runs import open_run
+
+        believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
+        recipe = open_run(args.resume, args.overrides, believed)
+    elif args.recipe:
+        recipe = load_recipe(args.recipe, args.overrides)
+    else:
+        raise UserError(f"train: which recipe? one of {', '.join(recipe_names())}, a .toml file, or --resume RUN")
+    quieten()
+
+    from flowtilt import distributed
+    from flowtilt.trainer import Trainer
+
+    try:
+        trainer = Trainer(recipe, resume=args.resume)
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if trainer.interrupted:  # the second time, at once
+                raise KeyboardInterrupt
+            trainer.interrupted = True
+            if trainer.world.rank == 0:
+                print("\nstopping after this rollout; once more to stop at once", file=sys.stderr, flush=True)
+
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        summary = trainer.run()
+        if trainer.world.rank:
+            return 0
+        folder = trainer.run_folder
+        if summary is None:
+            why = f"stopped by a guard: {trainer.stopped_by}" if trainer.stopped_by else "interrupted"
+            print(f"{why}\nsaved after {trainer.clock.step} of {recipe.steps} rollouts; go on with: flowtilt train --resume {folder}")
+            return 3 if trainer.stopped_by else 130
+        report(recipe, summary, folder)
+        return 0
+    finally:
+        distributed.stop()
+
+
+def report(recipe: Recipe, summary: dict, folder: Path) -> None:
+    """The last lines of a run."""
+    score = summary["score"]
+    print(f"score {score['before']:.3f} -> {score['after']:.3f}   ({summary['protocol']})")
+    print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
+    print(f"lora    {folder / 'lora'}\nreport  {folder / 'report.html'}")
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from flowtilt.sample import sample
+
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps: must be at least 1, not {args.steps}")
+    if args.solver is not None:
+        from flowtilt.solvers import SOLVERS
+
+        if args.solver not in SOLVERS:
+            raise UserError(f"--solver: {args.solver!r} is not one of {', '.join(SOLVERS)}")
+    quieten()
+    written = sample(
+        args.prompts,
+        args.output,
+        model=args.model,
+        loras=args.lora,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        solver=args.solver,
+        same_noise=args.same_noise,
+        base_too=not args.no_base,
+    )
+    print(written)
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        rewards = ", ".join(recipe.rewards)
+        r = recipe.rollout
+        print(f"{name:20} {recipe.model.path}: {rewards}; {recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images")
+    return 0
+
+
+def _keys(args: argparse.Namespace) -> int:
+    for key, field in known_keys().items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        print(f"{key:32} {default:12} {field.description or ''}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    quieten()
+    from flowtilt.doctor import diagnose
+
+    print("\n".join(diagnose()))
+    return 0
+
+
+def quieten() -> None:
+    """Libraries that greet with warnings about what we do not use stay silent, unless the user asked otherwise."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE_LOADING", "1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser().parse_args(words)
+        return args.call(args)
+    except UserError as error:
+        if "--debug" in words:
+            raise
+        print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowtilt: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Recipes: what a run is, as data. Nothing here imports torch.
+
+A recipe is a TOML file; `key=value` on the command line overrides one key, the value parsed as TOML, a
+bare word being a string. `base = "name"` starts from another recipe. Unknown keys are errors.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flowtilt.config_errors import explain
+from flowtilt.errors import UserError
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    path: str = Field(min_length=1)
+    """A diffusers pipeline: a folder, a hub id, or "playground", the one inside the package. `model = "…"` sets it alone."""
+    revision: str | None = None
+    """Commit or tag of a hub id; none takes the newest."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen base; "auto" is bfloat16 on a GPU and float32 on a CPU. LoRA weights and latents are always float32."""
+    t5_length: int = Field(default=256, ge=0, le=512)
+    """Tokens of the T5 prompt; 0 leaves the T5 part out where the pipeline has no T5."""
+    resolution: int | None = Field(default=None, ge=8)
+    """Height and width of the images in pixels; none takes the pipeline's own."""
+
+
+class LoraSettings(Settings):
+    rank: int = Field(default=32, ge=1)
+    """Rank r of the LoRA update."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The update is alpha / r times B A."""
+
+
+class NFTSettings(Settings):
+    type: Literal["nft"] = "nft"
+    """The method; "nft" is DiffusionNFT, arXiv 2509.16117."""
+    beta: float = Field(default=1.0, gt=0)
+    """How far the implicit positive and negative velocities stand from the old policy's."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantages beyond this many standard deviations count as this many."""
+    consistency: float = Field(default=0.0, ge=0)
+    """Added to every advantage, in standard deviations: flow matching on the policy's own images, which keeps it from drifting."""
+    kl: float = Field(default=1e-4, ge=0)
+    """Weight of mean (v - v_ref)^2; 0 saves the reference's forward pass."""
+    old_policy: Literal["copy", "linear", "delayed"] = "linear"
+    """Schedule of the data-collecting policy's decay: 0, min(.001 s, .5), or 0 before optimizer step 75, then min(.0075 (s - 75), .999)."""
+    times: Literal["rollout", "stratified"] = "rollout"
+    """Training times of an image: the rollout's own noise levels in random order, or uniform in equal strata and shifted alike."""
+    times_per_image: int = Field(default=9, ge=1)
+    """Noise levels at which each image is trained a rollout."""
+
+
+class RolloutSettings(Settings):
+    prompts: int = Field(default=48, ge=1)
+    """Prompts a rollout."""
+    images_per_prompt: int = Field(default=24, ge=2)
+    """Images of each prompt: the group within which rewards are compared."""
+    solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun"] = "dpm2"
+    """ODE solver of the rollout."""
+    steps: int = Field(default=10, ge=1)
+    """Solver steps."""
+    guidance: float = Field(default=1.0, ge=1)
+    """Classifier-free guidance scale of the rollout; 1 turns it off."""
+
+
+class OptimizerSettings(Settings):
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    half_life: int | None = Field(default=None, ge=1)
+    """After this many optimizer steps the rate is half the peak: lr / (1 + s / half_life), whatever `steps` is; none keeps it constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averages."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """AdamW's decay of the LoRA weights."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    clip: float = Field(default=1.0, gt=0)
+    """Greatest norm of the gradient."""
+    steps_per_rollout: int = Field(default=1, ge=1)
+    """Optimizer steps a rollout, each on its own share of the images."""
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(default=10, ge=1)
+    """Rollouts between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class EvaluateSettings(Settings):
+    every: int = Field(default=10, ge=0)
+    """Rollouts between evaluations; 0 evaluates only before and after."""
+    prompts: str | None = None
+    """Prompt file, or "playground"; none takes the test split of a playground run, else the training prompts."""
+    rewards: tuple[str, ...] = ()
+    """Rewards to report, the first of them as the score; none takes those of `[rewards]`."""
+    images: int = Field(default=240, ge=1)
+    """Images, spread evenly over tags and prompts, always from the same noise."""
+    solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun"] = "euler"
+    """ODE solver."""
+    steps: int = Field(default=40, ge=1)
+    """Solver steps."""
+    guidance: float = Field(default=1.0, ge=1)
+    """Classifier-free guidance scale; 1 turns it off."""
+    samples: int = Field(default=24, ge=0)
+    """Images of each evaluation that are kept for the report."""
+
+
+class RewardSettings(Settings):
+    source: str = Field(min_length=1)
+    """A built-in reward's name or "file.py:function"."""
+    weight: float = 1.0
+    """Its weight in the sum; 0 is measured and not trained on."""
+
+
+class Recipe(Settings):
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    """What the run is called."""
+    model: ModelSettings
+    """The base model."""
+    prompts: str = Field(min_length=1)
+    """Training prompts: a .txt file (one a line), a .jsonl file, or "playground"."""
+    rewards: dict[str, float | str | RewardSettings] = Field(min_length=1)
+    """Name = weight, name = "file.py:function" (weight 1), or name = {source, weight}. Weight 0 is measured and not trained on."""
+    combine: Literal["sum", "normalized"] = "sum"
+    """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""
+    advantage: Literal["global", "group"] = "global"
+    """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group."""
+    objective: NFTSettings = NFTSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    lora: LoraSettings = LoraSettings()
+    ema: float = Field(default=0.9, ge=0, lt=1)
+    """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
+    steps: int = Field(default=1000, ge=1)
+    """Rollouts."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every random draw."""
+    run: str | None = None
+    """Folder of the run; none makes runs/<name>, numbered if that is taken."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Images, or noised images, that pass through the network at once: a matter of memory, never of results."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    guards: Literal["warn", "stop", "off"] = "warn"
+    """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
+    track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Where metrics go besides metrics.jsonl; each needs flowtilt[track]."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        images = self.rollout.prompts * self.rollout.images_per_prompt
+        if self.optimizer.steps_per_rollout > images:
+            raise ValueError(f"optimizer.steps_per_rollout: more steps than the {images} images of a rollout")
+        if self.objective.times == "rollout" and self.objective.times_per_image > self.rollout.steps:
+            raise ValueError(
+                f"objective.times_per_image: a rollout of {self.rollout.steps} steps has no {self.objective.times_per_image} noise levels; "
+                'lower it or set times = "stratified"'
+            )
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise ValueError("optimizer.betas: each must be at least 0 and below 1")
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            raise ValueError("micro_batch: must be at least 1")
+        if not any(reward.weight for reward in self.reward_table().values()):
+            raise ValueError("rewards: every weight is 0, so there is nothing to train on")
+        return self
+
+    def reward_table(self) -> dict[str, RewardSettings]:
+        """The rewards in their longest form."""
+
+        def whole(name: str, value: float | str | RewardSettings) -> RewardSettings:
+            if isinstance(value, RewardSettings):
+                return value
+            return RewardSettings(source=value) if isinstance(value, str) else RewardSettings(source=name, weight=value)
+
+        return {name: whole(name, value) for name, value in self.rewards.items()}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(file.name.removesuffix(".toml") for file in resources.files("flowtilt.recipes").iterdir() if file.name.endswith(".toml"))
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name or file, with `key=value` overrides.
+
+    Raises:
+        UserError: no such recipe, a file that is not TOML, or keys and values that do not fit: all of
+            them, each with its origin, and the nearest key.
+    """
+    tree, origins = _read(str(source), ())
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key.strip():
+            raise UserError(f"override {item!r} is not key=value")
+        key = _set(tree, key.strip().split("."), _value(text), item)
+        origins = _newer(origins, {key: f"command line: {item}"})
+    return validate(tree, origins, str(source))
+
+
+def validate(tree: dict[str, Any], origins: dict[str, str], where: str) -> Recipe:
+    """Checks a tree of values; `origins` says where a key was set."""
+    try:
+        return Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)  # str: of a date, so that run=2026-01-31 is a name
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, tree, origins, where)) from None
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that `load_recipe` reads back equal; what is none is left out."""
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    plain = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    tables = [
+        f"\n[{key}]\n" + "\n".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items())
+        for key, value in tree.items()
+        if isinstance(value, dict) and value
+    ]
+    return "\n".join(plain) + "\n" + "\n".join(tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # JSON's numbers, booleans and strings are TOML's, once DEL is escaped
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if key.isascii() and key.replace("_", "a").replace("-", "a").isalnum() else _toml(key)
+
+
+def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    text, where = _find(source)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {where}: not TOML: {error}") from None
+    base = tree.pop("base", None)
+    if isinstance(tree.get("model"), str):
+        tree["model"] = {"path": tree["model"]}
+    origins = {key: where for key in _leaves(tree)}
+    if base is None:
+        return tree, origins
+    if not isinstance(base, str):
+        raise UserError(f"recipe {where}: base = {base!r} must name another recipe")
+    base_source = base if base in recipe_names() else str(Path(where).parent / base)
+    seen = (*seen, _identity(source))
+    if _identity(base_source) in seen:
+        raise UserError(f"recipe {where}: base = {base!r} must name another recipe, but comes back to itself")
+    below, below_origins = _read(base_source, seen)
+    _merge(below, tree)
+    return below, _newer(below_origins, origins)
+
+
+def _identity(source: str) -> str:
+    return source if source in recipe_names() else str(Path(source).resolve())
+
+
+def _find(source: str) -> tuple[str, str]:
+    names = recipe_names()
+    if source in names:
+        return resources.files("flowtilt.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8"), f"{source}.toml"
+    path = Path(source)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8-sig"), str(path)
+        except UnicodeDecodeError:
+            raise UserError(f"recipe {path}: not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"recipe {path}: {error.strerror}") from None
+    from difflib import get_close_matches
+
+    near = get_close_matches(source, names, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"give a .toml file or one of: {', '.join(names)}"
+    raise UserError(f"recipe {source!r}: no such recipe or file; {hint}")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
+
+
+def _newer(below: dict[str, str], above: dict[str, str]) -> dict[str, str]:
+    """Origins once the keys of `above` were set: what stood at or under one of them is gone."""
+    return {old: at for old, at in below.items() if not any(old.startswith(key + ".") for key in above)} | above
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            # another variant starts from its own defaults, not from the old one's values
+            if key == "objective" and value.get("type", below[key].get("type")) != below[key].get("type"):
+                below[key] = {}
+            _merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
+    """Sets one key in place; returns the key, spelt out."""
+    if parts == ["model"] and isinstance(value, str):
+        parts = ["model", "path"]
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {item!r}: {part!r} is a value, not a table")
+    if parts == ["objective", "type"] and node.get("type") != value:
+        node.clear()
+    node[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every key of a recipe, dotted, with its pydantic field."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found

@@ -1,0 +1,90 @@
+"""Turns pydantic's errors into lines that say what was wrong, where it was set, and what was meant."""
+
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any], origins: dict[str, str], where: str) -> str:
+    """All problems of a recipe in one line, separated by "; ".
+
+    Args:
+        tree: what was validated.
+        origins: key -> where it was set.
+        where: the recipe, for keys that were not set.
+    """
+    keys = _keys(model)
+    found: dict[str, list[str]] = {}
+    for problem in error.errors():
+        key = _typed(problem["loc"], tree, problem["type"])
+        if problem["type"] == "value_error":  # our own checks name their key
+            key, _, text = problem["msg"].removeprefix("Value error, ").partition(": ")
+        else:
+            text = _complaint(key, problem, keys)
+        found.setdefault(key, []).append(text)
+    # a value that may be of several types failed as each: where it is a table, only what is wrong inside counts
+    outer = [key for key in found if any(other.startswith(key + ".") for other in found)]
+    return f"recipe {where}: " + "; ".join(
+        f"{key}: {_either(texts)} [{_origin(key, origins, where)}]" for key, texts in found.items() if key not in outer
+    )
+
+
+def _typed(loc: tuple[int | str, ...], tree: Any, kind: str) -> str:
+    """The key as the user typed it: pydantic adds the branch of a union and the place in a list."""
+    parts = []
+    for k, part in enumerate(loc):
+        if isinstance(tree, dict) and (part in tree or (kind == "missing" and k == len(loc) - 1)):
+            parts.append(str(part))
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+    return ".".join(parts)
+
+
+def _complaint(key: str, problem: Any, keys: list[str]) -> str:
+    if problem["type"] == "extra_forbidden":
+        parts = key.split(".")
+        known = [k.replace("*", ".".join(parts[1:2])) for k in keys if "*" not in k or len(parts) > 2]
+        same = [k for k in known if k.rpartition(".")[2] == parts[-1]]
+        close = get_close_matches(key, [k for k in known if not key.startswith(k + ".")], 1, 0.6)
+        near = same if len(same) == 1 else close or same
+        return f"unknown key; did you mean {near[0]!r}?" if near else "unknown key; `flowtilt keys` lists all"
+    if problem["type"] == "missing":
+        return "has too few values" if isinstance(problem["loc"][-1], int) else "is missing"
+    return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r}"
+
+
+def _either(texts: list[str]) -> str:
+    """One complaint of several about one value."""
+    texts = list(dict.fromkeys(texts))
+    value = texts[-1].rpartition(", not ")[2]
+    return " or ".join([text.removesuffix(f", not {value}") for text in texts[:-1]] + texts[-1:])
+
+
+def _origin(key: str, origins: dict[str, str], where: str) -> str:
+    """Where the key was set, or else a table that holds it, or else something in it."""
+    parent = key
+    while parent:
+        if parent in origins:
+            return origins[parent]
+        parent = parent.rpartition(".")[0]
+    return next((at for other, at in origins.items() if other.startswith(key + ".")), where)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key that a table or a value may have; a name of the user's own is "*"."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(prefix + name)
+        own = "*." if get_origin(field.annotation) is dict else ""
+        for table in _tables(field.annotation):
+            found += _keys(table, f"{prefix}{name}.{own}")
+    return found
+
+
+def _tables(annotation: Any) -> list[type[BaseModel]]:
+    """The models inside a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for part in get_args(annotation) for table in _tables(part)]

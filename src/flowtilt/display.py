@@ -1,0 +1,49 @@
+"""What a person sees while a run is going: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+
+class Display:
+    """A run's progress on stderr; silent on every rank but the first."""
+
+    def __init__(self, steps: int, start: int, quiet: bool = False):
+        self._quiet = quiet
+        self._score: float | None = None
+        self._bar = tqdm(
+            total=steps, initial=start, unit="rollout", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty(), smoothing=0.1
+        )
+        self._steps, self._start = steps, start
+        self._since = self._last = time.monotonic()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After each rollout."""
+        phases = {name.removeprefix("time/"): seconds for name, seconds in metrics.items() if name.startswith("time/")}
+        longest = " ".join(f"{name} {seconds:.2f}s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1])[:3])
+        test = "" if self._score is None else f"test {self._score:.3f} · "
+        text = f"reward {metrics['reward/total']:.3f} · {test}{metrics['images_per_second']:.0f} img/s · {longest}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+        now = time.monotonic()
+        if self._bar.disable and not self._quiet and now - self._last > 10:
+            left = (now - self._since) / (step - self._start) * (self._steps - step)
+            print(f"{step}/{self._steps} · {text} · {left:.0f} s left", file=sys.stderr, flush=True)
+            self._last = now
+
+    def evaluation(self, step: int, score: float, by_tag: Mapping[str, float]) -> None:
+        """After each evaluation."""
+        self._score = score
+        tags = " ".join(f"{tag} {value:.2f}" for tag, value in by_tag.items())
+        self.say(f"after {step} rollouts: test score {score:.3f}" + (f" ({tags})" if tags else ""))
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if not self._quiet:
+            self._bar.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        self._bar.close()

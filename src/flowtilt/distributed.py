@@ -1,0 +1,93 @@
+"""Processes that share one run. With one process every function is the identity.
+
+A rank owns a contiguous share of a rollout's images; what it needs of the others comes through
+`gather`, and gradients meet in one flat sum. Everything sent is a tensor: nothing is pickled.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def share(self, number: int) -> range:
+        """Which of `number` rows are this rank's; shares differ by at most one row."""
+        return self._share_of(number, self.rank)
+
+    def _share_of(self, number: int, rank: int) -> range:
+        return range(number * rank // self.size, number * (rank + 1) // self.size)
+
+    def gather(self, rows: Tensor, number: int) -> Tensor:
+        """All `number` rows, in order, from each rank's share of them."""
+        if self.size == 1:
+            return rows
+        longest = max(len(self._share_of(number, rank)) for rank in range(self.size))
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded.contiguous())
+        return torch.cat([part[: len(self._share_of(number, rank))] for rank, part in enumerate(parts)])
+
+    def gather_json(self, values: Sequence[Any]) -> list[Any]:
+        """Every rank's list, joined in the order of ranks."""
+        if self.size == 1:
+            return list(values)
+        text = torch.tensor(list(json.dumps(list(values)).encode()), dtype=torch.uint8, device=self.device)
+        length = torch.zeros(self.size, dtype=torch.long, device=self.device)
+        length[self.rank] = len(text)
+        dist.all_reduce(length)
+        padded = torch.zeros(int(length.max()), dtype=torch.uint8, device=self.device)
+        padded[: len(text)] = text
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [value for part, size in zip(parts, length.tolist(), strict=True) for value in json.loads(bytes(part[:size].tolist()))]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Adds tensors up over the ranks, in place, in one message."""
+        if self.size == 1:
+            return
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(part.view_as(x))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        value = torch.tensor([float(flag)], device=self.device)
+        self.sum_([value])
+        return bool(value)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start() -> World:
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Alone without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(int(os.environ.get("RANK", "0")), size, device)
+
+
+def stop() -> None:
+    """Leaves the group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

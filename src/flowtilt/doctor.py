@@ -1,0 +1,36 @@
+"""What is installed, what it will run on, and what is missing for what."""
+
+import importlib.util
+import os
+
+from flowtilt.environment import PACKAGES, processor, versions
+from flowtilt.playground import pipeline_path
+from flowtilt.rewards import BUILT_IN
+from flowtilt.tracking import TRACKERS
+
+
+def diagnose() -> list[str]:
+    """Lines for a person, from the machine upward."""
+    import torch
+
+    lines = []
+    for package, found in versions(PACKAGES).items():
+        lines.append(f"{'ok     ' if found else 'MISSING'} {package} {found or f'- pip install {package}'}")
+    lines.append(f"ok      cpu: {processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores used by torch")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            lines.append(f"ok      gpu {index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    else:
+        lines.append("note    no GPU: the playground runs, Stable Diffusion 3.5 needs one")
+    shipped = (pipeline_path() / "model_index.json").is_file()
+    lines.append(
+        "ok      playground weights"
+        if shipped
+        else "MISSING playground weights - reinstall flowtilt, or python -m flowtilt.playground.pretrain"
+    )
+    lines += [f"ok      reward {name}" for name in BUILT_IN]
+    for name in TRACKERS:
+        found = importlib.util.find_spec(name) is not None
+        lines.append(f"ok      tracker {name}" if found else f"note    tracker {name}: not installed - pip install 'flowtilt[track]'")
+    return lines

@@ -1,0 +1,109 @@
+"""A rollout's optimizer steps: noised samples, gradients over all ranks, one update after another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtilt.config import Recipe
+from flowtilt.distributed import World
+from flowtilt.flow import sigma_schedule
+from flowtilt.memory import MicroBatch
+from flowtilt.models.base import Conditioning
+from flowtilt.objectives import ema_decay
+from flowtilt.objectives.nft import NFT
+from flowtilt.phases import Phases
+from flowtilt.policy import Policy
+from flowtilt.rollout import TrainingBatch, draw_times
+from flowtilt.seeding import generator
+
+
+@dataclass(frozen=True)
+class Scored:
+    """This rank's share of a rollout: x0 [n, ...], advantages [n], conditioning of n captions, and which of all images they are."""
+
+    x0: Tensor
+    advantages: Tensor
+    conditioning: Conditioning
+    indices: range
+
+
+class Learner:
+    """Owns the optimizer. `optimizer_step` counts the updates that were made."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, objective: NFT, world: World, micro_batch: MicroBatch):
+        o = recipe.optimizer
+        self.recipe, self.policy, self.objective, self.world, self.micro_batch = recipe, policy, objective, world, micro_batch
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self.optimizer_step = 0
+
+    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+        """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
+        per_rollout = self.recipe.optimizer.steps_per_rollout
+        number = self.recipe.rollout.prompts * self.recipe.rollout.images_per_prompt
+        order = torch.randperm(number, generator=generator(self.recipe.seed, "order", step)).tolist()
+        means: dict[str, float] = {}
+        skipped = 0
+        for k in range(per_rollout):
+            chunk = order[number * k // per_rollout : number * (k + 1) // per_rollout]
+            batch = self._noised(step, rollout, [i for i in chunk if i in rollout.indices])
+            pairs = len(chunk) * self.recipe.objective.times_per_image
+            sums = self.micro_batch.fit(lambda size, batch=batch, pairs=pairs: self._gradients(batch, pairs, size))
+            norm = self._update(sums, phases)
+            skipped += not norm < float("inf")
+            for name, value in {**{name: float(value) / pairs for name, value in sums.items()}, "grad_norm": norm}.items():
+                means[name] = means.get(name, 0.0) + value / per_rollout
+        return {**means, "skipped_updates": skipped, "lr": self.rate()}
+
+    def _noised(self, step: int, rollout: Scored, own: list[int]) -> TrainingBatch:
+        """Pairs of image and time; an image's times and noises come from its own generator."""
+        settings, shape = self.recipe.objective, self.policy.model.latent_shape
+        sigmas = sigma_schedule(self.recipe.rollout.steps, self.policy.model.shift)
+        times, eps = [torch.empty(0)], [torch.empty(0, *shape)]
+        for i in own:
+            rng = generator(self.recipe.seed, "train", step, i)
+            times.append(draw_times(settings.times, settings.times_per_image, sigmas, self.policy.model.shift, rng))
+            eps.append(torch.randn(settings.times_per_image, *shape, generator=rng))
+        rows = torch.tensor([i - rollout.indices.start for i in own], dtype=torch.long).repeat_interleave(settings.times_per_image)
+        at = rows.to(rollout.x0.device)
+        return TrainingBatch(
+            rollout.x0[at],
+            torch.cat(eps).to(at.device),
+            torch.cat(times).to(at.device),
+            rollout.advantages[at],
+            rollout.conditioning.select(rows),
+        )
+
+    def _gradients(self, batch: TrainingBatch, pairs: int, size: int) -> dict[str, Tensor]:
+        """Puts this rank's part of the gradient of the mean over all `pairs` into .grad; returns sums of the metrics."""
+        for p in self.policy.parameters:
+            p.grad = torch.zeros_like(p)
+        sums = {name: torch.zeros((), device=batch.x0.device) for name in self.objective.metrics}
+        for micro in batch.micro_batches(size):
+            loss, metrics = self.objective.loss(self.policy, micro)
+            (loss.sum() / pairs).backward()
+            for name, value in metrics.items():
+                sums[name] += value.sum()
+        return sums
+
+    def _update(self, sums: Mapping[str, Tensor], phases: Phases) -> float:
+        """Joins gradients and metrics over the ranks in one message, clips, steps; returns the norm before clipping."""
+        gradients = [p.grad for p in self.policy.parameters if p.grad is not None]
+        with phases("sync"):
+            self.world.sum_([*gradients, *sums.values()])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.recipe.optimizer.clip))
+        if norm < float("inf"):  # false for NaN too: a bad gradient would end in every weight
+            self.optimizer.step()
+            self.policy.changed()
+            self.policy.average("ema", ema_decay(self.optimizer_step, self.recipe.ema))
+            self.optimizer_step += 1
+        return norm
+
+    def rate(self) -> float:
+        """The learning rate of the next update: linear warm-up, then 1 / (1 + s / half_life)."""
+        o, s = self.recipe.optimizer, self.optimizer_step
+        rate = o.lr * min(1.0, (s + 1) / (o.warmup + 1))
+        return rate if o.half_life is None else rate / (1 + s / o.half_life)

@@ -1,0 +1,1 @@
+"""Model families: everything that is particular to one network, one file each."""

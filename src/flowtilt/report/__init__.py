@@ -1,0 +1,25 @@
+"""A run's report: one HTML file that opens offline, whatever the run has got to. No torch here."""
+
+from pathlib import Path
+
+from flowtilt.errors import UserError
+from flowtilt.files import write_atomic
+from flowtilt.report.loading import load
+from flowtilt.report.page import page
+
+__all__ = ["write_report"]
+
+
+def write_report(run: Path) -> Path:
+    """Writes `run`/report.html from what the run's folder holds so far, and returns its path.
+
+    An older report stays whole until the new one replaces it.
+
+    Raises:
+        UserError: `run` is no folder, the disk is full or the folder cannot be written.
+    """
+    if not run.is_dir():
+        raise UserError(f"run {run}: no such folder; give the folder that flowtilt train has written")
+    target = run / "report.html"
+    write_atomic(target, page(load(run)))
+    return target

@@ -1,0 +1,150 @@
+"""Line charts as inline SVG that keeps its text size at any width.
+
+The SVG has no viewBox: places are percentages of the plot, so ticks and dots neither shrink on a
+telephone nor grow on a desk. Only paths cannot speak in percent; they live in a nested SVG that is
+stretched, with strokes that are not. Labels stand in the margin, outside the SVG's own box.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from flowtilt.report.axes import Axis, thin
+from flowtilt.report.numbers import Array
+
+UNITS = 1000  # of the stretched SVG that holds the paths
+LETTER = 2.2  # width of a digit in percent of a plot on a telephone, about 300 px
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve: x and y [N]; NaN is a gap. `band` is (low, high) [N]; `read` [N] are the texts shown on hovering."""
+
+    x: Array
+    y: Array
+    look: str = "strong"  # or "faint"
+    dots: bool = False
+    band: tuple[Array, Array] | None = None
+    read: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves on common axes. `label` is what a screen reader says; `marks` are (x, text) of guards that fired."""
+
+    label: str
+    curves: Sequence[Curve]
+    x: Axis
+    y: Axis
+    x_unit: str = ""
+    steps: Sequence[tuple[float, str]] = ()  # a second row of x ticks
+    marks: Sequence[tuple[float, str]] = field(default=())
+    height: int = 230  # px
+    points: int = 400  # a curve, about; longer ones are thinned
+
+    def svg(self) -> str:
+        """The chart as HTML: a box with margins for the labels and, in it, the SVG."""
+        gutter = max(14 + 7 * max((len(label) for _, label in self.y.ticks), default=1), 46 if self.x_unit else 0)
+        below = 12 + 18 * (1 + bool(self.steps))
+        parts = [
+            self._grid(),
+            *(self._band(c) for c in self.curves),
+            *(self._line(c) for c in self.curves),
+            self._marks(),
+            self._x_labels(),
+        ]
+        reads = next((self._reads(c) for c in self.curves if c.read), "")
+        return (
+            f'<div class="plot" style="height:{self.height}px;margin:10px 18px {below}px {gutter}px"{reads}>'
+            f'<svg role="img" aria-label="{escape(self.label)}">{"".join(parts)}</svg></div>'
+        )
+
+    def _grid(self) -> str:
+        rows = []
+        for value, label in self.y.ticks:
+            y = _p(100 - self.y.percent(value))
+            rows.append(f'<line class="rule" x2="100%" y1="{y}" y2="{y}"/>')
+            rows.append(f'<text class="tick" x="-8" y="{y}" dy=".33em" text-anchor="end">{label}</text>')
+        return "".join(rows)
+
+    def _x_labels(self) -> str:
+        rows = [(self.x.ticks, self.x_unit, "tick", 18), (self.steps, "step", "tick quiet", 36)]
+        parts = []
+        for ticks, name, look, dy in rows:
+            if name and ticks:
+                parts.append(f'<text class="{look}" x="-10" y="100%" dy="{dy}" text-anchor="end">{name}</text>')
+            taken = -math.inf
+            for value, label in ticks:
+                at = self.x.percent(value)
+                half = LETTER * len(label) / 2
+                # round steps bunch up where a stretch of training was fast
+                if at - half < taken or at > 100.01:
+                    continue
+                taken = at + half + LETTER
+                parts.append(f'<text class="{look}" x="{_p(at)}" y="100%" dy="{dy}" text-anchor="middle">{label}</text>')
+        return "".join(parts)
+
+    def _marks(self) -> str:
+        placed = [(_p(self.x.percent(x)), escape(text)) for x, text in self.marks]
+        return "".join(
+            f'<g class="mark"><title>{text}</title><line x1="{x}" x2="{x}" y1="0" y2="100%"/><circle cx="{x}" cy="0" r="4"/></g>'
+            for x, text in placed
+        )
+
+    def _points(self, curve: Curve, ys: Array) -> list[tuple[float, float]]:
+        """Percent from the left and from the top, NaN where there is a gap."""
+        return [(self.x.percent(float(curve.x[i])), 100 - self.y.percent(float(ys[i]))) for i in thin(curve.y, self.points)]
+
+    def _line(self, curve: Curve) -> str:
+        points = self._points(curve, curve.y)
+        runs = _unbroken(points)
+        path = "".join("M" + "L".join(_xy(point) for point in run) for run in runs if len(run) > 1)
+        # a value between two gaps has no line to be seen by
+        dots = [p for run in runs for p in run if curve.dots or len(run) == 1]
+        circles = "".join(f'<circle class="dot {curve.look}" cx="{_p(x)}" cy="{_p(y)}" r="{3.5 if curve.dots else 2.5}"/>' for x, y in dots)
+        return (_stretched(f'<path class="line {curve.look}" vector-effect="non-scaling-stroke" d="{path}"/>') if path else "") + circles
+
+    def _band(self, curve: Curve) -> str:
+        if curve.band is None:
+            return ""
+        low, high = (self._points(curve, edge) for edge in curve.band)
+        shapes = []
+        for run in _unbroken([(x, a + b) for (x, a), (_, b) in zip(low, high, strict=True)]):
+            inside = {x for x, _ in run}
+            outline = [p for p in low if p[0] in inside] + [p for p in reversed(high) if p[0] in inside]
+            shapes.append("M" + "L".join(_xy(point) for point in outline) + "Z")
+        return _stretched(f'<path class="band" d="{"".join(shapes)}"/>') if shapes else ""
+
+    def _reads(self, curve: Curve) -> str:
+        texts = [curve.read[i] for i in thin(curve.y, self.points)]
+        points = [
+            (round(x, 2), round(y, 2), text)
+            for (x, y), text in zip(self._points(curve, curve.y), texts, strict=True)
+            if math.isfinite(x + y)
+        ]
+        return f' data-read="{escape(json.dumps(points, ensure_ascii=False, separators=(",", ":")))}"'
+
+
+def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The stretches between gaps."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if math.isfinite(x + y):
+            runs[-1].append((x, y))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _p(percent: float) -> str:
+    return f"{percent:.2f}%"
+
+
+def _xy(point: tuple[float, float]) -> str:
+    return f"{point[0] * UNITS / 100:.1f} {point[1] * UNITS / 100:.1f}"
+
+
+def _stretched(inner: str) -> str:
+    return f'<svg class="stretched" width="100%" height="100%" viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none">{inner}</svg>'

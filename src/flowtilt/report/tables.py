@@ -1,0 +1,141 @@
+"""What is best read as a list or a table: tags, guards, timings, the recipe, the environment."""
+
+import json
+import math
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from flowtilt.report.bars import divided_bar, paired_bars, swatch
+from flowtilt.report.loading import Record, Run
+from flowtilt.report.markup import folded, none_yet, scrolling
+from flowtilt.report.numbers import duration, fixed, number, short
+
+PHASES = {
+    "sample": "drawing the images",
+    "decode": "latents to pixels",
+    "reward": "scoring them",
+    "train": "loss, gradient, optimizer",
+    "sync": "waiting for other devices",
+    "other": "everything else",
+}
+
+
+def evaluations(run: Run) -> str:
+    """The score curve as a table, with the other rewards that were measured."""
+    if not run.evaluations:
+        return ""
+    rewards = [r["rewards"] if isinstance(r.get("rewards"), dict) else {} for r in run.evaluations]
+    columns = {"score": [number(record, "score") for record in run.evaluations]}
+    for name in dict.fromkeys(name for measured in rewards for name in measured):
+        column = [number(measured, name) for measured in rewards]
+        if not np.array_equal(column, columns["score"], equal_nan=True):
+            columns[name] = column
+    rows = []
+    for i, record in enumerate(run.evaluations):
+        seconds = number(record, "seconds")
+        cells = [f"{record['step']:,.0f}", duration(seconds) if math.isfinite(seconds) else "–"]
+        cells += [*(fixed(column[i], 4) for column in columns.values()), fixed(number(record, "images"), 0)]
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("step", "training", *columns, "images"))
+    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return folded("The same as a table", scrolling("Evaluations", table))
+
+
+def tags(run: Run) -> str:
+    """Score of each tag before and after."""
+    with_tags = [(r, _finite(r["by_tag"])) for r in run.evaluations if isinstance(r.get("by_tag"), dict) and _finite(r["by_tag"])]
+    if not with_tags:
+        return none_yet("There are no scores by tag: no evaluation yet, or its prompts carry no tags.")
+    (first, before), (last, after) = with_tags[0], with_tags[-1]
+    if first is last:
+        return f"{paired_bars({}, after)}<p>Only step {first['step']} has been evaluated so far.</p>"
+    key = f'<span class="key before"></span> step {first["step"]:,} <span class="key after"></span> step {last["step"]:,}'
+    return f"{paired_bars(before, after)}<p>{key}. The same score as above, for each kind of prompt by itself.</p>"
+
+
+def _finite(values: Record) -> dict[str, float]:
+    return {str(name): number(values, name) for name in values if math.isfinite(number(values, name))}
+
+
+def guards(run: Run) -> str:
+    """What the guards said, which the curves show as dashed lines."""
+    if run.recipe.get("guards") == "off":
+        return none_yet("Guards were off in this run.")
+    if not run.guards:
+        return none_yet("No guard fired.")
+    rows = [
+        f"<li><b>{escape(str(g.get('guard', 'guard')))}</b> at step {number(g, 'step'):,.0f}: {escape(str(g.get('message', '')))}</li>"
+        for g in run.guards
+    ]
+    return f'<ul class="guards">{"".join(rows)}</ul><p>Dashed lines mark these steps on every curve.</p>'
+
+
+def timings(run: Run) -> str:
+    """Where the time of a step goes, on average over all steps."""
+    names = [name for name in run.metric_names if name.startswith("time/")]
+    means = {name.removeprefix("time/"): _mean(run, name) for name in names}
+    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    total = sum(means.values())
+    if not total > 0:
+        return none_yet("No timings are logged yet.")
+    decimals = min(3, max(1, 2 - math.floor(math.log10(total))))
+    parts = [(name, mean / total) for name, mean in means.items()]
+    rows = [
+        f'<tr><th scope="row">{swatch(i)} {escape(name)} <span class="quiet">{PHASES.get(name, "")}</span></th>'
+        f"<td>{fixed(means[name], decimals)}</td><td>{share:.0%}</td></tr>"
+        for i, (name, share) in enumerate(parts)
+    ]
+    head = "<thead><tr><th>phase</th><th>seconds a step</th><th>share</th></tr></thead>"
+    foot = f'<tfoot><tr><th scope="row">whole step</th><td>{fixed(total, decimals)}</td><td>100%</td></tr></tfoot>'
+    table = f'<table class="numbers phases">{head}<tbody>{"".join(rows)}</tbody>{foot}</table>'
+    return f"{divided_bar(parts)}{scrolling('Timings', table)}<p>{' '.join(_pace(run))}</p>"
+
+
+def _mean(run: Run, name: str) -> float:
+    values = run.series(name)
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _pace(run: Run) -> list[str]:
+    said = []
+    rates = run.series("images_per_second")
+    rates = rates[np.isfinite(rates)]
+    if len(rates):
+        said.append(f"{short(float(np.median(rates)))} images a second (median step).")
+    if math.isfinite(run.seconds):
+        said.append(f"{duration(run.seconds)} of training in all.")
+    passes = run.series("network_evaluations")
+    passes = passes[np.isfinite(passes)]
+    if len(passes):
+        said.append(f"{short(float(passes[-1]))} evaluations of the network.")
+    return said
+
+
+def recipe(run: Run) -> str:
+    """The resolved recipe, word for word."""
+    if not run.recipe_text:
+        return none_yet("The folder holds no recipe.toml.")
+    code = f'<pre tabindex="0"><code>{escape(run.recipe_text)}</code></pre>'
+    return folded("recipe.toml, which can be trained again as it is", code)
+
+
+def environment(run: Run) -> str:
+    """Versions, device, command: flattened."""
+    if not run.environment:
+        return none_yet("The folder holds no environment.json.")
+    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in _flat(run.environment))
+    return folded("environment.json", scrolling("Environment", f"<table>{rows}</table>"))
+
+
+def _flat(tree: Record, prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", _plain(value))]
+    return found
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

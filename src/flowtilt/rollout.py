@@ -1,0 +1,87 @@
+"""Images from a policy, and what of them training keeps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtilt.flow import sigma_schedule
+from flowtilt.models.base import Conditioning
+from flowtilt.policy import Policy
+from flowtilt.solvers import solve
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How latents come out of noise: an ODE solver, its number of steps, and guidance (1 is none)."""
+
+    solver: str
+    steps: int
+    guidance: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy, role: str, noise: Tensor, conditioning: Conditioning, micro_batch: int) -> Tensor:
+        """Latents [N, ...] fp32 from noise [N, ...] and the conditioning of N captions, `micro_batch` images at a time."""
+        sigmas = sigma_schedule(self.steps, policy.model.shift)
+        empty = policy.model.encode([""]) if self.guidance != 1 else None
+        parts = []
+        for rows in torch.arange(len(noise)).split(micro_batch):
+            given = conditioning.select(rows)
+            both = given.join(empty.select(torch.zeros_like(rows))) if empty else given
+
+            def velocity(x: Tensor, sigma: Tensor, both: Conditioning = both) -> Tensor:
+                if self.guidance == 1:
+                    return policy.velocity(role, x, sigma, both)
+                v, free = policy.velocity(role, torch.cat([x, x]), sigma, both).chunk(2)
+                return free + self.guidance * (v - free)
+
+            parts.append(solve(velocity, noise[rows.to(noise.device)], sigmas, self.solver))
+        return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(policy: Policy, latents: Tensor, micro_batch: int) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] of latents [N, ...]."""
+    return torch.cat([policy.model.decode(part) for part in latents.split(micro_batch)])
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Noised samples for a forward-process objective; first axis n, one row a pair of image and time."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    advantages: Tensor
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
+        """Consecutive parts of at most `size` rows."""
+        for rows in torch.arange(len(self)).split(size):
+            index = rows.to(self.x0.device)
+            yield TrainingBatch(self.x0[index], self.eps[index], self.t[index], self.advantages[index], self.conditioning.select(rows))
+
+
+def draw_times(kind: str, number: int, sigmas: Tensor, shift: float, rng: torch.Generator) -> Tensor:
+    """The training times of one image, [number] fp32 in (0, 1].
+
+    "rollout": `number` of the rollout's own levels `sigmas` [S + 1] without the final 0, in random order,
+    without replacement. "stratified": u uniform in (.02, 1), one in each of `number` equal strata, then
+    shifted as the levels are: t = k u / (1 + (k - 1) u).
+
+    Raises:
+        ValueError: an unknown kind, or more times than levels.
+    """
+    if kind == "rollout":
+        levels = len(sigmas) - 1
+        if number > levels:
+            raise ValueError(f"a rollout of {levels} steps has no {number} noise levels")
+        return sigmas[torch.randperm(levels, generator=rng)[:number]]
+    if kind == "stratified":
+        u = 0.02 + 0.98 * (torch.arange(number) + torch.rand(number, generator=rng)) / number
+        return shift * u / (1 + (shift - 1) * u)
+    raise ValueError(f"times {kind!r} is not 'rollout' or 'stratified'")

@@ -1,0 +1,98 @@
+"""A run's folder: made, found again, and put back to where its newest checkpoint is.
+
+recipe.toml, environment.json, metrics.jsonl, evaluations.jsonl, guards.jsonl, checkpoints/, samples/,
+lora/, summary.json, report.html.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from flowtilt.config import Recipe, load_recipe, to_toml
+from flowtilt.errors import UserError
+from flowtilt.evaluate import Evaluation
+from flowtilt.files import append_line, disk_errors, read_lines, whole_folder, write_atomic, write_json
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
+MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track")
+"""Keys that a resumed run may set anew: they do not touch what was computed before."""
+
+
+def create(recipe: Recipe) -> Path:
+    """Makes a new run's folder with its recipe.
+
+    Raises:
+        UserError: the folder that the recipe names holds something already, or can't be made.
+    """
+    if recipe.run:
+        folder = Path(recipe.run)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"run {folder}: not empty; go on with `flowtilt train --resume {folder}` or choose another run=…")
+    else:
+        folder, number = Path("runs") / recipe.name, 2
+        while folder.exists():
+            folder, number = Path("runs") / f"{recipe.name}-{number}", number + 1
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "recipe.toml", to_toml(recipe))
+    return folder
+
+
+def open_run(folder: Path, overrides: list[str], recipe: Recipe | None = None) -> Recipe:
+    """The recipe of an existing run, with overrides that may change; `recipe` is what the user believes it to be.
+
+    Raises:
+        UserError: the folder is no run, the run is another recipe's, or a key may not change.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder}: not a run (no recipe.toml there); give the folder that training made")
+    kept = load_recipe(folder / "recipe.toml")
+    for key in (item.partition("=")[0].strip() for item in overrides):
+        if key.partition(".")[0] not in MAY_CHANGE:
+            raise UserError(f"override {key}: a resumed run can't change it; only {', '.join(MAY_CHANGE)}")
+    if recipe is not None:
+        ours, theirs = kept.model_dump(exclude=set(MAY_CHANGE)), recipe.model_dump(exclude=set(MAY_CHANGE))
+        differing = [key for key in ours if ours[key] != theirs[key]]
+        if differing:
+            raise UserError(
+                f"{folder}: a run of another recipe ({', '.join(differing)} differ); leave the recipe out to go on with the run's own"
+            )
+    return load_recipe(folder / "recipe.toml", overrides)
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Takes back what was logged after `step`, so that the resumed run writes it once."""
+    for name in LOGS:
+        if (folder / name).exists():
+            kept = [record for record in read_lines(folder / name) if record["step"] <= step]
+            write_atomic(folder / name, "".join(json.dumps(record) + "\n" for record in kept))
+    for samples in (folder / "samples").glob("step-*"):
+        if int(samples.name.removeprefix("step-")) > step:
+            shutil.rmtree(samples)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes an image [3, H, W] in [0, 1] as PNG."""
+    pixels = (image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(path)
+
+
+def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) -> None:
+    """Logs an evaluation and keeps its samples as PNG files with their captions and verdicts."""
+    with whole_folder(folder / "samples" / f"step-{step:06d}") as temporary:
+        for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
+            row["file"] = f"{k:02d}.png"
+            save_image(image, temporary / f"{k:02d}.png")
+        write_json(temporary / "index.json", found.sample_rows)
+    record = {
+        "step": step,
+        "score": found.score,
+        "images": found.images,
+        "by_tag": found.by_tag,
+        "rewards": found.rewards,
+        "seconds": seconds,
+    }
+    append_line(folder / "evaluations.jsonl", record)

@@ -1,0 +1,48 @@
+"""What several test files share: a recipe that trains in seconds, and runs of it."""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowtilt.config import Recipe, load_recipe
+
+QUICK = [
+    "steps=4",
+    "rollout.prompts=6",
+    "rollout.images_per_prompt=4",
+    "rollout.steps=4",
+    "objective.times_per_image=2",
+    "optimizer.steps_per_rollout=2",
+    "evaluate.every=2",
+    "evaluate.images=12",
+    "evaluate.steps=4",
+    "evaluate.samples=6",
+    "checkpoint.every=1",
+]
+
+
+def quick(run: Path, *overrides: str) -> Recipe:
+    """The playground recipe, cut down to a few seconds."""
+    return load_recipe("playground", [*QUICK, f"run={run}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run that has ended; tests only read it."""
+    from flowtilt import Trainer
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    Trainer(quick(folder)).run()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_count():
+    """Bits depend on the number of threads: every test, on whichever worker, computes with one."""
+    torch.set_num_threads(1)

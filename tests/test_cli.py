@@ -1,0 +1,149 @@
+"""The command line as a person types it: what it prints, and one clear line for each mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import QUICK
+from PIL import Image
+
+from flowtilt.cli import main
+
+
+def run(*words, **options):
+    return subprocess.run([sys.executable, "-m", "flowtilt", *words], capture_output=True, text=True, timeout=240, **options)
+
+
+def complaint(capsys, *words):
+    """The one line that a mistake ends in."""
+    assert main(list(words)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("flowtilt: ") and "Traceback" not in "\n".join(lines)
+    return lines[-1]
+
+
+def test_training_from_the_command_line_says_what_came_out(tmp_path):
+    done = run("train", "playground", *QUICK, "steps=1", "run=first", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "score" in done.stdout and "->" in done.stdout and "first/report.html" in done.stdout
+    assert "Warning" not in done.stderr and "Loading" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert all(line.startswith(("after ", "1/1")) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "playgruond"], "did you mean 'playground'"),
+        (["train"], "which recipe"),
+        (["train", "playground", "objective.bta=1"], "did you mean 'objective.beta'"),
+        (["train", "playground", "rollout.solver=eulr"], "'euler', 'ddim', 'dpm1', 'dpm2' or 'heun'"),
+        (["train", "playground", "steps=many"], "steps"),
+        (["train", "playground", "optimizer.lr=-1"], "greater than 0"),
+        (["train", "playground", "rollout.images_per_prompt=1"], "greater than or equal to 2"),
+        (["train", "playground", "objective.type=grpo"], "objective.type"),
+        (["train", "playground", "steps"], "not key=value"),
+        (["train", "playground", "prompts=no.txt"], "no.txt"),
+        (["train", "playground", "rewards.beauty=1"], "no reward 'beauty'"),
+        (["train", "playground", "rewards.mine=no.py:f"], "no file no.py"),
+        (["train", "playground", "model=no/such/folder"], "no/such/folder"),
+        (["train", "playground", 'track=["wandb"]'], "flowtilt[track]"),
+        (["train", "--resume", "nowhere"], "not a run"),
+        (["sample", "a red circle", "--lora", "nowhere"], "nowhere"),
+        (["sample", "a red circle", "--solver", "eulr"], "eulr"),
+        (["sample", "a red circle", "--steps", "0"], "--steps"),
+        (["sample", "a red circle", "--steps", "x"], "--steps"),
+        (["dance"], "dance"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in complaint(capsys, *words)
+    assert list(tmp_path.rglob("*.jsonl")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "no prompt"), (b"\n  \n", "no prompt"), (b"caf\xe9\n" * 9, "not UTF-8"), (b"one\ntwo\n", "a rollout takes 12")],
+)
+def test_prompt_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, content, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_bytes(content)
+    assert said in complaint(capsys, "train", "playground", "prompts=p.txt")
+
+
+@pytest.mark.parametrize("kind", ["broken", "foreign", "other shape", "empty"])
+def test_a_broken_or_foreign_lora_is_refused(capsys, tmp_path, finished, kind):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "x.safetensors"
+    good = load_file(finished / "lora" / "pytorch_lora_weights.safetensors")
+    if kind == "broken":
+        file.write_bytes((finished / "lora" / "pytorch_lora_weights.safetensors").read_bytes()[:5000])
+    elif kind == "foreign":
+        save_file({"unet.mid_block.attn.to_q.lora_A.weight": torch.zeros(4, 4)}, file)
+    elif kind == "other shape":
+        save_file({k: torch.zeros(v.shape[0] * 2, v.shape[1] * 2) for k, v in good.items()}, file)
+    else:
+        save_file({}, file)
+    assert str(file) in complaint(capsys, "sample", "a red circle", "--lora", str(file), "-o", str(tmp_path / "o.png"))
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, finished, capsys):
+    for name in ("one.png", "two.png"):
+        words = [
+            "sample",
+            "a red circle left of a blue square",
+            "--lora",
+            str(finished),
+            "--steps",
+            "4",
+            "--seed",
+            "3",
+            "-o",
+            str(tmp_path / name),
+        ]
+        assert main(words) == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    picture = Image.open(tmp_path / "one.png")
+    assert picture.size == (256 + 4 + 256, 256)
+    assert main(["sample", "a red circle", "--steps", "4", "-o", str(tmp_path / "base.png")]) == 0
+    assert Image.open(tmp_path / "base.png").size == (256, 256)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):
+    words = [sys.executable, "-m", "flowtilt", "train", "playground", *QUICK, "steps=500", "evaluate.every=0", "run=run"]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "flowtilt train --resume run" in out and "Traceback" not in err
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_help_recipes_keys_and_doctor_are_readable(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0 and "examples:" in capsys.readouterr().out
+    assert main(["recipes"]) == 0 and "playground" in capsys.readouterr().out
+    assert main(["keys"]) == 0
+    listed = capsys.readouterr().out
+    assert "objective.beta" in listed and "rollout.images_per_prompt" in listed
+    assert main(["doctor"]) == 0
+    assert "ok      torch" in capsys.readouterr().out
+
+
+def test_reading_a_recipe_needs_no_torch():
+    code = "import sys, flowtilt.cli; flowtilt.load_recipe('playground'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

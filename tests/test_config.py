@@ -1,0 +1,362 @@
+"""A recipe says what a run is: it reads back equal, and whatever is wrong with it is said in one line."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from flowtilt import solvers
+from flowtilt.config import (
+    EvaluateSettings,
+    Recipe,
+    RewardSettings,
+    RolloutSettings,
+    known_keys,
+    load_recipe,
+    recipe_names,
+    to_toml,
+    validate,
+)
+from flowtilt.errors import UserError
+
+FEW = settings(deadline=None, max_examples=25)
+LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
+
+
+def file(folder: Path, text: str, name: str = "mine.toml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(source: str | Path, *overrides: str) -> str:
+    """What the user reads; always one line."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(source, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# reading and writing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_reads_back_equal(name, tmp_path):
+    recipe = load_recipe(name)
+    assert load_recipe(file(tmp_path, to_toml(recipe))) == recipe
+    assert recipe.name == name
+
+
+def test_the_playground_is_shipped():
+    assert "playground" in recipe_names()
+
+
+plain_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+a_weight = st.floats(0.1, 9)
+a_reward = st.one_of(a_weight, plain_text, st.builds(dict, source=plain_text, weight=a_weight))
+
+
+@FEW
+@given(
+    path=plain_text,
+    rewards=st.dictionaries(plain_text, a_reward, min_size=1),
+    run=st.none() | plain_text,
+    lr=st.floats(1e-12, 10),
+    half_life=st.none() | st.integers(1, 10**6),
+    track=st.lists(st.sampled_from(["wandb", "tensorboard"])),
+)
+def test_any_recipe_reads_back_equal(tmp_path_factory, path, rewards, run, lr, half_life, track):
+    tree = {
+        **LEAST,
+        "model": {"path": path},
+        "rewards": rewards,
+        "run": run,
+        "track": track,
+        "optimizer": {"lr": lr, "half_life": half_life},
+    }
+    recipe = validate(tree, {}, "tree")
+    text = to_toml(recipe)
+    assert validate(tomllib.loads(text), {}, "toml") == recipe
+    folder = tmp_path_factory.getbasetemp()
+    assert load_recipe(file(folder, text)) == recipe
+
+
+def test_strings_of_every_awkward_character_read_back_equal(tmp_path):
+    awkward = "".join(map(chr, range(0x00, 0x30))) + '\\"\x7f\x85\u2028\ufeff😀'
+    recipe = validate({**LEAST, "prompts": awkward, "rewards": {awkward: 1.0}}, {}, "tree")
+    assert load_recipe(file(tmp_path, to_toml(recipe))) == recipe
+
+
+def test_every_key_has_a_meaning_and_may_be_set_by_its_name():
+    recipe = load_recipe("playground")
+    for key, known in known_keys().items():
+        assert known.description, key
+        value = recipe.model_dump(mode="json")
+        for part in key.split("."):
+            value = value[part]
+        if value is not None and key != "rewards":
+            assert load_recipe("playground", [f"{key}={json.dumps(value)}"]) == recipe, key
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe("playground").steps = 3
+
+
+def test_solvers_are_the_same_in_recipes_and_in_the_solvers_file():
+    for table in (RolloutSettings, EvaluateSettings):
+        assert get_args(table.model_fields["solver"].annotation) == solvers.SOLVERS
+
+
+def test_reading_a_recipe_imports_no_torch():
+    code = (
+        "import sys, flowtilt, flowtilt.config, flowtilt.cli; flowtilt.config.load_recipe('playground', ['steps=3']);"
+        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# overrides -------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_parsed_as_toml_and_a_bare_word_is_a_string():
+    recipe = load_recipe(
+        "playground",
+        [
+            "steps=7",
+            "optimizer.lr = 2e-4",
+            "guards=stop",
+            'name="x.y"',
+            "track=['wandb']",
+            "run=runs/a b",
+            "rollout.solver=dpm2",
+            "lora.rank=0x10",
+        ],
+    )
+    assert (recipe.steps, recipe.optimizer.lr, recipe.guards, recipe.name) == (7, 2e-4, "stop", "x.y")
+    assert (recipe.track, recipe.run, recipe.rollout.solver, recipe.lora.rank) == (("wandb",), "runs/a b", "dpm2", 16)
+
+
+def test_an_override_changes_only_its_key_and_the_last_one_holds():
+    before, after = load_recipe("playground"), load_recipe("playground", ["rollout.prompts=3", "rollout.prompts=4"])
+    assert after.rollout.prompts == 4
+    assert after == before.model_copy(update={"rollout": before.rollout.model_copy(update={"prompts": 4})})
+
+
+def test_a_run_may_be_named_by_a_date():
+    assert load_recipe("playground", ["run=2026-01-31"]).run == "2026-01-31"
+    assert "steps: must be a valid integer, not '2026-01-31' [command line: steps=2026-01-31]" in refusal("playground", "steps=2026-01-31")
+
+
+def test_a_value_may_hold_the_equals_sign():
+    assert load_recipe("playground", ["run=a=b"]).run == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "override 'steps' is not key=value"),
+        ("=3", "override '=3' is not key=value"),
+        ("steps.x=3", "override 'steps.x=3': 'steps' is a value, not a table"),
+        ("rollout.solver.name=3", "'solver' is a value, not a table"),
+    ],
+)
+def test_an_override_that_is_not_a_key_and_value_is_refused(override, message):
+    assert message in refusal("playground", override)
+
+
+# rewards and the model in their forms ----------------------------------------------------------------
+
+
+def test_the_three_forms_of_a_reward_are_one_table(tmp_path):
+    text = 'model = "m"\nprompts = "p.txt"\n[rewards]\nplayground = 0.5\nmine = "file.py:f"\nother = { source = "g.py:h", weight = 2 }\n'
+    assert load_recipe(file(tmp_path, text)).reward_table() == {
+        "playground": RewardSettings(source="playground", weight=0.5),
+        "mine": RewardSettings(source="file.py:f", weight=1.0),
+        "other": RewardSettings(source="g.py:h", weight=2.0),
+    }
+    assert load_recipe("playground", ["rewards.mine=file.py:f"]).reward_table()["mine"].source == "file.py:f"
+    assert load_recipe("playground", ["rewards.mine={source='f.py:g', weight=0}"]).reward_table()["mine"].weight == 0
+
+
+def test_a_model_may_be_named_alone(tmp_path):
+    path = file(tmp_path, 'model = "some/pipeline"\nprompts = "p.txt"\nrewards.playground = 1\n')
+    assert load_recipe(path).model.path == "some/pipeline"
+    before = load_recipe("playground").model
+    assert load_recipe("playground", ["model=other"]).model == before.model_copy(update={"path": "other"})
+
+
+# one recipe from another -----------------------------------------------------------------------------
+
+
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
+    path = file(tmp_path, 'base = "playground"\nname = "mine"\nmodel = "other"\n[rollout]\nprompts = 3\n')
+    base = load_recipe("playground")
+    expected = {
+        "name": "mine",
+        "model": base.model.model_copy(update={"path": "other"}),
+        "rollout": base.rollout.model_copy(update={"prompts": 3}),
+    }
+    assert load_recipe(path) == base.model_copy(update=expected)
+
+
+def test_a_base_may_be_a_file_beside_the_recipe_and_have_a_base_itself(tmp_path, monkeypatch):
+    file(tmp_path, 'base = "playground"\nsteps = 5\nseed = 1\n', "deep/first.toml")
+    file(tmp_path, 'base = "deep/first.toml"\nseed = 2\n', "second.toml")
+    for source in (tmp_path / "second.toml", "second.toml"):
+        monkeypatch.chdir(tmp_path)
+        recipe = load_recipe(source, ["name=third"])
+        assert (recipe.name, recipe.steps, recipe.seed) == ("third", 5, 2)
+        assert recipe.rollout == load_recipe("playground").rollout
+
+
+def test_rewards_are_added_to_those_of_the_base(tmp_path):
+    path = file(tmp_path, 'base = "playground"\n[rewards]\nplayground = 0\nmodel = "f.py:g"\n')
+    assert {name: r.weight for name, r in load_recipe(path).reward_table().items()} == {"playground": 0, "model": 1}
+    assert load_recipe(path).rewards["model"] == "f.py:g"  # only the top level's `model` is the model
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_recipes_that_start_from_each_other_are_refused(tmp_path, monkeypatch, absolute):
+    monkeypatch.chdir(tmp_path)
+    file(tmp_path, 'base = "b.toml"\n', "a.toml")
+    file(tmp_path, 'base = "../sub/a.toml"\n', "sub/b.toml")
+    file(tmp_path, 'base = "b.toml"\n', "sub/a.toml")
+    file(tmp_path, 'base = "self.toml"\n', "self.toml")
+    for name in ("sub/a.toml", "self.toml"):
+        assert "comes back to itself" in refusal(tmp_path / name if absolute else name)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("3", "base = 3 must name another recipe"), ('"nothing.toml"', "nothing.toml': no such recipe")]
+)
+def test_a_base_that_is_no_recipe_is_refused(tmp_path, base, message):
+    assert message in refusal(file(tmp_path, f"base = {base}\n"))
+
+
+# what is wrong, where, and what was meant ------------------------------------------------------------
+
+WRONG = [
+    ("objective.bta=0.2", "objective.bta: unknown key; did you mean 'objective.beta'?"),
+    ("rolout.steps=3", "rolout: unknown key; did you mean 'rollout'?"),
+    ("stesp=3", "stesp: unknown key; did you mean 'steps'?"),
+    ("lr=1", "lr: unknown key; did you mean 'optimizer.lr'?"),
+    ("beta=1", "beta: unknown key; did you mean 'objective.beta'?"),
+    ("rollout.step=1", "rollout.step: unknown key; did you mean 'rollout.steps'?"),
+    ("rewards.q={source='x', wieght=1}", "rewards.q.wieght: unknown key; did you mean 'rewards.q.weight'?"),
+    ("qqq=1", "qqq: unknown key; `flowtilt keys` lists all"),
+    ("steps=lots", "steps: must be a valid integer, not 'lots'"),
+    ("steps=1.5", "steps: must be a valid integer, not 1.5"),
+    ("steps=0", "steps: must be greater than or equal to 1, not 0"),
+    ("seed=true", "seed: must be a valid integer, not True"),
+    ("seed=-1", "seed: must be greater than or equal to 0, not -1"),
+    ("optimizer.lr=nan", "optimizer.lr: must be a finite number, not nan"),
+    ("optimizer.lr=inf", "optimizer.lr: must be a finite number, not inf"),
+    ("objective.beta=0", "objective.beta: must be greater than 0, not 0"),
+    ("objective.type=nfr", "objective.type: must be 'nft', not 'nfr'"),
+    ("rollout.solver=dpm3", "rollout.solver: must be 'euler', 'ddim', 'dpm1', 'dpm2' or 'heun', not 'dpm3'"),
+    ("track=['wnb']", "track: must be 'wandb', 'tensorboard' or 'trackio', not 'wnb'"),
+    ("track=wandb", "track: must be a valid array, not 'wandb'"),
+    ("name=a/b", "name: String should match pattern"),
+    ("model=", "model.path: String should have at least 1 character, not ''"),
+    ("model={}", "model.path: is missing"),
+    ("model=3", "model: must be an object, not 3"),
+    ("rollout=5", "rollout: must be an object, not 5"),
+    ("rewards={}", "rewards: Dictionary should have at least 1 item"),
+    ("rewards.q=true", "rewards.q: must be a valid number or must be a valid string or must be an object, not True"),
+    ("rewards.q={weight=1}", "rewards.q.source: is missing"),
+    ("rewards.playground=0", "rewards: every weight is 0"),
+    ("micro_batch=foo", "micro_batch: must be a valid integer or must be 'auto', not 'foo'"),
+    ("micro_batch=0", "micro_batch: must be at least 1"),
+    ("optimizer.betas=[0.9]", "optimizer.betas: has too few values"),
+    ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: each must be at least 0 and below 1"),
+    ("optimizer.steps_per_rollout=145", "optimizer.steps_per_rollout: more steps than the 144 images of a rollout"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG)
+def test_a_wrong_value_is_one_line_that_names_the_key_where_it_was_set_and_what_was_meant(override, message):
+    said = refusal("playground", override)
+    assert said.startswith(f"recipe playground: {message}")
+    assert said.endswith(f"[command line: {override}]")
+    assert "; " not in said.replace("unknown key; ", "")  # nothing else is complained about
+
+
+def test_an_error_of_the_file_names_the_file_and_one_of_its_base_names_the_base(tmp_path):
+    base = file(tmp_path, 'base = "playground"\nseed = -1\nrollout = 3\nsteps = 1.5\n', "base.toml")
+    mine = file(tmp_path, 'base = "base.toml"\nname = ""\nsteps = 2.5\nmodel = ""\n')
+    said = refusal(mine, "guards=loud")
+    for key, origin in (
+        ("seed", base),
+        ("rollout", base),
+        ("name", mine),
+        ("steps", mine),
+        ("model.path", mine),
+        ("guards", "command line: guards=loud"),
+    ):
+        [problem] = [part for part in said.removeprefix(f"recipe {mine}: ").split("; ") if part.startswith(f"{key}: ")]
+        assert problem.endswith(f"[{origin}]"), problem
+
+
+def test_all_problems_are_said_at_once():
+    overrides = ["steps=lots", "objective.bta=1", "optimizer.lr=nan", "rollout.guidance=0.5", "evaluate.solver=x"]
+    said = refusal("playground", *overrides)
+    for override in overrides:
+        assert said.count(f"[command line: {override}]") == 1
+        assert f"{override.partition('=')[0]}: " in said
+
+
+def test_the_keys_that_a_recipe_must_have_are_all_named(tmp_path):
+    path = file(tmp_path, "steps = 3\n")
+    assert refusal(path) == f"recipe {path}: " + "; ".join(f"{key}: is missing [{path}]" for key in ("model", "prompts", "rewards"))
+
+
+def test_more_training_times_than_noise_levels_are_refused():
+    said = refusal("playground", "objective.times=rollout", "objective.times_per_image=9", "rollout.steps=8")
+    assert "objective.times_per_image: a rollout of 8 steps has no 9 noise levels" in said
+    assert load_recipe("playground", ["objective.times=stratified", "objective.times_per_image=9", "rollout.steps=8"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"steps = \n", "not TOML: Invalid value"),
+        (b"steps = 1\nsteps = 2\n", "not TOML: Cannot overwrite a value"),
+        ('name = "Bär"\n'.encode("latin-1"), "not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path, data, message):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(data)
+    assert refusal(path).startswith(f"recipe {path}: {message}")
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'\xef\xbb\xbfbase = "playground"\n')
+    assert load_recipe(path) == load_recipe("playground")
+
+
+def test_a_name_that_is_almost_a_recipe_is_answered_with_that_recipe(tmp_path):
+    assert refusal("playgroud") == "recipe 'playgroud': no such recipe or file; did you mean 'playground'?"
+    assert "give a .toml file or one of: " in refusal("zzz")
+    assert "no such recipe or file" in refusal(tmp_path)
+
+
+def test_known_keys_are_the_dotted_leaves_of_a_recipe():
+    def leaves(tree: dict, prefix: str = "") -> set[str]:
+        found = set()
+        for key, value in tree.items():
+            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "rewards" else {prefix + key}
+        return found
+
+    assert set(known_keys()) == leaves(Recipe.model_validate(LEAST).model_dump())

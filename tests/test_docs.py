@@ -1,0 +1,51 @@
+"""What the pages tell people to type works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import QUICK
+
+from flowtilt.cli import main, parser
+from flowtilt.config import load_recipe
+from flowtilt.files import read_lines
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "add-a-reward.md"
+    code, command = blocks(page, "python")[0], blocks(page, "bash")[0].strip()
+    name = re.match(r"# (\S+)", code)
+    assert name
+    Path(name[1]).write_text(code)
+    words = shlex.split(command)[1:]
+    assert main([*words, *QUICK, "steps=1", "run=run"]) == 0
+    record = read_lines(Path("run/metrics.jsonl"))[0]
+    assert record["reward/total"] == pytest.approx(record["reward/mine"]) and "reward/playground" in record
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_is_one_that_the_command_line_knows(page):
+    for block in blocks(page, "bash"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["flowtilt"]:
+                args = parser().parse_args(words[1:])
+                if args.command == "train" and args.recipe and not args.recipe.endswith(".toml"):
+                    load_recipe(args.recipe, args.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_to_is_there(page):
+    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):
+        path = target[0] or target[1]
+        if not path.startswith("http"):
+            assert (page.parent / path).exists(), path

@@ -1,0 +1,153 @@
+"""Prompts are read whole or refused in one line, and training meets each as often as any other of its tag."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowtilt.errors import UserError
+from flowtilt.prompts import Prompt, PromptWalk, load_prompts
+
+FEW = settings(deadline=None, max_examples=25)
+
+
+def tagged(**sizes: int) -> list[Prompt]:
+    return [Prompt(f"{tag} {k}", tag) for tag, size in sizes.items() for k in range(size)]
+
+
+def written(tmp_path: Path, data: str | bytes, name: str = "prompts.txt") -> Path:
+    path = tmp_path / name
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+# the walk --------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(size=st.integers(1, 9), seed=st.integers(0, 99), passes=st.integers(1, 3))
+def test_a_pass_meets_every_prompt_once(size, seed, passes):
+    prompts = tagged(a=size)
+    walk = PromptWalk(prompts, seed)
+    for k in range(passes):
+        assert {p.text for p in walk.draw(k * size, size)} == {p.text for p in prompts}
+
+
+@FEW
+@given(few=st.integers(1, 4), many=st.integers(5, 9), seed=st.integers(0, 99))
+def test_tags_take_turns_and_each_has_passes_of_its_own(few, many, seed):
+    drawn = PromptWalk(tagged(few=few, many=many), seed).draw(0, 2 * few * many)
+    assert [p.tag for p in drawn] == ["few", "many"] * (few * many)
+    for tag, size in (("few", few), ("many", many)):
+        texts = [p.text for p in drawn if p.tag == tag]
+        for start in range(0, len(texts), size):
+            assert len(set(texts[start : start + size])) == size
+    assert set(Counter(p.text for p in drawn if p.tag == "few").values()) == {many}
+
+
+@FEW
+@given(position=st.integers(0, 200), parts=st.lists(st.integers(0, 7), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_the_walk_is_a_pure_function_of_the_position(position, parts, seed):
+    """Drawing 10 and then 10 is drawing 20, also in a walk that was made anew."""
+    prompts = tagged(a=3, b=5)
+    at, pieces = position, []
+    for count in parts:
+        pieces += PromptWalk(prompts, seed).draw(at, count)
+        at += count
+    assert pieces == PromptWalk(prompts, seed).draw(position, sum(parts))
+
+
+def test_seeds_and_passes_differ_in_their_order():
+    prompts = tagged(a=12)
+    orders = [tuple(p.text for p in PromptWalk(prompts, seed).draw(start, 12)) for seed in range(4) for start in (0, 12, 24)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_tags_of_equal_size_are_not_shuffled_alike():
+    drawn = PromptWalk(tagged(a=12, b=12), 0).draw(0, 24)
+    assert [p.text.split()[1] for p in drawn[::2]] != [p.text.split()[1] for p in drawn[1::2]]
+
+
+def test_prompts_without_tags_are_one_tag():
+    prompts = [Prompt(str(k)) for k in range(6)]
+    assert sorted(p.text for p in PromptWalk(prompts, 1).draw(6, 6)) == [str(k) for k in range(6)]
+
+
+# files -----------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_holds_one_prompt_a_line(tmp_path):
+    path = written(tmp_path, "a red circle\n\n  a blue square \r\nein grüner Kreis\n \t\nlast")
+    assert load_prompts(path) == [Prompt("a red circle"), Prompt("a blue square"), Prompt("ein grüner Kreis"), Prompt("last")]
+    assert load_prompts(str(path)) == load_prompts(path)
+
+
+def test_json_lines_hold_a_caption_a_tag_and_whatever_a_reward_needs(tmp_path):
+    lines = [
+        {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": " two dogs "},
+        {"prompt": "a cat"},
+        {"prompt": "a cow", "tag": None},
+    ]
+    path = written(tmp_path, "\n\n".join(map(json.dumps, lines)) + "\n", "p.jsonl")
+    first, second, third = load_prompts(path)
+    assert first == Prompt("two dogs", "counting", {"include": [{"class": "dog", "count": 2}]})
+    assert second == Prompt("a cat") and third == Prompt("a cow")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path, name):
+    line = '{"prompt": "a"}' if name.endswith("jsonl") else "a"
+    assert load_prompts(written(tmp_path, b"\xef\xbb\xbf" + line.encode(), name)) == [Prompt("a")]
+
+
+def test_a_caption_that_occurs_again_is_kept_once_where_it_came_first(tmp_path):
+    assert [p.text for p in load_prompts(written(tmp_path, "b\na\n b\nc\na\n"))] == ["b", "a", "c"]
+    path = written(tmp_path, '{"prompt": "x", "tag": "1"}\n{"prompt": "x", "tag": "2"}\n', "p.jsonl")
+    assert load_prompts(path) == [Prompt("x", "1")]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0b", "\x1d"])
+def test_only_line_ends_end_a_line(tmp_path, mark):
+    """JSON leaves U+2028 as it is, and it is no end of a line in JSON lines."""
+    text = f"a{mark}b"
+    assert [p.text for p in load_prompts(written(tmp_path, text + "\nc\n"))] == [text, "c"]
+    if mark > "\x1f":
+        assert load_prompts(written(tmp_path, json.dumps({"prompt": text}, ensure_ascii=False), "p.jsonl")) == [Prompt(text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", "", "no prompt in the file"),
+        ("p.txt", " \n\n\t\n", "no prompt in the file"),
+        ("p.jsonl", "", "no prompt in the file"),
+        ("p.txt", "a\nein Bär\n".encode("latin-1"), "byte 7 is not UTF-8"),
+        ("p.jsonl", '{"prompt": "Bär"}'.encode("latin-1"), "byte 13 is not UTF-8"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl:2: not JSON"),
+        ("p.jsonl", "a red circle\n", "p.jsonl:1: not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', 'p.jsonl:3: no "prompt" text'),
+        ("p.jsonl", '"a"\n', 'p.jsonl:1: no "prompt" text'),
+        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl:1: no "prompt" text'),
+        ("p.jsonl", '{"prompt": "  "}\n', 'p.jsonl:1: no "prompt" text'),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_refused_in_one_line_that_says_where(tmp_path, name, data, message):
+    path = written(tmp_path, data, name)
+    with pytest.raises(UserError) as caught:
+        load_prompts(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path):
+    for path, reason in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=reason) as caught:
+            load_prompts(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_can_be_counted_although_their_metadata_is_a_dict():
+    assert len({Prompt("a", "t", {"include": []}), Prompt("a", "t", {"include": []}), Prompt("b")}) == 2

@@ -1,0 +1,162 @@
+"""Killed, interrupted, torn or out of space: a run goes on to the same bits, and nothing that was there is lost."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import quick
+
+from flowtilt import Trainer, UserError, checkpoint, files
+from flowtilt.files import read_lines
+from flowtilt.policy import ROLES
+from flowtilt.runs import open_run
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["flowtilt.trainer"])
+
+
+def contents(run):
+    """All that a run computed, as bytes and numbers; timings are not computed."""
+    last = checkpoint.newest(run)
+    assert last is not None
+    tensors = {f"{file}.{name}": value.numpy().tobytes() for file, kept in last.tensors.items() for name, value in kept.items()}
+    logs = [
+        [{k: v for k, v in record.items() if "second" not in k and "time/" not in k} for record in read_lines(run / name)]
+        for name in ("metrics.jsonl", "evaluations.jsonl")
+    ]
+    pictures = {path.relative_to(run): path.read_bytes() for path in (run / "samples").rglob("*.png")}
+    return last.step, last.state["optimizer_step"], tensors, logs, pictures
+
+
+def train(folder, resume):
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    recipe = open_run(folder, []) if resume else quick(folder)
+    Trainer(recipe, resume=folder if resume else None).run()
+
+
+def test_killed_at_random_instants_a_run_ends_in_the_same_bits(finished, tmp_path):
+    folder, rng, kills = tmp_path / "run", random.Random(0), 0
+    for _ in range(8):
+        # once the folder has its recipe there is a run to go on with, at whatever instant the kill comes
+        process = CONTEXT.Process(target=train, args=(folder, (folder / "recipe.toml").exists()))
+        process.start()
+        process.join(rng.uniform(0.5, 3.0) if kills < 4 else 120)
+        if process.exitcode is None:
+            assert process.pid
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        elif process.exitcode == 0:
+            break
+    assert process.exitcode == 0 and kills >= 2
+    assert contents(folder) == contents(finished)
+
+
+def test_going_on_in_another_process_is_going_on(finished, tmp_path):
+    folder = tmp_path / "run"
+    Trainer(quick(folder, "steps=2")).run()
+    trainer = Trainer(open_run(folder, ["steps=4"]), resume=folder)
+    assert trainer.clock.step == 2
+    trainer.run()
+    assert contents(folder)[2:] == contents(finished)[2:]
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path):
+    folder = tmp_path / "run"
+    trainer = Trainer(quick(folder, "checkpoint.every=100"))
+    log = trainer._log
+
+    def log_and_interrupt(*args):
+        log(*args)
+        trainer.interrupted = trainer.clock.step == 3
+
+    trainer._log = log_and_interrupt
+    assert trainer.run() is None
+    assert checkpoint.newest(folder).step == 3
+    Trainer(open_run(folder, []), resume=folder).run()
+    assert contents(folder) == contents(finished)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "state"])
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(finished, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    newest = folder / "checkpoints" / "step-000004"
+    if damage == "truncate":
+        os.truncate(newest / "current.safetensors", 1000)
+    elif damage == "flip":
+        data = bytearray((newest / "optimizer.safetensors").read_bytes())
+        data[-5] ^= 1
+        (newest / "optimizer.safetensors").write_bytes(data)
+    else:
+        (newest / "state.json").write_text('{"form')
+    with pytest.warns(UserWarning, match="damaged"):
+        trainer = Trainer(open_run(folder, []), resume=folder)
+    assert trainer.clock.step == 3
+    trainer.run()
+    assert contents(folder) == contents(finished)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    trainer = Trainer(quick(folder))
+    save_file, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 9:  # in the midst of the third checkpoint
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left") as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000000", "step-000001"]
+    monkeypatch.undo()
+    Trainer(open_run(folder, []), resume=folder).run()
+    assert contents(folder) == contents(finished)
+
+
+def test_every_role_and_clock_comes_back(finished):
+    trainer = Trainer(open_run(finished, ["steps=5"]), resume=finished)
+    saved = checkpoint.newest(finished)
+    assert saved is not None
+    for role in ROLES:
+        ours = trainer.policy.state(role)
+        assert all(torch.equal(ours[name], saved.tensors[role][name]) for name in ours)
+    assert trainer.learner.optimizer_step == 8
+    assert trainer.clock.network_evaluations == read_lines(finished / "metrics.jsonl")[-1]["network_evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [(["optimizer.lr=1"], "can't change"), (["steps=0"], "steps")],
+)
+def test_a_resumed_run_refuses_what_would_make_it_another(finished, overrides, said):
+    with pytest.raises(UserError, match=said):
+        open_run(finished, overrides)
+
+
+def test_a_folder_that_is_no_run_and_a_run_of_another_recipe_are_refused(finished, tmp_path):
+    with pytest.raises(UserError, match="not a run"):
+        open_run(tmp_path, [])
+    with pytest.raises(UserError, match=r"another recipe.*rollout"):
+        open_run(finished, [], quick(finished, "rollout.steps=5"))
+
+
+def test_a_new_run_never_writes_over_an_old_one(finished):
+    with pytest.raises(UserError, match=r"not empty.*--resume"):
+        Trainer(quick(finished))
+
+
+def test_nothing_temporary_is_left_behind(finished):
+    assert [path for path in finished.rglob(".*")] == []
+    assert files.read_lines(finished / "nothing.jsonl") == []
+    assert time.time() > (finished / "report.html").stat().st_mtime

@@ -1,0 +1,158 @@
+"""The Stable Diffusion 3 adapter on a small pipeline with all three text encoders, saved to disk as SD3.5-Medium is."""
+
+import pytest
+import torch
+from conftest import QUICK
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from flowtilt import Trainer, UserError, load_recipe
+from flowtilt.files import read_lines
+from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.playground.pretrain import build_text_encoder, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random pipeline with SD3.5-Medium's structure: dual attention, 16 latent channels, shift 3, a T5 that says something."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("sd3")
+    words = tokenizer(place / "words")
+    letters = T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")], extra_ids=0
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=160,
+            caption_projection_dim=32,
+            pooled_projection_dim=128,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0, 1),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            sample_size=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        ),
+        text_encoder=build_text_encoder(words),
+        tokenizer=words,
+        text_encoder_2=build_text_encoder(words),
+        tokenizer_2=words,
+        text_encoder_3=T5EncoderModel(T5Config(vocab_size=len(letters), d_model=160, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        tokenizer_3=letters,
+    )
+    pipeline.save_pretrained(place / "pipeline")
+    return place / "pipeline"
+
+
+def load(folder, dtype="float32", **options):
+    return SD3(load_pipeline(str(folder), revision=None, dtype=dtype, device=torch.device("cpu")), **{"t5_length": 20, **options})
+
+
+def test_the_whole_loop_runs_on_another_pipeline(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a picture of {thing}" for thing in ("cat", "dog", "fox", "owl", "bee", "ant")))
+    (tmp_path / "reward.py").write_text("def reward(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    overrides = [f"model={folder}", "model.resolution=16", "model.dtype=float32", f"prompts={tmp_path}/prompts.txt"]
+    overrides += [f"rewards.mine={tmp_path}/reward.py:reward", f"run={tmp_path}/run", "lora.rank=4", "steps=2"]
+    Trainer(load_recipe("sd35m", [*QUICK, *overrides])).run()
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(records) == 2 and records[1]["deviation"] > 0
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "run" / "lora")
+    assert "stable-diffusion" not in (tmp_path / "run" / "lora" / "README.md").read_text()
+    assert len(pipeline.get_list_adapters()["transformer"]) == 1
+
+
+def test_each_distinct_caption_is_encoded_once_at_the_t5_length_that_was_asked_for(folder, monkeypatch):
+    model, seen = load(folder), []
+    encode = model.pipeline.encode_prompt
+
+    def counted(prompts, *args, **options):
+        seen.append((list(prompts), options["max_sequence_length"]))
+        return encode(prompts, *args, **options)
+
+    monkeypatch.setattr(model.pipeline, "encode_prompt", counted)
+    given = model.encode(["a cat", "a dog", "a cat", "a cat"])
+    again = model.encode(["a dog"])
+    assert seen == [(["a cat", "a dog"], 20)]
+    assert given.tensors["encoder_hidden_states"].shape == (4, 10 + 20, 160)
+    assert torch.equal(given.tensors["encoder_hidden_states"][0], given.tensors["encoder_hidden_states"][2])
+    assert torch.equal(given.tensors["encoder_hidden_states"][1], again.tensors["encoder_hidden_states"][0])
+    longer = load(folder, t5_length=40).encode(["a cat"]).tensors["encoder_hidden_states"]
+    assert longer.shape[1] == 50
+
+
+def test_the_cache_of_captions_is_bounded(folder, monkeypatch):
+    model = load(folder)
+    one = sum(x[0].nbytes for x in model.encode(["x"]).tensors.values())
+    monkeypatch.setattr("flowtilt.models.sd3.CACHED_BYTES", 3 * one)
+    texts = [f"thing {k}" for k in range(40)]
+    assert len(model.encode(texts)) == 40 and len(model._cache) == 3
+
+
+def test_the_timestep_is_exactly_1000_sigma(folder, monkeypatch):
+    model, seen = load(folder), []
+    forward = model.network.forward
+
+    def spy(*args, **inputs):
+        seen.append(inputs["timestep"])
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(model.network, "forward", spy)
+    t = torch.tensor([0.0089285, 0.5])
+    with torch.no_grad():
+        model.velocity(torch.zeros(2, 16, 8, 8), t, model.encode(["a", "b"]))
+    assert seen[0].dtype == torch.float32 and torch.equal(seen[0], 1000 * t)
+
+
+def test_a_half_precision_base_still_takes_and_gives_fp32(folder):
+    half, full = load(folder, "bfloat16"), load(folder)
+    x, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(0.7)
+    with torch.no_grad():
+        ours, exact = (m.velocity(x, t, m.encode(["a cat", "a dog"])) for m in (half, full))
+        images = half.decode(x)
+    assert ours.dtype == images.dtype == torch.float32
+    assert (ours - exact).abs().max() < 0.1 * exact.abs().max()
+    assert images.min() >= 0 and images.max() <= 1
+
+
+def test_decoding_carries_a_gradient_where_asked(folder):
+    x = torch.zeros(1, 16, 8, 8, requires_grad=True)
+    load(folder).decode(x).mean().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_the_shift_and_latents_come_from_the_pipeline(folder):
+    model = load(folder)
+    assert model.shift == 3.0 and model.latent_shape == (16, 8, 8)
+    assert load(folder, resolution=32).latent_shape == (16, 16, 16)
+    with pytest.raises(UserError, match="multiple of 4"):
+        load(folder, resolution=18)
+    with pytest.raises(UserError, match="t5_length"):
+        load(folder, t5_length=0)
+
+
+def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="can't be loaded") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)

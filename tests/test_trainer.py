@@ -1,0 +1,194 @@
+"""A run end to end on the playground: what it writes, and what its results must not depend on."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+from conftest import quick
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from flowtilt import Trainer, UserError
+from flowtilt.config import load_recipe
+from flowtilt.files import read_lines
+from flowtilt.flow import sigma_schedule
+from flowtilt.models.sd3 import SD3
+from flowtilt.playground import pipeline_path
+from flowtilt.seeding import noise
+from flowtilt.solvers import solve
+
+
+def weights(run, role="current"):
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    return load_file(newest / f"{role}.safetensors")
+
+
+def rewards(run):
+    return [record["reward/total"] for record in read_lines(run / "metrics.jsonl")]
+
+
+def test_a_run_leaves_everything_that_is_promised(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["recipe"] == "playground" and summary["steps"] == 4 and summary["seed"] == 0
+    assert set(summary["score"]) == {"before", "after"}
+    metrics = read_lines(finished / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert {"reward/playground", "time/sample", "time/train", "time/other", "images_per_second"} <= metrics[0].keys()
+    spent = sum(value for name, value in metrics[0].items() if name.startswith("time/"))
+    assert spent == pytest.approx(metrics[0]["seconds"], rel=1e-6)
+    assert [record["step"] for record in read_lines(finished / "evaluations.jsonl")] == [0, 2, 4]
+    assert "<html" in (finished / "report.html").read_text()
+    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"]
+    assert len(list((finished / "samples" / "step-000004").glob("*.png"))) == 6
+    assert len(list((finished / "checkpoints").iterdir())) == 2  # checkpoint.keep
+
+
+def test_the_resolved_recipe_trains_again_as_it_is(finished):
+    tomllib.loads((finished / "recipe.toml").read_text())
+    assert load_recipe(finished / "recipe.toml") == quick(finished)
+
+
+def test_training_moves_the_policy_and_the_old_one_lags(finished):
+    current, old, ema = (weights(finished, role) for role in ("current", "old", "ema"))
+    moved = [name for name in current if not torch.equal(current[name], old[name])]
+    assert moved and any(not torch.equal(current[name], ema[name]) for name in current)
+    assert all(value.dtype == torch.float32 for value in current.values())
+
+
+def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(finished, tmp_path):
+    # a trained LoRA of a few steps is small: enlarged, its alpha can't be lost unnoticed
+    trainer = Trainer(quick(tmp_path / "run", "steps=1"))
+    with torch.no_grad():
+        for name, weight in trainer.policy._weights["ema"].items():
+            if "lora_B" in name:
+                weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+    trainer.policy._version["ema"] = -1
+    trainer.policy.save_lora(str(tmp_path / "lora"))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
+    pipeline.set_progress_bar_config(disable=True)
+    start = noise(0, "test", [(0,), (1,)], (8, 8, 8))
+    texts = ["a red circle left of a blue square", "three green triangles"]
+
+    def plain():
+        return pipeline(
+            texts, latents=start.clone(), num_inference_steps=6, guidance_scale=1.0, max_sequence_length=1, output_type="pt"
+        ).images
+
+    base = plain()
+    pipeline.load_lora_weights(str(tmp_path / "lora"))
+    tuned = plain()
+    given = trainer.policy.model.encode(texts)
+    with torch.no_grad():
+        latents = solve(
+            lambda x, s: trainer.policy.velocity("ema", x, s, given), start, sigma_schedule(6, trainer.policy.model.shift), "euler"
+        )
+        ours = trainer.policy.model.decode(latents)
+    assert (tuned - base).abs().max() > 0.2
+    torch.testing.assert_close(ours, tuned, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_our_sampler_is_the_pipelines_own(guidance):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
+    pipeline.set_progress_bar_config(disable=True)
+    start = noise(0, "test", [(0,), (1,)], (8, 8, 8))
+    texts = ["two crosses", "a yellow square above a green circle"]
+    theirs = pipeline(
+        texts, latents=start.clone(), num_inference_steps=5, guidance_scale=guidance, max_sequence_length=1, output_type="pt"
+    ).images
+    from flowtilt.sample import draw
+
+    model = SD3(pipeline, t5_length=1)
+    import flowtilt.sample
+
+    original, flowtilt.sample.noise = flowtilt.sample.noise, lambda *a: start
+    try:
+        ours = draw(model, texts, seed=0, steps=5, guidance=guidance, solver="euler", same_noise=False)
+    finally:
+        flowtilt.sample.noise = original
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_micro_batch_is_a_matter_of_memory_only(finished, tmp_path):
+    Trainer(quick(tmp_path / "small", "micro_batch=5")).run()
+    assert rewards(tmp_path / "small") == pytest.approx(rewards(finished), abs=1e-6)
+    ours, theirs = weights(tmp_path / "small"), weights(finished)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
+
+
+def test_seeds_differ_and_equal_seeds_repeat_to_the_bit(finished, tmp_path):
+    Trainer(quick(tmp_path / "again")).run()
+    Trainer(quick(tmp_path / "other", "seed=1", "steps=1")).run()
+    assert rewards(tmp_path / "again") == rewards(finished)
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "again").items())
+    assert rewards(tmp_path / "other")[0] != rewards(finished)[0]
+
+
+def test_a_users_reward_and_prompts(tmp_path):
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    Trainer(
+        quick(
+            tmp_path / "run",
+            "steps=1",
+            "rollout.prompts=2",
+            f"prompts={tmp_path}/prompts.txt",
+            f"rewards.mine={tmp_path}/mine.py:brightness",
+            "rewards.playground=0",
+        )
+    ).run()
+    record = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert record["reward/total"] == pytest.approx(record["reward/mine"])
+    assert 0 < record["reward/mine"] < 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise RuntimeError('no server')", "RuntimeError: no server"),
+        ("return images.mean((1, 2, 3)) * float('nan')", "no reward applies"),
+        ("return images.mean((1, 2, 3)) / 0", "infinite"),
+        ("return images.mean()", "shape [24]"),
+        ("return [0.0] * len(prompts)", "returned list"),
+    ],
+)
+def test_a_failing_reward_ends_the_run_and_is_never_a_zero(tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(f"def f(images, prompts):\n    {body}\n")
+    recipe = quick(tmp_path / "run", "rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f")
+    with pytest.raises(UserError, match="reward") as caught:
+        Trainer(recipe).run()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == []
+
+
+def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\ndef f(images, prompts):\n    return torch.ones(len(images))\n")
+    base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "steps=7", "evaluate.every=0", "checkpoint.every=100"]
+    Trainer(quick(tmp_path / "warned", *base)).run()
+    fired = read_lines(tmp_path / "warned" / "guards.jsonl")
+    assert [record["guard"] for record in fired] == ["no_variance"]
+    trainer = Trainer(quick(tmp_path / "stopped", *base, "guards=stop"))
+    assert trainer.run() is None
+    assert trainer.clock.step == 5 and (tmp_path / "stopped" / "checkpoints" / "step-000005").is_dir()
+
+
+def test_no_contrast_is_noticed(tmp_path):
+    recipe = quick(tmp_path / "run", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0")
+    Trainer(recipe).run()
+    assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["no_contrast"]
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch):
+    trainer = Trainer(quick(tmp_path / "run", "steps=1"))
+    loss = type(trainer.objective).loss
+
+    def broken(self, policy, batch):
+        value, metrics = loss(self, policy, batch)
+        return value * float("nan"), metrics
+
+    monkeypatch.setattr(type(trainer.objective), "loss", broken)
+    trainer.run()
+    assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["nan"]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
