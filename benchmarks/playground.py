@@ -80,7 +80,7 @@ def main() -> None:
         entries.append(entry)
         output.write_text(json.dumps(entries, indent=1) + "\n")
         again = entry["fresh_noise"]["after"]["score"]
-        print(f"seed {seed}, {summary['seconds']:.0f} s: {curve[0][2]:.3f} -> {curve[-1][2]:.3f}; fresh {before['score']:.3f} -> {again:.3f}")
+        print(f"seed {seed}: {curve[0][2]:.3f} -> {curve[-1][2]:.3f}; fresh {before['score']:.3f} -> {again:.3f}")
     finals = [entry["final_score"] for entry in entries]
     again = [entry["fresh_noise"]["after"]["score"] for entry in entries]
     for label, values in (("final", finals), ("fresh noise", again)):

@@ -68,7 +68,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "no prompt"), (b"\n  \n", "no prompt"), (b"caf\xe9\n" * 9, "not UTF-8"), (b"one\ntwo\n", "a rollout takes 12")],
+    [(b"", "no prompt"), (b"\n  \n", "no prompt"), (b"caf\xe9\n" * 9, "not UTF-8"), (b"one\ntwo\n", "a rollout takes 18")],
 )
 def test_prompt_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, content, said):
     monkeypatch.chdir(tmp_path)

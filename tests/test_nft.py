@@ -3,6 +3,7 @@
 The formula is written out once more here in the paper's form, with x_t and x0_hat (`written`); everything is in float64.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
@@ -348,3 +349,12 @@ def test_times_that_do_not_exist_are_refused():
         draw_times("rollout", 5, sigma_schedule(4), 1.0, generator(0, "t"))
     with pytest.raises(ValueError, match="'uniform' is not"):
         draw_times("uniform", 2, sigma_schedule(4), 1.0, generator(0, "t"))
+
+
+def test_consistency_shifts_every_advantage_and_is_flow_matching_on_ones_own_images():
+    policy, batch = policy_and_batch(current=0.5, old=0.2)
+    shifted = dataclasses.replace(batch, advantages=batch.advantages + 0.7)
+    settings = {"beta": 1.0, "advantage_clip": 5.0, "kl": 0.0, "old_policy": "linear"}
+    ours, _ = NFT(**settings, consistency=0.7).loss(policy, batch)
+    theirs, _ = NFT(**settings).loss(policy, shifted)
+    torch.testing.assert_close(ours, theirs)

@@ -42,11 +42,11 @@ def train(folder, resume):
 
 def test_killed_at_random_instants_a_run_ends_in_the_same_bits(finished, tmp_path):
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
-    for _ in range(8):
+    for _ in range(12):
         # once the folder has its recipe there is a run to go on with, at whatever instant the kill comes
         process = CONTEXT.Process(target=train, args=(folder, (folder / "recipe.toml").exists()))
         process.start()
-        process.join(rng.uniform(0.5, 3.0) if kills < 4 else 120)
+        process.join(rng.uniform(0.05, 1.5) if kills < 6 else 120)
         if process.exitcode is None:
             assert process.pid
             os.kill(process.pid, signal.SIGKILL)

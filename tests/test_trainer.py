@@ -15,6 +15,7 @@ from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
+from flowtilt.rollout import TrainingBatch
 from flowtilt.seeding import noise
 from flowtilt.solvers import solve
 
@@ -22,6 +23,11 @@ from flowtilt.solvers import solve
 def weights(run, role="current"):
     newest = sorted((run / "checkpoints").iterdir())[-1]
     return load_file(newest / f"{role}.safetensors")
+
+
+def uniform(steps):
+    """Levels before the shift, as `flow.sigma_schedule` has them; diffusers' own default ends lower."""
+    return [1 - k / steps for k in range(steps)]
 
 
 def rewards(run):
@@ -62,7 +68,7 @@ def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(finishe
     with torch.no_grad():
         for name, weight in trainer.policy._weights["ema"].items():
             if "lora_B" in name:
-                weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+                weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
     trainer.policy._version["ema"] = -1
     trainer.policy.save_lora(str(tmp_path / "lora"))
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
@@ -71,9 +77,7 @@ def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(finishe
     texts = ["a red circle left of a blue square", "three green triangles"]
 
     def plain():
-        return pipeline(
-            texts, latents=start.clone(), num_inference_steps=6, guidance_scale=1.0, max_sequence_length=1, output_type="pt"
-        ).images
+        return pipeline(texts, latents=start.clone(), sigmas=uniform(6), guidance_scale=1.0, max_sequence_length=1, output_type="pt").images
 
     base = plain()
     pipeline.load_lora_weights(str(tmp_path / "lora"))
@@ -95,7 +99,7 @@ def test_our_sampler_is_the_pipelines_own(guidance):
     start = noise(0, "test", [(0,), (1,)], (8, 8, 8))
     texts = ["two crosses", "a yellow square above a green circle"]
     theirs = pipeline(
-        texts, latents=start.clone(), num_inference_steps=5, guidance_scale=guidance, max_sequence_length=1, output_type="pt"
+        texts, latents=start.clone(), sigmas=uniform(5), guidance_scale=guidance, max_sequence_length=1, output_type="pt"
     ).images
     from flowtilt.sample import draw
 
@@ -111,11 +115,21 @@ def test_our_sampler_is_the_pipelines_own(guidance):
 
 
 def test_the_micro_batch_is_a_matter_of_memory_only(finished, tmp_path):
-    Trainer(quick(tmp_path / "small", "micro_batch=5")).run()
+    small = Trainer(quick(tmp_path / "small", "micro_batch=5"))
+    small.run()
     assert rewards(tmp_path / "small") == pytest.approx(rewards(finished), abs=1e-6)
-    ours, theirs = weights(tmp_path / "small"), weights(finished)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
+    # gradients, not weights: Adam divides a rounding by itself where a gradient is near zero
+    rng = torch.Generator().manual_seed(0)
+    given = small.policy.model.encode(["a red circle", "two crosses"] * 6)
+    x0, eps = (torch.randn(12, 8, 8, 8, generator=rng) for _ in range(2))
+    batch = TrainingBatch(x0, eps, torch.rand(12, generator=rng), torch.randn(12, generator=rng), given)
+    found = []
+    for size in (1, 5, 12):
+        sums = small.learner._gradients(batch, 12, size)
+        found.append([*(p.grad.clone() for p in small.policy.parameters), *sums.values()])
+    for other in found[:-1]:
+        for ours, whole in zip(other, found[-1], strict=True):
+            torch.testing.assert_close(ours, whole, atol=1e-6 * float(whole.abs().max()) + 1e-9, rtol=1e-4)
 
 
 def test_seeds_differ_and_equal_seeds_repeat_to_the_bit(finished, tmp_path):

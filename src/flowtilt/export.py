@@ -23,7 +23,9 @@ A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, reinforced with {objective}
 ```python
 {load}
 pipe.load_lora_weights("{folder}")
-image = pipe({prompt!r}, num_inference_steps={solver_steps}, guidance_scale={guidance:.1f}, max_sequence_length={t5_length}).images[0]
+# the noise levels of the evaluation; num_inference_steps={solver_steps} alone takes slightly others
+sigmas = [1 - k / {solver_steps} for k in range({solver_steps})]
+image = pipe({prompt!r}, sigmas=sigmas, guidance_scale={guidance:.1f}, max_sequence_length={t5_length}).images[0]
 ```
 
 The recipe is in `recipe.toml` beside this folder; `flowtilt train recipe.toml` repeats the run.

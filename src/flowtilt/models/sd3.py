@@ -6,7 +6,8 @@ never rounded. Latents are fp32; the network computes in its own dtype and its v
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.func import functional_call
+from transformers.utils import logging as transformers_logging
 
 from flowtilt.errors import UserError
 from flowtilt.models.base import Conditioning
@@ -37,17 +39,29 @@ def load_pipeline(path: str, *, revision: str | None, dtype: str, device: torch.
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "model_index.json")):
         raise UserError(f"model {path}: no model_index.json there; give the folder that save_pretrained wrote")
-    bars = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
+    loggers = [logging for logging in (diffusers_logging, transformers_logging) if logging.is_progress_bar_enabled()]
+    for logging in loggers:
+        logging.disable_progress_bar()
     try:
         pipeline = StableDiffusion3Pipeline.from_pretrained(path, revision=revision, dtype=DTYPES[dtype])
     except Exception as error:  # the hub, the disk and three libraries each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {path}: can't be loaded as a Stable Diffusion 3 pipeline: {reason}") from error
     finally:
-        if bars:
-            diffusers_logging.enable_progress_bar()
+        for logging in loggers:
+            logging.enable_progress_bar()
     return pipeline.to(device)
+
+
+@contextmanager
+def _no_truncation_warnings() -> Iterator[None]:
+    """A T5 of one token, the playground's, says nothing; that captions do not fit into it is no news."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 class SD3:
@@ -85,9 +99,10 @@ class SD3:
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         for start in range(0, len(new), 32):
             part = new[start : start + 32]
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                part, part, part, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_length
-            )
+            with _no_truncation_warnings() if self.t5_length == 1 else nullcontext():
+                embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                    part, part, part, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_length
+                )
             self._cache.update(zip(part, zip(embeds, pooled, strict=True), strict=True))
         found = [self._cache[text] for text in texts]
         one = sum(x.nbytes for x in found[0])

@@ -83,13 +83,18 @@ def old_policy_decay(schedule: str, optimizer_step: int) -> float:
 
 @dataclass(frozen=True)
 class NFT:
-    """The method over its settings; fields as in the recipe's `[objective]`."""
+    """The method over its settings; fields as in the recipe's `[objective]`.
+
+    `consistency` is our departure, 0 as published. Advantages sum to zero, so nothing holds v_theta to the
+    mean of what it draws: around a bad image the loss only pushes away. A constant on every advantage adds
+    flow matching on the policy's own images, which changes nothing where v_old is that mean already.
+    """
 
     beta: float
     advantage_clip: float
-    consistency: float
     kl: float
     old_policy: str
+    consistency: float = 0.0
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -1,0 +1,41 @@
+"""What pip installs from a built wheel: the whole library with the playground's weights inside."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import QUICK
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_is_small_and_holds_weights_recipes_and_the_reports_style(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for inside in ("playground/weights/model_index.json", "recipes/playground.toml", "report/page.css", "report/page.js"):
+        assert f"flowtilt/{inside}" in names
+    assert sum(name.endswith(".safetensors") for name in names) == 5
+    assert wheel.stat().st_size < 10 * 2**20
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+
+
+def test_the_first_run_works_from_the_wheel_alone(wheel, tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    inside = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    where = [sys.executable, "-c", "import flowtilt; print(flowtilt.__file__)"]
+    found = subprocess.run(where, capture_output=True, text=True, env=inside, cwd=tmp_path)
+    assert found.stdout.startswith(str(tmp_path / "site")), found
+    command = [sys.executable, "-m", "flowtilt", "train", "playground", *QUICK, "steps=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=inside, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "playground" / "report.html").is_file()
