@@ -10,7 +10,7 @@ from flowtilt.policy import ROLES, Policy
 
 def build(merge=None, dtype="float32", rank=4, alpha=16.0):
     pipeline = load_pipeline("playground", revision=None, dtype=dtype, device=torch.device("cpu"))
-    policy = Policy(SD3(pipeline, t5_length=1), rank=rank, alpha=alpha, seed=0, merge=merge)
+    policy = Policy(SD3(pipeline), rank=rank, alpha=alpha, seed=0, merge=merge)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for role in ROLES:
@@ -51,7 +51,7 @@ def test_the_reference_is_the_base_and_forwards_leave_it_alone(inputs, merge):
     given = policy.model.encode(texts)
     gradients(policy, x, t, texts)
     with torch.no_grad():
-        expected = SD3(untouched, t5_length=1).velocity(x, t, given)
+        expected = SD3(untouched).velocity(x, t, given)
         assert torch.equal(policy.velocity("reference", x, t, given), expected)
         assert not torch.allclose(policy.velocity("current", x, t, given), expected, atol=1e-2)
     before = dict(untouched.transformer.named_parameters())
@@ -113,7 +113,7 @@ def test_a_role_that_changed_is_merged_anew(inputs):
 def test_every_role_starts_as_the_base_and_a_seed_gives_the_same_adapters():
     def fresh(seed):
         pipeline = load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu"))
-        return Policy(SD3(pipeline, t5_length=1), rank=4, alpha=8.0, seed=seed)
+        return Policy(SD3(pipeline), rank=4, alpha=8.0, seed=seed)
 
     torch.manual_seed(0)
     one = fresh(0)

@@ -103,7 +103,7 @@ def test_our_sampler_is_the_pipelines_own(guidance):
     ).images
     from flowtilt.sample import draw
 
-    model = SD3(pipeline, t5_length=1)
+    model = SD3(pipeline)
     import flowtilt.sample
 
     original, flowtilt.sample.noise = flowtilt.sample.noise, lambda *a: start

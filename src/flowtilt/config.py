@@ -28,8 +28,8 @@ class ModelSettings(Settings):
     """Commit or tag of a hub id; none takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen base; "auto" is bfloat16 on a GPU and float32 on a CPU. LoRA weights and latents are always float32."""
-    t5_length: int = Field(default=256, ge=0, le=512)
-    """Tokens of the T5 prompt; 0 leaves the T5 part out where the pipeline has no T5."""
+    t5_length: int | None = Field(default=None, ge=0, le=512)
+    """Tokens of the T5 prompt; none takes DiffusionNFT's 128, or fewer where the T5 reads no more, or 0 where there is no T5."""
     resolution: int | None = Field(default=None, ge=8)
     """Height and width of the images in pixels; none takes the pipeline's own."""
 
@@ -186,6 +186,13 @@ class Recipe(Settings):
             return RewardSettings(source=value) if isinstance(value, str) else RewardSettings(source=name, weight=value)
 
         return {name: whole(name, value) for name, value in self.rewards.items()}
+
+    def protocol(self) -> str:
+        """How the score is taken, in one line that belongs beside it."""
+        e = self.evaluate
+        judged = e.rewards[0] if e.rewards else next(iter(self.rewards))
+        drawn = f"{e.images} images of {e.prompts or self.prompts} prompts, {e.steps} {e.solver} steps, guidance {e.guidance:g}"
+        return f"{judged}, EMA weights, {drawn}, noise seed {self.seed}"
 
 
 def recipe_names() -> list[str]:

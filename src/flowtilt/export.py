@@ -25,7 +25,7 @@ A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, reinforced with {objective}
 pipe.load_lora_weights("{folder}")
 # the noise levels of the evaluation; num_inference_steps={solver_steps} alone takes slightly others
 sigmas = [1 - k / {solver_steps} for k in range({solver_steps})]
-image = pipe({prompt!r}, sigmas=sigmas, guidance_scale={guidance:.1f}, max_sequence_length={t5_length}).images[0]
+image = pipe({prompt!r}, sigmas=sigmas, guidance_scale={guidance:.1f}{options}).images[0]
 ```
 
 The recipe is in `recipe.toml` beside this folder; `flowtilt train recipe.toml` repeats the run.
@@ -47,14 +47,12 @@ def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int) -> Path:
     folder = run / "lora"
     with whole_folder(folder) as temporary:
         policy.save_lora(str(temporary))
-        (temporary / "README.md").write_text(model_card(run, recipe, step), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(policy, run, recipe, step), encoding="utf-8")
     return folder
 
 
-def model_card(run: Path, recipe: Recipe, step: int) -> str:
+def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     """The card of a run after `step` rollouts, with its first and newest scores."""
-    from flowtilt.trainer import protocol
-
     scores = [record["score"] for record in read_lines(run / "evaluations.jsonl")] or [float("nan")]
     m = recipe.model
     revision = f", revision={m.revision!r}" if m.revision else ""
@@ -73,11 +71,11 @@ def model_card(run: Path, recipe: Recipe, step: int) -> str:
         seed=recipe.seed,
         before=f"{scores[0]:.3f}",
         after=f"{scores[-1]:.3f}",
-        protocol=protocol(recipe),
+        protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         folder=run / "lora",
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         solver_steps=recipe.evaluate.steps,
         guidance=recipe.evaluate.guidance,
-        t5_length=m.t5_length,
+        options="".join(f", {name}={value!r}" for name, value in policy.model.call_options.items()),
     )

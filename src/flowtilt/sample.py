@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowtilt.config import Recipe, load_recipe
+from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.errors import UserError
 from flowtilt.files import disk_errors
 from flowtilt.flow import sigma_schedule
@@ -109,13 +109,10 @@ def sample(
     """
     files = [find_lora(place) for place in loras]
     recipe = (recipe_of(loras[0]) if loras else None) or load_recipe("playground")
-    settings = recipe.model if model is None else recipe.model.model_copy(update={"path": model})
+    settings = recipe.model if model in (None, recipe.model.path) else ModelSettings(path=str(model))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(settings.path, revision=settings.revision, dtype=settings.dtype, device=device)
-    length = settings.t5_length if pipeline.text_encoder_3 is not None or settings.t5_length == 0 else 0
-    if pipeline.text_encoder_3 is not None and length == 0:
-        length = 128
-    loaded = SD3(pipeline, t5_length=length, resolution=settings.resolution)
+    loaded = SD3(pipeline, t5_length=settings.t5_length, resolution=settings.resolution)
     options = {
         "seed": seed,
         "steps": steps or recipe.evaluate.steps,

@@ -246,21 +246,13 @@ class Trainer:
             "steps": self.clock.step,
             "seconds": round(self.clock.seconds, 2),
             "score": {"before": evaluations[0]["score"], "after": evaluations[-1]["score"]},
-            "protocol": protocol(self.recipe),
+            "protocol": self.recipe.protocol(),
         }
         if self.world.rank == 0:
             write_json(self.run_folder / "summary.json", summary)
             write_report(self.run_folder)
         self.world.barrier()
         return summary
-
-
-def protocol(recipe: Recipe) -> str:
-    """How the score was taken, in one line that belongs beside it."""
-    e = recipe.evaluate
-    judged = e.rewards[0] if e.rewards else next(iter(recipe.rewards))
-    drawn = f"{e.images} images of {e.prompts or recipe.prompts} prompts, {e.steps} {e.solver} steps, guidance {e.guidance:g}"
-    return f"{judged}, EMA weights, {drawn}, noise seed {recipe.seed}"
 
 
 def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor, unique: int) -> dict[str, float]:

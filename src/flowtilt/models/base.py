@@ -38,6 +38,8 @@ class Model(Protocol):
     lora_targets: Sequence[str]
     """Ends of the names of the layers that LoRA adapts."""
     device: torch.device
+    call_options: Mapping[str, object]
+    """What a call of the diffusers pipeline must be told to draw what this model draws."""
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Conditioning of N captions; a caption that occurs twice is encoded once."""

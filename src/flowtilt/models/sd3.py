@@ -21,6 +21,8 @@ from flowtilt.errors import UserError
 from flowtilt.models.base import Conditioning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+T5_LENGTH = 128
+"""DiffusionNFT's, in training and evaluation; diffusers' own default is 256."""
 CACHED_BYTES = 256 * 2**20
 """Text embeddings that are kept, in bytes; the oldest go first."""
 
@@ -69,13 +71,15 @@ class SD3:
 
     Args:
         pipeline: its modules are frozen in place.
-        t5_length: tokens of the T5 prompt, 0 to 512; 0 where there is no T5. DiffusionNFT has 128 for SD3.5-Medium.
+        t5_length: tokens of the T5 prompt, 0 to 512; none takes 128, or what the T5 reads, or 0 without one.
         resolution: height and width in pixels; none takes the pipeline's own.
     """
 
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-    def __init__(self, pipeline: Any, *, t5_length: int, resolution: int | None = None):
+    def __init__(self, pipeline: Any, *, t5_length: int | None = None, resolution: int | None = None):
+        if t5_length is None:
+            t5_length = 0 if pipeline.text_encoder_3 is None else min(T5_LENGTH, pipeline.tokenizer_3.model_max_length)
         if t5_length == 0 and pipeline.text_encoder_3 is not None:
             raise UserError("model.t5_length: 0 would leave out this pipeline's T5; 128 is SD3.5-Medium's")
         self.pipeline = pipeline
@@ -91,6 +95,7 @@ class SD3:
             raise UserError(f"model.resolution: {size} is not a multiple of {scale * self.network.config.patch_size}")
         self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, size // scale, size // scale)
         self.shift = float(pipeline.scheduler.config.shift)
+        self.call_options: Mapping[str, object] = {"max_sequence_length": t5_length}
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @torch.no_grad()

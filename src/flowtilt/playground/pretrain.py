@@ -202,7 +202,7 @@ def build_t5(folder: Path) -> tuple[T5EncoderModel, T5Tokenizer]:
     It is there because `StableDiffusion3Pipeline.from_pretrained` opens no folder without it.
     """
     # any caption is "<unk></s>", two tokens
-    words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0, model_max_length=T5_TOKENS)
     words.save_pretrained(folder)
     model = T5EncoderModel(T5Config(vocab_size=len(words), d_model=128, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
     nn.init.zeros_(model.encoder.final_layer_norm.weight)
