@@ -12,6 +12,7 @@ first step are compared, so that a difference in speed is not one in maths.
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -105,7 +106,7 @@ class PlainLoop:
             kept.append((x, embeds, pooled, scores))
         x0, embeds, pooled = (torch.cat([part[k] for part in kept]) for k in range(3))
         rewards = combine({n: torch.cat([part[3][n] for part in kept]) for n in self.trainer.rewards}, self.trainer.weights)
-        advantages = group_advantages(rewards, torch.arange(number) // r.images_per_prompt)
+        advantages = group_advantages(rewards, torch.arange(number) // r.images_per_prompt, recipe.advantage)
         self.network.set_adapter("default")
         order = torch.randperm(number, generator=generator(recipe.seed, "order", step)).tolist()
         per = recipe.optimizer.steps_per_rollout
@@ -150,7 +151,7 @@ class PlainLoop:
         with torch.no_grad():
             v_ref = self.velocity(x_t, t, embeds, pooled)
         self.network.enable_adapters()
-        r = optimality(advantages, o.advantage_clip).view(-1, 1, 1, 1)
+        r = optimality(advantages + o.consistency, o.advantage_clip).view(-1, 1, 1, 1)
         total = 0.0
         for share, mixed in ((r, (1 - o.beta) * v_old + o.beta * v), (1 - r, (1 + o.beta) * v_old - o.beta * v)):
             off = x_t - at * mixed - x0
@@ -169,6 +170,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(load_recipe("playground", [*OVERRIDES, f"run={folder}/run"]))
+        begun = [p.detach().clone() for p in trainer.policy.parameters]
         plain = {size: PlainLoop(trainer, size) for size in args.sizes}
         seconds, phases, differences = {"flowtilt": [], **{f"plain {size}": [] for size in args.sizes}}, [], {}
         for round_number in range(args.rounds + 1):
@@ -181,13 +183,16 @@ def main():
                 took[f"plain {size}"] = time.perf_counter() - begin
                 if round_number == 0:
                     pairs = zip(loop.current, trainer.policy.parameters, strict=True)
-                    differences[size] = max(float((a - b).abs().max()) for a, b in pairs)
+                    apart = [
+                        (float((a - b).detach().norm()), float((b - c).detach().norm())) for (a, b), c in zip(pairs, begun, strict=True)
+                    ]
+                    differences[size] = math.hypot(*(d for d, _ in apart)) / math.hypot(*(m for _, m in apart))
             if round_number:  # the first round warms up
                 phases.append({name: value for name, value in metrics.items() if name.startswith("time/")})
                 for name, value in took.items():
                     seconds[name].append(value)
             print(f"round {round_number}:", "  ".join(f"{name} {value:.2f} s" for name, value in took.items()), flush=True)
-    print(f"largest difference of a LoRA weight after one step: {max(differences.values()):.1e}")
+    print(f"difference of the LoRA weights after one step, relative to how far they moved: {max(differences.values()):.1e}")
     entries = []
     for name, values in seconds.items():
         ratios = sorted(v / f for v, f in zip(values, seconds["flowtilt"], strict=True))
@@ -198,7 +203,7 @@ def main():
     print("share of a step:", ", ".join(f"{name.removeprefix('time/')} {share:.1%}" for name, share in shares.items()))
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     common = {"command": "python " + " ".join(["benchmarks/step.py", *sys.argv[1:]]), "machine": machine}
-    entries[0] |= {"phases": shares, "largest_weight_difference_after_one_step": differences}
+    entries[0] |= {"phases": shares, "relative_weight_difference_after_one_step": differences}
     args.output.write_text(json.dumps([entry | common for entry in entries], indent=1) + "\n")
 
 
