@@ -124,7 +124,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(finished, tmp_path, mon
     assert contents(folder) == contents(finished)
 
 
-def test_every_role_and_clock_comes_back(finished):
+def test_every_role_and_clock_comes_back(finished, tmp_path):
+    finished = shutil.copytree(finished, tmp_path / "run")
     trainer = Trainer(open_run(finished, ["steps=5"]), resume=finished)
     saved = checkpoint.newest(finished)
     assert saved is not None
@@ -154,6 +155,49 @@ def test_a_folder_that_is_no_run_and_a_run_of_another_recipe_are_refused(finishe
 def test_a_new_run_never_writes_over_an_old_one(finished):
     with pytest.raises(UserError, match=r"not empty.*--resume"):
         Trainer(quick(finished))
+
+
+def test_without_one_readable_checkpoint_nothing_is_taken_back(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for state in folder.glob("checkpoints/*/state.json"):
+        state.write_text("{")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="none of its 2 checkpoints"):
+        Trainer(open_run(folder, []), resume=folder)
+    assert len(read_lines(folder / "metrics.jsonl")) == 4
+
+
+def test_a_resumed_run_remembers_its_new_length_and_refuses_to_go_back(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(UserError, match="already at rollout 4"):
+        Trainer(open_run(folder, ["steps=3"]), resume=folder)
+    Trainer(open_run(folder, ["steps=6"]), resume=folder)
+    assert open_run(folder, []).steps == 6
+
+
+def test_a_kill_in_the_midst_of_a_write_is_put_right(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "lora").rename(folder / ".lora.123.old")
+    (folder / "checkpoints" / ".step-000005.123.tmp").mkdir()
+    (folder / ".report.html.123.tmp").write_text("half")
+    trainer = Trainer(open_run(folder, []), resume=folder)
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert [path for path in folder.rglob(".*")] == []
+    trainer.run()
+    assert contents(folder) == contents(finished)
+
+
+def test_captions_are_encoded_alike_whatever_was_encoded_before():
+    from flowtilt.models.sd3 import SD3, load_pipeline
+
+    texts = ["a cross", "two red triangles", "a red circle left of a green square", "a blue square"]
+
+    def model():
+        return SD3(load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu")))
+
+    together, apart = model(), model()
+    whole = together.encode(texts).tensors["encoder_hidden_states"]
+    for k, text in reversed(list(enumerate(texts))):
+        assert torch.equal(apart.encode([text]).tensors["encoder_hidden_states"][0], whole[k])
 
 
 def test_nothing_temporary_is_left_behind(finished):

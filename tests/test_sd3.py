@@ -91,7 +91,7 @@ def test_each_distinct_caption_is_encoded_once_at_the_t5_length_that_was_asked_f
     monkeypatch.setattr(model.pipeline, "encode_prompt", counted)
     given = model.encode(["a cat", "a dog", "a cat", "a cat"])
     again = model.encode(["a dog"])
-    assert seen == [(["a cat", "a dog"], 20)]
+    assert seen == [(["a cat"], 20), (["a dog"], 20)]
     assert given.tensors["encoder_hidden_states"].shape == (4, 10 + 20, 160)
     assert torch.equal(given.tensors["encoder_hidden_states"][0], given.tensors["encoder_hidden_states"][2])
     assert torch.equal(given.tensors["encoder_hidden_states"][1], again.tensors["encoder_hidden_states"][0])
@@ -143,6 +143,8 @@ def test_the_shift_and_latents_come_from_the_pipeline(folder):
     model = load(folder)
     assert model.shift == 3.0 and model.latent_shape == (16, 8, 8)
     assert load(folder, resolution=32).latent_shape == (16, 16, 16)
+    with pytest.raises(UserError, match="beyond the 32"):
+        load(folder, resolution=64)
     with pytest.raises(UserError, match="multiple of 4"):
         load(folder, resolution=18)
     with pytest.raises(UserError, match="t5_length"):

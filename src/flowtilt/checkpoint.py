@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowtilt.errors import UserError
 from flowtilt.files import digest, whole_folder, write_json
 
 FORMAT = 1
@@ -55,12 +56,19 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or none; warns of each torn one it passes over."""
-    for folder in reversed(_folders(run)):
+    """The newest checkpoint that is whole, or none where none was ever written; warns of each torn one it passes over.
+
+    Raises:
+        UserError: there are checkpoints and none of them is whole.
+    """
+    folders = _folders(run)
+    for folder in reversed(folders):
         try:
             return _read(folder)
         except Exception as error:  # whatever a torn file makes a parser raise
             warnings.warn(f"checkpoint {folder.name} is damaged ({error}); going on from the one before", stacklevel=2)
+    if folders:
+        raise UserError(f"{run}: none of its {len(folders)} checkpoints can be read; restore one, or start a new run")
     return None
 
 

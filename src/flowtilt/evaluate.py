@@ -93,7 +93,8 @@ def evaluate(
     means = {name: _mean(name, value) for name, value in everything.items()}
     first = next(iter(everything.values()))
     tags = [prompt.tag for prompt, _ in rows]
-    by_tag = {tag: _mean(tag, first[[t == tag for t in tags]]) for tag in dict.fromkeys(tags) if tag}
+    of_tag = {tag: first[[t == tag for t in tags]] for tag in dict.fromkeys(tags) if tag}
+    by_tag = {tag: _mean(tag, values) for tag, values in of_tag.items() if not values.isnan().all()}
     told = [
         {"prompt": rows[k][0].text, "tag": tags[k], "score": None if first[k].isnan() else round(float(first[k]), 4), "note": notes[k]}
         for k in range(min(samples, images))

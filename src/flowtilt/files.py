@@ -68,6 +68,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(older, ignore_errors=True)
 
 
+def clean(folder: Path) -> None:
+    """Puts right what a kill in the midst of a write can leave: an old folder set aside comes back, temporary ones go."""
+    for aside in folder.glob(".*.old"):
+        whole = folder / aside.name.removeprefix(".").rsplit(".", 2)[0]
+        if whole.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.replace(whole)
+    for temporary in folder.glob(".*.tmp"):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns an OSError, or safetensors' own of the same cause, into one line."""

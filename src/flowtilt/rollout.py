@@ -61,7 +61,7 @@ class TrainingBatch:
 
     def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
         """Consecutive parts of at most `size` rows."""
-        for rows in torch.arange(len(self)).split(size):
+        for rows in torch.arange(len(self)).split(size) if len(self) else ():
             index = rows.to(self.x0.device)
             yield TrainingBatch(self.x0[index], self.eps[index], self.t[index], self.advantages[index], self.conditioning.select(rows))
 

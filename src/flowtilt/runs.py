@@ -14,10 +14,10 @@ from torch import Tensor
 from flowtilt.config import Recipe, load_recipe, to_toml
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
-from flowtilt.files import append_line, disk_errors, read_lines, whole_folder, write_atomic, write_json
+from flowtilt.files import append_line, clean, disk_errors, read_lines, whole_folder, write_atomic, write_json
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
-MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track")
+MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch")
 """Keys that a resumed run may set anew: they do not touch what was computed before."""
 
 
@@ -29,6 +29,8 @@ def create(recipe: Recipe) -> Path:
     """
     if recipe.run:
         folder = Path(recipe.run)
+        if folder.is_dir():
+            clean(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"run {folder}: not empty; go on with `flowtilt train --resume {folder}` or choose another run=…")
     else:
@@ -64,7 +66,12 @@ def open_run(folder: Path, overrides: list[str], recipe: Recipe | None = None) -
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Takes back what was logged after `step`, so that the resumed run writes it once."""
+    """Takes back what was written after `step`, so that the resumed run writes it once, and what a kill left half-written."""
+    for place in (folder, folder / "checkpoints", folder / "samples"):
+        clean(place)
+    for later in (folder / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
     for name in LOGS:
         if (folder / name).exists():
             kept = [record for record in read_lines(folder / name) if record["step"] <= step]

@@ -1,6 +1,7 @@
 """`flowtilt sample`: the same prompt and noise, with and without a LoRA, by our own sampler."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.errors import UserError
-from flowtilt.files import disk_errors
+from flowtilt.files import write_atomic
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.sd3 import SD3, load_pipeline
 from flowtilt.seeding import noise
@@ -126,9 +127,9 @@ def sample(
     if files:
         loaded.pipeline.set_adapters([f"lora{k}" for k in range(len(files))])
         columns.append(draw(loaded, prompts, **options))
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _sheet(columns).save(output, format="PNG")
+    picture = BytesIO()
+    _sheet(columns).save(picture, format="PNG")
+    write_atomic(output, picture.getvalue())
     return output
 
 

@@ -1,5 +1,7 @@
 """Where metrics go besides the run's own files: wandb, TensorBoard and trackio behind one small interface."""
 
+import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -46,23 +48,25 @@ class TensorBoard:
         self._writer.close()
 
 
-def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Sink]:
-    """The trackers a recipe asks for.
+def check_installed(names: Sequence[str]) -> None:
+    """Says before a run begins that a tracker is missing.
 
     Raises:
         UserError: one is not installed; names the extra.
     """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"track: {name} is not installed; pip install 'flowtilt[track]'")
+
+
+def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Sink]:
+    """The trackers a recipe asks for."""
     sinks: list[Sink] = []
     for name in names:
-        try:
-            if name == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                sinks.append(TensorBoard(SummaryWriter(str(run / "tensorboard"))))
-            else:
-                import importlib
-
-                sinks.append(Tracker(importlib.import_module(name), run, config))
-        except ImportError:
-            raise UserError(f"track: {name} is not installed; pip install 'flowtilt[track]'") from None
+            sinks.append(TensorBoard(SummaryWriter(str(run / "tensorboard"))))
+        else:
+            sinks.append(Tracker(importlib.import_module(name), run, config))
     return sinks

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from flowtilt import checkpoint, distributed, runs
 from flowtilt.advantages import combine, group_advantages, group_stds
-from flowtilt.config import Recipe
+from flowtilt.config import Recipe, to_toml
 from flowtilt.display import Display
 from flowtilt.environment import describe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
 from flowtilt.export import write_lora
-from flowtilt.files import append_line, read_lines, write_json
+from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
 from flowtilt.guards import Guards
 from flowtilt.learn import Learner, Scored
 from flowtilt.memory import MicroBatch
@@ -31,7 +31,7 @@ from flowtilt.rewards import score
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise
 from flowtilt.setup import build_objective, build_policy, evaluation_prompts, load_rewards, training_prompts
-from flowtilt.tracking import Sink, open_sinks
+from flowtilt.tracking import Sink, check_installed, open_sinks
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, resume: Path | None = None, world: distributed.World | None = None):
+        check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
         self.rewards = load_rewards({name: reward.source for name, reward in recipe.reward_table().items()})
@@ -79,11 +80,17 @@ class Trainer:
         main, folder = self.world.rank == 0, resume
         if folder is None:
             folder = Path(self.world.gather_json([str(runs.create(self.recipe))] if main else [])[0])
+        elif main:
+            clean(folder / "checkpoints")
+        self.world.barrier()
         found = checkpoint.newest(folder) if resume else None
         if found:
             self._load(found)
+        if self.clock.step > self.recipe.steps:
+            raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
-            runs.rewind(folder, self.clock.step if found else -1)
+            runs.rewind(folder, self.clock.step or -1)
+            write_atomic(folder / "recipe.toml", to_toml(self.recipe))
         if main:
             write_json(folder / "environment.json", describe(self.world.size))
         self.world.barrier()
@@ -102,6 +109,8 @@ class Trainer:
             if self.clock.step == 0:
                 self._evaluate(display)
                 self.save()
+            elif self.clock.step == self.recipe.steps and self._evaluated() != self.clock.step:
+                self._evaluate(display)
             while self.clock.step < self.recipe.steps and not self.stopped_by:
                 self._log(self._step(), display, sinks)
                 every = self.recipe.evaluate.every
@@ -232,10 +241,15 @@ class Trainer:
         self.clock = Clock(**found.state["clock"])
         self.learner.optimizer_step = found.state["optimizer_step"]
         self.guards = Guards(dict(found.state["guards"]))
-        self.micro_batch.size = found.state["micro_batch"]
+        if self.recipe.micro_batch == "auto":
+            self.micro_batch.size = found.state["micro_batch"]
         for role in ROLES:
             self.policy.load_state(role, found.tensors[role])
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"])
+
+    def _evaluated(self) -> int:
+        """The rollout after which the newest evaluation was made."""
+        return max((record["step"] for record in read_lines(self.run_folder / "evaluations.jsonl")), default=-1)
 
     def _finish(self) -> dict[str, object]:
         """summary.json, and the report once more with it."""
@@ -249,6 +263,8 @@ class Trainer:
             "protocol": self.recipe.protocol(),
         }
         if self.world.rank == 0:
+            # once more: a kill may have come between the last checkpoint and its LoRA
+            write_lora(self.policy, self.run_folder, self.recipe, self.clock.step)
             write_json(self.run_folder / "summary.json", summary)
             write_report(self.run_folder)
         self.world.barrier()

@@ -91,6 +91,9 @@ class SD3:
         self.device: torch.device = self.network.device
         scale = pipeline.vae_scale_factor
         size = resolution or self.network.config.sample_size * scale
+        largest = scale * self.network.config.patch_size * self.network.config.pos_embed_max_size
+        if size > largest:
+            raise UserError(f"model.resolution: {size} is beyond the {largest} that this network has positions for")
         if size % (scale * self.network.config.patch_size):
             raise UserError(f"model.resolution: {size} is not a multiple of {scale * self.network.config.patch_size}")
         self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, size // scale, size // scale)
@@ -102,13 +105,13 @@ class SD3:
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Conditioning of N captions, as the pipeline's own `encode_prompt` makes it; each distinct one is encoded once."""
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
-        for start in range(0, len(new), 32):
-            part = new[start : start + 32]
+        for text in new:
+            # one at a time: in a batch, roundings would depend on which captions happened to be new together
             with _no_truncation_warnings() if self.t5_length == 1 else nullcontext():
                 embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                    part, part, part, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_length
+                    [text], [text], [text], device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_length
                 )
-            self._cache.update(zip(part, zip(embeds, pooled, strict=True), strict=True))
+            self._cache[text] = (embeds[0], pooled[0])
         found = [self._cache[text] for text in texts]
         one = sum(x.nbytes for x in found[0])
         while len(self._cache) * one > CACHED_BYTES:

@@ -95,6 +95,8 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
         values = values.detach().float().cpu()
         if values.isinf().any():
             raise UserError(f'reward {name}: infinite for "{prompts[int(values.isinf().nonzero()[0])].text}"')
+        if output.notes and len(output.notes) != len(prompts):
+            raise UserError(f"reward {name}: returned {len(output.notes)} notes for {len(prompts)} images")
         scores[name] = values
         notes = [note or new for note, new in zip(notes, output.notes or notes, strict=True)]
     return scores, notes
