@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
+    quieten()
     if args.recipe and "=" in args.recipe and not Path(args.recipe).exists():
         args.recipe, args.overrides = None, [args.recipe, *args.overrides]
     if args.resume:
@@ -78,7 +79,6 @@ def _train(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
     else:
         raise UserError(f"train: which recipe? one of {', '.join(recipe_names())}, a .toml file, or --resume RUN")
-    quieten()
 
     from flowtilt import distributed
     from flowtilt.trainer import Trainer
@@ -118,6 +118,7 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    quieten()
     from flowtilt.sample import sample
 
     if args.steps is not None and args.steps < 1:
@@ -127,7 +128,6 @@ def _sample(args: argparse.Namespace) -> int:
 
         if args.solver not in SOLVERS:
             raise UserError(f"--solver: {args.solver!r} is not one of {', '.join(SOLVERS)}")
-    quieten()
     written = sample(
         args.prompts,
         args.output,
@@ -173,7 +173,6 @@ def quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE_LOADING", "1")
 
 
 def main(argv: list[str] | None = None) -> int:
