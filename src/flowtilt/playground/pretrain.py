@@ -320,6 +320,10 @@ def save(model: Model, vae: AutoencoderKL, words: CLIPTokenizer, work: Path, out
     )
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out)
+    for file in out.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a path of the machine that made it
+        file.write_text(json.dumps(config, indent=2) + "\n")
     for file in out.rglob("*.safetensors"):
         save_file({k: v.half().contiguous() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
 
