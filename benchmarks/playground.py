@@ -36,6 +36,7 @@ def fresh(trainer: Trainer, role: str, images: int) -> dict:
         trainer.judges,
         Sampler(e.solver, e.steps, e.guidance),
         images=images,
+        column=e.rewards[0],
         seed=FRESH_NOISE,
         samples=0,
         micro_batch=trainer.micro_batch.size,

@@ -117,7 +117,6 @@ def test_a_group_of_one_image_has_no_advantage(scale):
     [
         (torch.zeros(3), torch.zeros(2, dtype=torch.long), r"both be \[N\]"),
         (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.long), r"both be \[N\]"),
-        (torch.tensor([0.0, float("nan")]), torch.zeros(2, dtype=torch.long), "finite"),
         (torch.tensor([0.0, float("inf")]), torch.zeros(2, dtype=torch.long), "finite"),
     ],
 )
@@ -204,3 +203,35 @@ def test_what_cannot_be_combined_is_refused(how):
 def test_an_unknown_way_to_combine_is_refused():
     with pytest.raises(ValueError, match="'normalised' is not 'sum' or 'normalized'"):
         combine(SCORES, {"a": 1.0}, "normalised")
+
+
+# missing values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["global", "group"])
+def test_a_missing_reward_changes_nothing_for_the_others_of_its_group(scale):
+    rewards, groups = torch.tensor([1.0, 2.0, 4.0, 0.0, 3.0]), torch.tensor([0, 0, 0, 1, 1])
+    with_gap = torch.tensor([1.0, 2.0, NAN, 4.0, 0.0, 3.0, NAN])
+    found = group_advantages(with_gap, torch.tensor([0, 0, 0, 0, 1, 1, 1]), scale)
+    assert found.isnan().tolist() == [False, False, True, False, False, False, True]
+    assert torch.equal(found[~found.isnan()], group_advantages(rewards, groups, scale))
+
+
+def test_a_group_with_one_known_reward_has_nothing_to_compare():
+    assert group_advantages(torch.tensor([NAN, 5.0]), torch.tensor([0, 0])).nan_to_num(7.0).tolist() == [7.0, 0.0]
+
+
+@pytest.mark.parametrize("how", ["sum", "normalized"])
+def test_an_image_whose_judge_failed_has_no_total_instead_of_a_lower_one(how):
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    scores = {"a": torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 3.0]), "b": torch.tensor([1.0, NAN, 2.0, NAN, NAN, NAN])}
+    found = combine(scores, {"a": 1.0, "b": 1.0}, how, groups)
+    assert found.isnan().tolist() == [False, True, False, False, False, False]
+    # b does not apply to the second prompt: there a alone orders the images, as it would without b
+    alone = combine({"a": scores["a"]}, {"a": 1.0}, how, groups)
+    torch.testing.assert_close(found[3:], alone[3:])
+
+
+def test_a_prompt_that_no_reward_judges_is_an_error():
+    with pytest.raises(ValueError, match="no reward applies to image 2 or another of its prompt"):
+        combine({"a": torch.tensor([1.0, 2.0, NAN, NAN])}, {"a": 1.0}, "sum", torch.tensor([0, 0, 1, 1]))

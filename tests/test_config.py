@@ -273,7 +273,6 @@ WRONG = [
     ("rollout=5", "rollout: must be an object, not 5"),
     ("rewards={}", "rewards: Dictionary should have at least 1 item"),
     ("rewards.q=true", "rewards.q: must be a valid number or must be a valid string or must be an object, not True"),
-    ("rewards.q={weight=1}", "rewards.q.source: is missing"),
     ("rewards.playground=0", "rewards: every weight is 0"),
     ("micro_batch=foo", "micro_batch: must be a valid integer or must be 'auto', not 'foo'"),
     ("micro_batch=0", "micro_batch: must be at least 1"),

@@ -142,6 +142,85 @@ def test_a_file_that_holds_no_prompts_is_refused_in_one_line_that_says_where(tmp
     assert "\n" not in str(caught.value)
 
 
+def test_json_lines_keep_what_a_judge_asks(tmp_path):
+    """GenEval 2's keys."""
+    line = {"prompt": "a pig", "atom_count": 1, "vqa_list": [["Are there any pigs in the image?", "Yes"]], "skills": ["object"]}
+    assert load_prompts(written(tmp_path, json.dumps(line), "p.jsonl"))[0].metadata == {k: line[k] for k in list(line)[1:]}
+
+
+def test_a_json_list_holds_captions_or_objects(tmp_path):
+    path = written(
+        tmp_path, '[ "a cat",\n\n{"id": "005695-0057",\n "prompt": " a [dog],\\n"}, {"prompt": "x",\n"tag": "t"}\n,"a \u2028 b"]', "p.json"
+    )
+    prompts = load_prompts(path)
+    assert prompts == [Prompt("a cat"), Prompt("a [dog],", "", {"id": "005695-0057"}), Prompt("x", "t"), Prompt("a \u2028 b")]
+    assert [p.where for p in prompts] == [f"{path}:{line}" for line in (1, 3, 4, 6)]
+
+
+@FEW
+@given(captions=st.lists(st.text(min_size=1).filter(str.strip), min_size=1), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans())
+def test_any_json_list_is_read_with_the_lines_on_which_its_elements_begin(tmp_path_factory, captions, indent, ascii):
+    text = json.dumps([{"prompt": caption} for caption in captions], indent=indent, ensure_ascii=ascii)
+    text = text.encode("utf-8", "ignore").decode()  # no lone surrogates in a file
+    path = written(tmp_path_factory.mktemp("lists"), text.encode(), "p.json")
+    for prompt in load_prompts(path):
+        line = int(prompt.where.rpartition(":")[2])
+        assert text.split("\n")[line - 1].lstrip(" [").startswith("{")
+
+
+CSV = 'Prompts,Category\nA red cat.,Colors\n\n"A sign, ""Hi""",Text\n"two\nlines",Text\nA cat.,\n'
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_table_has_a_column_of_captions_and_perhaps_one_of_tags(tmp_path, delimiter):
+    """DrawBench's header; quotes as spreadsheets write them."""
+    name = "p.csv" if delimiter == "," else "p.TSV"
+    path = written(tmp_path, CSV.replace(",", delimiter).replace(f"sign{delimiter}", "sign,").replace("\n", "\r\n"), name)
+    prompts = load_prompts(path)
+    assert prompts == [Prompt("A red cat.", "Colors"), Prompt('A sign, "Hi"', "Text"), Prompt("two\nlines", "Text"), Prompt("A cat.")]
+    assert [p.where for p in prompts] == [f"{path}:{line}" for line in (2, 4, 5, 7)]
+
+
+def test_a_tables_other_columns_are_metadata(tmp_path):
+    path = written(tmp_path, "id,TEXT,prompt,note\n7,not this,a cat,\n8,nor this,a dog,x\n", "p.csv")
+    assert load_prompts(path) == [
+        Prompt("a cat", "", {"id": "7", "TEXT": "not this"}),
+        Prompt("a dog", "", {"id": "8", "TEXT": "nor this", "note": "x"}),
+    ]
+
+
+def test_quotes_that_enclose_no_field_are_text_in_a_tab_separated_file(tmp_path):
+    """A caption of PartiPrompts begins with the text to render; taking its quotes away would take the text away from OCR."""
+    path = written(tmp_path, 'Prompt\tCategory\n"H I" painted on a wall\tArts\na cat\tAnimals\n', "p.tsv")
+    assert load_prompts(path) == [Prompt('"H I" painted on a wall', "Arts"), Prompt("a cat", "Animals")]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.csv", "", "no prompt in the file"),
+        ("p.csv", "prompt,tag\n", "no prompt in the file"),
+        ("p.csv", "\nname,tag\na,b\n", "p.csv:2: no column prompt, caption, prompts or text; it has name, tag"),
+        ("p.csv", "prompt,tag\na cat,\n,colors\n", "p.csv:3: no prompt in the row"),
+        ("p.csv", "prompt,tag\na cat, a dog and a cow,\n", "p.csv:2: 3 cells under 2 columns"),
+        ("p.csv", 'prompt\na cat\n"a dog\na cow\n', "p.csv:3: not a readable row"),
+        ("p.csv", 'prompt\n"H I" on a wall\n', "p.csv:2: not a readable row"),
+        ("p.tsv", "prompt\ttag\na\tb\tc\n", "p.tsv:2: 3 cells under 2 columns"),
+        ("p.json", "", "p.json:1: not JSON"),
+        ("p.json", "[]", "no prompt in the file"),
+        ("p.json", '["a",\n"b"', "p.json:2: not JSON"),
+        ("p.json", '["a"] "b"', "p.json:1: not JSON"),
+        ("p.json", '{"prompt": "a"}', "p.json:1: not a JSON list; a file of one object a line is named .jsonl"),
+        ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "p.json:2: not JSON"),
+        ("p.json", '["a",\n\n{"text": "b"}]', 'p.json:3: no "prompt" text'),
+        ("p.json", '["a",\n" "]', 'p.json:2: no "prompt" text'),
+        ("p.json", "[[1]]", 'p.json:1: no "prompt" text'),
+    ],
+)
+def test_a_table_or_list_that_cannot_be_used_is_refused_in_one_line_that_says_where(tmp_path, name, data, message):
+    test_a_file_that_holds_no_prompts_is_refused_in_one_line_that_says_where(tmp_path, name, data, message)
+
+
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path):
     for path, reason in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=reason) as caught:

@@ -15,9 +15,10 @@ from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.rollout import TrainingBatch
+from flowtilt.rollout import Sampler, TrainingBatch, decode
 from flowtilt.seeding import noise
 from flowtilt.solvers import solve
+from flowtilt.stack import Stack
 
 
 def weights(run, role="current"):
@@ -101,16 +102,9 @@ def test_our_sampler_is_the_pipelines_own(guidance):
     theirs = pipeline(
         texts, latents=start.clone(), sigmas=uniform(5), guidance_scale=guidance, max_sequence_length=1, output_type="pt"
     ).images
-    from flowtilt.sample import draw
-
-    model = SD3(pipeline)
-    import flowtilt.sample
-
-    original, flowtilt.sample.noise = flowtilt.sample.noise, lambda *a: start
-    try:
-        ours = draw(model, texts, seed=0, steps=5, guidance=guidance, solver="euler", same_noise=False)
-    finally:
-        flowtilt.sample.noise = original
+    stack = Stack(SD3(pipeline), [])
+    latents = Sampler("euler", 5, guidance)(stack, "base", start, stack.model.encode(texts), 2)
+    ours = decode(stack, latents, 2)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
@@ -206,3 +200,70 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monke
     trainer.run()
     assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["nan"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+# rewards of every kind ---------------------------------------------------------------------------------
+
+REWARD = """
+import torch
+from flowtilt import RewardOutput
+
+class Mine:
+    remote = {remote}
+
+    def __init__(self, *, device, gap=0, offset=0.0):
+        assert device.type == "cpu"
+        self.gap, self.offset = gap, offset
+
+    def applies(self, prompt):
+        return ""
+
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3)) + self.offset
+        if self.gap:
+            scores[:: self.gap] = float("nan")
+        return RewardOutput(scores, details={{"red": images[:, 0].mean((1, 2))}})
+"""
+
+
+def mine(folder, *overrides, remote=False):
+    (folder / f"mine_{remote}.py").write_text(REWARD.format(remote=remote))
+    base = ["rewards.playground=0", "steps=2", "evaluate.every=0", "evaluate.rewards=['mine/red','mine']", "guards=warn"]
+    options = ", ".join(overrides)
+    source = f"{folder}/mine_{remote}.py:Mine"
+    return [*base, f'rewards.mine={{source="{source}", weight=1.0, options={{{options}}}}}']
+
+
+def test_missing_scores_are_left_out_counted_and_warned_about(tmp_path):
+    Trainer(quick(tmp_path / "run", *mine(tmp_path, "gap=5"))).run()
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["missing/mine"] for record in records] == [5, 5]  # of 24
+    assert all(record["reward/total"] == pytest.approx(record["reward/mine"]) for record in records)
+    assert "missing" in [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")]
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
+    evaluation = read_lines(tmp_path / "run" / "evaluations.jsonl")[0]
+    assert evaluation["missing"] == {"mine": 3} and evaluation["score"] == evaluation["rewards"]["mine/red"]
+
+
+def test_a_reward_is_built_with_its_options_and_an_unknown_one_is_refused_before_anything_is_written(tmp_path):
+    Trainer(quick(tmp_path / "run", *mine(tmp_path, "offset=10.0"))).run()
+    record = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert 10 < record["reward/mine"] < 11 and 0 < record["reward/mine/red"] < 1
+    with pytest.raises(UserError, match="rewards.mine: unknown option 'ofset'; did you mean 'offset'"):
+        Trainer(quick(tmp_path / "other", *mine(tmp_path, "ofset=1.0")))
+    assert not (tmp_path / "other").exists()
+
+
+def test_scoring_elsewhere_while_sampling_changes_no_score(tmp_path):
+    """A remote reward is asked part by part; images differ only by how their batches round."""
+    Trainer(quick(tmp_path / "here", *mine(tmp_path))).run()
+    Trainer(quick(tmp_path / "there", *mine(tmp_path, remote=True))).run()
+    here, there = (read_lines(tmp_path / run / "metrics.jsonl")[0] for run in ("here", "there"))
+    assert there["reward/mine"] == pytest.approx(here["reward/mine"], abs=1e-6)
+    for name, value in weights(tmp_path / "here").items():
+        torch.testing.assert_close(weights(tmp_path / "there")[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_a_score_that_the_evaluation_does_not_give_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no score 'mine/blue'; there are mine, mine/red"):
+        Trainer(quick(tmp_path / "run", *mine(tmp_path), "evaluate.rewards=['mine/blue']")).run()

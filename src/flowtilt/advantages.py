@@ -10,14 +10,18 @@ from torch import Tensor
 
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
-    """Mean of `values` [N] within each image's group, spread back to [N]; `groups` [N] are any integers."""
+    """Mean of the numbers among `values` [N] within each image's group, spread back to [N]; `groups` [N] are any integers.
+
+    NaN is a missing value and counts for nothing; a group of nothing but NaN has mean NaN.
+    """
     _, index = groups.unique(return_inverse=True)
-    number = torch.bincount(index).to(values.dtype)
-    return (values.new_zeros(len(number)).index_add_(0, index, values) / number)[index]
+    known = (~values.isnan()).to(values.dtype)
+    totals = values.new_zeros(int(index.max()) + 1 if len(index) else 0)
+    return (totals.index_add(0, index, values.nan_to_num(0.0)) / totals.index_add(0, index, known))[index]
 
 
 def group_stds(values: Tensor, groups: Tensor) -> Tensor:
-    """Population standard deviation of `values` [N] within each image's group, spread back to [N]."""
+    """Population standard deviation of `values` [N] within each image's group, spread back to [N]; NaN as in `group_means`."""
     return group_means((values - group_means(values, groups)).square(), groups).sqrt()
 
 
@@ -25,59 +29,66 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
     """A_i = (r_i - mean of its group) / (std + eps), [N] fp32; DiffusionNFT's and FlowGRPO's.
 
     Args:
-        rewards: [N], finite.
+        rewards: [N]; NaN is a missing value, compared with nobody: its advantage is NaN and its image is left out.
         groups: [N] integers, equal for the images of one prompt.
         scale: "global" divides by the std of all rewards of the rollout (around their common mean, the
             reference's default), "group" by that of the group.
         eps: added to the std; a group without variance has advantage 0 either way.
 
     Raises:
-        ValueError: shapes differ, a reward is not finite, or an unknown scale.
+        ValueError: shapes differ, a reward is infinite, or an unknown scale.
     """
     if rewards.shape != groups.shape or rewards.ndim != 1:
         raise ValueError(f"rewards and groups must both be [N], got {list(rewards.shape)} and {list(groups.shape)}")
-    if not torch.isfinite(rewards).all():
+    if rewards.isinf().any():
         raise ValueError("rewards must be finite")
     if scale not in ("global", "group"):
         raise ValueError(f"scale {scale!r} is not 'global' or 'group'")
     # float64, or equal rewards differ from their own mean by a rounding that a small std would blow up
     rewards = rewards.double()
     centred = rewards - group_means(rewards, groups)
-    std = group_stds(rewards, groups) if scale == "group" else rewards.std(correction=0)
-    varies = group_stds(rewards, groups) > 1e-12 * group_means(rewards.abs(), groups).clamp_min(1)
-    centred = torch.where(varies, centred, torch.zeros_like(centred))
+    std = group_stds(rewards, groups) if scale == "group" else rewards[~rewards.isnan()].std(correction=0)
+    flat = group_stds(rewards, groups) <= 1e-12 * group_means(rewards.abs(), groups).clamp_min(1)
+    centred = torch.where(flat & ~rewards.isnan(), torch.zeros_like(centred), centred)
     return (centred / (std + eps)).float()
 
 
-def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str = "sum") -> Tensor:
+def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str = "sum", groups: Tensor | None = None) -> Tensor:
     """One reward [N] from several: the weighted sum, of raw scores ("sum", the papers') or of each one normalised.
 
     "normalized" subtracts a reward's mean over the rollout and divides by its std, so that the reward of
-    the largest scale does not decide alone. A NaN means "does not apply": it adds nothing.
+    the largest scale does not decide alone. A NaN is a missing value. A reward that scores no image of a
+    group does not apply to its prompt and adds nothing there; where it misses only some of them, those
+    have no total (NaN): without the reward's share they would compare as bad.
 
     Args:
         scores: name -> [N].
         weights: name -> weight; a reward of weight 0 is only watched.
+        groups: [N] integers, equal for the images of one prompt; none takes every image for itself.
 
     Raises:
-        ValueError: no reward has a weight, one is infinite, an image has no reward that applies, or an unknown `how`.
+        ValueError: no reward has a weight, one is infinite, no image of a group has a total, or an unknown `how`.
     """
     if how not in ("sum", "normalized"):
         raise ValueError(f"how {how!r} is not 'sum' or 'normalized'")
     trained = [name for name, weight in weights.items() if weight]
     if not trained:
         raise ValueError("no reward has a weight other than 0")
-    for name in trained:
-        if scores[name].isinf().any():
-            raise ValueError(f"reward {name} is infinite for image {int(scores[name].isinf().nonzero()[0])}")
-    applies = torch.stack([~scores[name].isnan() for name in trained]).any(0)
-    if not applies.all():
-        raise ValueError(f"no reward applies to image {int((~applies).nonzero()[0])}")
-    total = torch.zeros(len(scores[trained[0]]), dtype=torch.float64)
+    groups = torch.arange(len(scores[trained[0]])) if groups is None else groups
+    total = torch.zeros(len(groups), dtype=torch.float64)
+    judged = torch.zeros(len(groups), dtype=torch.bool)
     for name in trained:
         score = scores[name].double()
+        if score.isinf().any():
+            raise ValueError(f"reward {name} is infinite for image {int(score.isinf().nonzero()[0])}")
         known = score[~score.isnan()]
         if how == "normalized" and len(known):
             score = (score - known.mean()) / (known.std(correction=0) + 1e-8)
-        total += weights[name] * score.nan_to_num(0.0)
+        elsewhere = group_means(score, groups).isnan()
+        total += weights[name] * torch.where(elsewhere, torch.zeros_like(score), score)
+        judged |= ~elsewhere
+    total[~judged] = torch.nan
+    lost = group_means(total, groups).isnan()
+    if lost.any():
+        raise ValueError(f"no reward applies to image {int(lost.nonzero()[0])} or another of its prompt")
     return total.float()

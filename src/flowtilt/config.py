@@ -103,9 +103,9 @@ class EvaluateSettings(Settings):
     every: int = Field(default=10, ge=0)
     """Rollouts between evaluations; 0 evaluates only before and after."""
     prompts: str | None = None
-    """Prompt file, or "playground"; none takes the test split of a playground run, else the training prompts."""
+    """Prompt file or a set's name; none takes the test split of a playground run, else the training prompts."""
     rewards: tuple[str, ...] = ()
-    """Rewards to report, the first of them as the score; none takes those of `[rewards]`."""
+    """Rewards to report, the first of them as the score, "geneval/strict" being a detail of one; none takes those of `[rewards]`."""
     images: int = Field(default=240, ge=1)
     """Images, spread evenly over tags and prompts, always from the same noise."""
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun"] = "euler"
@@ -119,10 +119,18 @@ class EvaluateSettings(Settings):
 
 
 class RewardSettings(Settings):
-    source: str = Field(min_length=1)
-    """A built-in reward's name or "file.py:function"."""
+    source: str | None = Field(default=None, min_length=1)
+    """A built-in reward's name, "file.py:function", or the address of a `flowtilt serve-rewards`; none takes the key's own name."""
     weight: float = 1.0
     """Its weight in the sum; 0 is measured and not trained on."""
+    compat: bool = False
+    """Give upstream's numbers also where upstream is wrong (docs/rewards.md says where)."""
+    options: dict[str, bool | int | float | str] = {}
+    """Further keywords for it."""
+
+    def keywords(self) -> dict[str, Any]:
+        """What the reward is built with."""
+        return {"compat": True, **self.options} if self.compat else dict(self.options)
 
 
 class Recipe(Settings):
@@ -131,9 +139,9 @@ class Recipe(Settings):
     model: ModelSettings
     """The base model."""
     prompts: str = Field(min_length=1)
-    """Training prompts: a .txt file (one a line), a .jsonl file, or "playground"."""
+    """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
     rewards: dict[str, float | str | RewardSettings] = Field(min_length=1)
-    """Name = weight, name = "file.py:function" (weight 1), or name = {source, weight}. Weight 0 is measured and not trained on."""
+    """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
     combine: Literal["sum", "normalized"] = "sum"
     """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""
     advantage: Literal["global", "group"] = "global"
@@ -182,7 +190,7 @@ class Recipe(Settings):
 
         def whole(name: str, value: float | str | RewardSettings) -> RewardSettings:
             if isinstance(value, RewardSettings):
-                return value
+                return value if value.source else value.model_copy(update={"source": name})
             return RewardSettings(source=value) if isinstance(value, str) else RewardSettings(source=name, weight=value)
 
         return {name: whole(name, value) for name, value in self.rewards.items()}
@@ -310,7 +318,9 @@ def _newer(below: dict[str, str], above: dict[str, str]) -> dict[str, str]:
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
+        if key == "rewards":  # what a run is for: a recipe that names its own means those alone
+            below[key] = value
+        elif isinstance(value, dict) and isinstance(below.get(key), dict):
             # another variant starts from its own defaults, not from the old one's values
             if key == "objective" and value.get("type", below[key].get("type")) != below[key].get("type"):
                 below[key] = {}

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 from flowtilt.environment import PACKAGES, processor, versions
+from flowtilt.errors import UserError
 from flowtilt.playground import pipeline_path
 from flowtilt.rewards import BUILT_IN
 from flowtilt.tracking import TRACKERS
@@ -29,8 +30,24 @@ def diagnose() -> list[str]:
         if shipped
         else "MISSING playground weights - reinstall flowtilt, or python -m flowtilt.playground.pretrain"
     )
-    lines += [f"ok      reward {name}" for name in BUILT_IN]
+    lines += [_reward(name) for name in BUILT_IN]
     for name in TRACKERS:
         found = importlib.util.find_spec(name) is not None
         lines.append(f"ok      tracker {name}" if found else f"note    tracker {name}: not installed - pip install 'flowtilt[track]'")
     return lines
+
+
+def _reward(name: str) -> str:
+    """Whether a reward's weights, packages or server are there; nothing is loaded."""
+    from flowtilt import weights
+
+    if name == "ocr" and importlib.util.find_spec("rapidocr") is None:
+        return "note    reward ocr: rapidocr is not installed - pip install 'flowtilt[rewards]'"
+    if name == "unifiedreward" and not os.environ.get("FLOWTILT_UNIFIEDREWARD_URL"):
+        return "note    reward unifiedreward: FLOWTILT_UNIFIEDREWARD_URL is not set"
+    try:
+        for needed in weights.NEEDED.get(name, ()):
+            weights.find(needed)
+    except UserError as error:
+        return f"note    reward {name}: {error}"
+    return f"ok      reward {name}"

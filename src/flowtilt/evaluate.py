@@ -1,18 +1,27 @@
-"""A score that can be compared: fixed prompts, each image always from its own noise, no prompt counted twice."""
+"""A score that can be compared: fixed prompts, each image always from its own noise, no prompt counted twice.
 
+The noise of an image is a function of the seed, its caption, and which copy of it this is. So an image is
+the same in training and afterwards, in a set of prompts or a part of it, in whatever order, on however
+many devices, and two models are compared on the same noise.
+"""
+
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
-from flowtilt.policy import Policy
+from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, score
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise
+
+Row = tuple[int, int]
+"""An image of an evaluation: the place of its prompt, and how many images of this prompt come before it."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +29,10 @@ class Evaluation:
     """What came out, over all ranks.
 
     Args:
-        score: mean of the first reward over the images to which it applies.
+        score: mean of the judged column over the images that have it.
         by_tag: the same for each tag; empty where prompts have none.
-        rewards: mean of each reward.
+        rewards: mean of each reward and detail.
+        missing: images without a score, of each column that misses any.
         images: how many were judged.
         samples: images [M, 3, H, W] for the report, with their prompts, scores and notes beside them.
     """
@@ -30,57 +40,75 @@ class Evaluation:
     score: float
     by_tag: dict[str, float]
     rewards: dict[str, float]
+    missing: dict[str, int]
     images: int
     samples: Tensor
     sample_rows: list[dict[str, object]]
 
 
-def spread(prompts: Sequence[Prompt], number: int) -> list[tuple[Prompt, int]]:
-    """`number` pairs of a prompt and how often it was met before; tags take turns, and prompts within a tag."""
+def each(prompts: Sequence[Prompt], copies: int) -> list[Row]:
+    """Every prompt `copies` times."""
+    return [(index, copy) for index in range(len(prompts)) for copy in range(copies)]
+
+
+def spread(prompts: Sequence[Prompt], number: int) -> list[Row]:
+    """`number` images; tags take turns, and prompts within a tag."""
     tags = list(dict.fromkeys(p.tag for p in prompts))
-    by_tag = [[p for p in prompts if p.tag == tag] for tag in tags]
+    by_tag = [[index for index, p in enumerate(prompts) if p.tag == tag] for tag in tags]
     found = []
     for k in range(number):
         members = by_tag[k % len(tags)]
-        again, place = divmod(k // len(tags), len(members))
+        copy, place = divmod(k // len(tags), len(members))
         # a fixed stride through the tag's prompts, so that a small number still sees all of its kinds
-        found.append((members[place * _stride(len(members)) % len(members)], again))
+        found.append((members[place * _stride(len(members)) % len(members)], copy))
     return found
 
 
 def _stride(length: int) -> int:
     """A step near the golden section that visits all of `length` places."""
     step = max(1, round(length * 0.618))
-    while torch.gcd(torch.tensor(step), torch.tensor(length)) != 1:
+    while math.gcd(step, length) != 1:
         step += 1
     return step
 
 
+def draw(
+    drawing: Drawing, role: str, prompts: Sequence[Prompt], rows: Sequence[Row], sampler: Sampler, seed: int, micro_batch: int
+) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] of N rows."""
+    texts = [prompts[index].text for index, _ in rows]
+    keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") for text in texts]
+    positions = [(key, copy) for key, (_, copy) in zip(keys, rows, strict=True)]
+    start = noise(seed, "evaluate", positions, drawing.model.latent_shape).to(drawing.model.device)
+    return decode(drawing, sampler(drawing, role, start, drawing.model.encode(texts), micro_batch), micro_batch)
+
+
 def evaluate(
-    policy: Policy,
+    drawing: Drawing,
     role: str,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     sampler: Sampler,
     *,
     images: int,
+    column: str,
     seed: int,
     samples: int,
     micro_batch: int,
     world: World,
 ) -> Evaluation:
-    """Draws and judges `images` images. Image k depends on (seed, k) alone, whatever the number of processes.
+    """Draws and judges `images` images, spread over the prompts.
+
+    Args:
+        column: the reward, or "reward/detail", that is the score.
 
     Raises:
-        UserError: a reward fails, or applies to none of the images.
+        UserError: a reward fails, applies to none of the images, or there is no such column.
     """
     rows = spread(prompts, images)
     mine = list(world.share(images))
-    own = [rows[k][0] for k in mine]
-    start = noise(seed, "evaluate", [(k,) for k in mine], policy.model.latent_shape).to(policy.model.device)
-    latents = sampler(policy, role, start, policy.model.encode([p.text for p in own]), micro_batch)
-    pictures = decode(policy, latents, micro_batch)
-    scores, notes = score(rewards, pictures, own)
+    pictures = draw(drawing, role, prompts, [rows[k] for k in mine], sampler, seed, micro_batch)
+    scores, notes = score(rewards, pictures, [prompts[rows[k][0]] for k in mine])
 
     everything = {name: world.gather(value.to(world.device), images).cpu() for name, value in scores.items()}
     notes = world.gather_json(notes)
@@ -90,20 +118,33 @@ def evaluate(
             kept[k] = pictures[place]
     world.sum_([kept])
 
-    means = {name: _mean(name, value) for name, value in everything.items()}
-    first = next(iter(everything.values()))
-    tags = [prompt.tag for prompt, _ in rows]
-    of_tag = {tag: first[[t == tag for t in tags]] for tag in dict.fromkeys(tags) if tag}
-    by_tag = {tag: _mean(tag, values) for tag, values in of_tag.items() if not values.isnan().all()}
+    if column not in everything:
+        raise UserError(f"evaluate.rewards: no score {column!r}; there are {', '.join(everything)}")
+    judged = everything[column]
+    tags = [prompts[index].tag for index, _ in rows]
+    of_tag = {tag: judged[[t == tag for t in tags]] for tag in dict.fromkeys(tags) if tag}
     told = [
-        {"prompt": rows[k][0].text, "tag": tags[k], "score": None if first[k].isnan() else round(float(first[k]), 4), "note": notes[k]}
+        {
+            "prompt": prompts[rows[k][0]].text,
+            "tag": tags[k],
+            "score": None if judged[k].isnan() else round(float(judged[k]), 4),
+            "note": notes[k],
+        }
         for k in range(min(samples, images))
     ]
-    return Evaluation(next(iter(means.values())), by_tag, means, images, kept[: len(told)].cpu(), told)
+    return Evaluation(
+        _mean(column, judged),
+        {tag: _mean(tag, values) for tag, values in of_tag.items() if not values.isnan().all()},
+        {name: _mean(name, value) for name, value in everything.items()},
+        {name: count for name, value in everything.items() if (count := int(value.isnan().sum()))},
+        images,
+        kept[: len(told)].cpu(),
+        told,
+    )
 
 
 def _mean(name: str, values: Tensor) -> float:
     known = values[~values.isnan()]
     if not len(known):
-        raise UserError(f"reward {name}: applies to none of the evaluation's prompts")
+        raise UserError(f"reward {name}: gives none of the evaluation's images a score")
     return float(known.double().mean())

@@ -21,12 +21,16 @@ from flowtilt.seeding import generator
 
 @dataclass(frozen=True)
 class Scored:
-    """This rank's share of a rollout: x0 [n, ...], advantages [n], conditioning of n captions, and which of all images they are."""
+    """This rank's share of a rollout: x0 [n, ...], advantages [n], conditioning of n captions, and which of all images they are.
+
+    `kept` [all images] is false where an image has no score: it is trained on nowhere.
+    """
 
     x0: Tensor
     advantages: Tensor
     conditioning: Conditioning
     indices: range
+    kept: Tensor
 
 
 class Learner:
@@ -41,14 +45,15 @@ class Learner:
     def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
         per_rollout = self.recipe.optimizer.steps_per_rollout
-        number = self.recipe.rollout.prompts * self.recipe.rollout.images_per_prompt
-        order = torch.randperm(number, generator=generator(self.recipe.seed, "order", step)).tolist()
+        order = torch.randperm(len(rollout.kept), generator=generator(self.recipe.seed, "order", step))
+        order = order[rollout.kept[order]].tolist()
+        number = len(order)
         means: dict[str, float] = {}
         skipped = 0
         for k in range(per_rollout):
             chunk = order[number * k // per_rollout : number * (k + 1) // per_rollout]
             batch = self._noised(step, rollout, [i for i in chunk if i in rollout.indices])
-            pairs = len(chunk) * self.recipe.objective.times_per_image
+            pairs = max(1, len(chunk)) * self.recipe.objective.times_per_image
             sums = self.micro_batch.fit(lambda size, batch=batch, pairs=pairs: self._gradients(batch, pairs, size))
             norm = self._update(sums, phases)
             skipped += not norm < float("inf")

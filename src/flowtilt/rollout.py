@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.flow import sigma_schedule
-from flowtilt.models.base import Conditioning
-from flowtilt.policy import Policy
+from flowtilt.models.base import Conditioning, Drawing
 from flowtilt.solvers import solve
 
 
@@ -21,10 +20,10 @@ class Sampler:
     guidance: float = 1.0
 
     @torch.no_grad()
-    def __call__(self, policy: Policy, role: str, noise: Tensor, conditioning: Conditioning, micro_batch: int) -> Tensor:
+    def __call__(self, drawing: Drawing, role: str, noise: Tensor, conditioning: Conditioning, micro_batch: int) -> Tensor:
         """Latents [N, ...] fp32 from noise [N, ...] and the conditioning of N captions, `micro_batch` images at a time."""
-        sigmas = sigma_schedule(self.steps, policy.model.shift)
-        empty = policy.model.encode([""]) if self.guidance != 1 else None
+        sigmas = sigma_schedule(self.steps, drawing.model.shift)
+        empty = drawing.model.encode([""]) if self.guidance != 1 else None
         parts = []
         for rows in torch.arange(len(noise)).split(micro_batch):
             given = conditioning.select(rows)
@@ -32,8 +31,8 @@ class Sampler:
 
             def velocity(x: Tensor, sigma: Tensor, both: Conditioning = both) -> Tensor:
                 if self.guidance == 1:
-                    return policy.velocity(role, x, sigma, both)
-                v, free = policy.velocity(role, torch.cat([x, x]), sigma, both).chunk(2)
+                    return drawing.velocity(role, x, sigma, both)
+                v, free = drawing.velocity(role, torch.cat([x, x]), sigma, both).chunk(2)
                 return free + self.guidance * (v - free)
 
             parts.append(solve(velocity, noise[rows.to(noise.device)], sigmas, self.solver))
@@ -41,9 +40,9 @@ class Sampler:
 
 
 @torch.no_grad()
-def decode(policy: Policy, latents: Tensor, micro_batch: int) -> Tensor:
+def decode(drawing: Drawing, latents: Tensor, micro_batch: int) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] of latents [N, ...]."""
-    return torch.cat([policy.model.decode(part) for part in latents.split(micro_batch)])
+    return torch.cat([drawing.model.decode(part) for part in latents.split(micro_batch)])
 
 
 @dataclass(frozen=True)

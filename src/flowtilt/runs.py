@@ -8,13 +8,11 @@ import json
 import shutil
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor
-
 from flowtilt.config import Recipe, load_recipe, to_toml
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
 from flowtilt.files import append_line, clean, disk_errors, read_lines, whole_folder, write_atomic, write_json
+from flowtilt.pictures import to_png
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
 MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch")
@@ -81,18 +79,12 @@ def rewind(folder: Path, step: int) -> None:
             shutil.rmtree(samples)
 
 
-def save_image(image: Tensor, path: Path) -> None:
-    """Writes an image [3, H, W] in [0, 1] as PNG."""
-    pixels = (image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path)
-
-
 def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) -> None:
     """Logs an evaluation and keeps its samples as PNG files with their captions and verdicts."""
     with whole_folder(folder / "samples" / f"step-{step:06d}") as temporary:
         for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
             row["file"] = f"{k:02d}.png"
-            save_image(image, temporary / f"{k:02d}.png")
+            (temporary / f"{k:02d}.png").write_bytes(to_png(image))
         write_json(temporary / "index.json", found.sample_rows)
     record = {
         "step": step,
@@ -100,6 +92,7 @@ def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) 
         "images": found.images,
         "by_tag": found.by_tag,
         "rewards": found.rewards,
+        "missing": found.missing,
         "seconds": seconds,
     }
     append_line(folder / "evaluations.jsonl", record)

@@ -1,7 +1,6 @@
 """From a recipe's names to the things they name."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,8 +10,8 @@ from flowtilt.models.sd3 import SD3, load_pipeline
 from flowtilt.objectives.nft import NFT
 from flowtilt.playground import world as playground
 from flowtilt.policy import Policy
-from flowtilt.prompts import Prompt, load_prompts
-from flowtilt.rewards import Reward, load_reward
+from flowtilt.prompts import Prompt, sets
+from flowtilt.rewards import Reward, applies, load_reward
 
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
@@ -31,9 +30,9 @@ def training_prompts(recipe: Recipe) -> list[Prompt]:
     """The prompts to train on.
 
     Raises:
-        UserError: the file can't be used, or has fewer prompts than a rollout.
+        UserError: the file or set can't be used, or has fewer prompts than a rollout.
     """
-    prompts = _prompts(recipe.prompts, "train")
+    prompts = load_prompts(recipe.prompts, "train")
     if len(prompts) < recipe.rollout.prompts:
         few = f"{len(prompts)} prompts, but a rollout takes {recipe.rollout.prompts}"
         raise UserError(f"prompts {recipe.prompts}: {few}; add prompts or lower rollout.prompts")
@@ -43,16 +42,34 @@ def training_prompts(recipe: Recipe) -> list[Prompt]:
 def evaluation_prompts(recipe: Recipe, training: list[Prompt]) -> list[Prompt]:
     """The prompts to evaluate on: the recipe's own, else the playground's test split beside its train split, else the training prompts."""
     source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts == "playground" else None)
-    return _prompts(source, "test") if source else training
+    return load_prompts(source, "test") if source else training
 
 
-def _prompts(source: str, split: str) -> list[Prompt]:
-    if source == "playground" and not Path(source).exists():
+def load_prompts(source: str, split: str = "test") -> list[Prompt]:
+    """The prompts of a file or a named set; `split` is the playground's."""
+    if source == "playground":
         return playground.prompts("train" if split == "train" else "test")
-    return load_prompts(source)
+    return sets.load(source)
 
 
-def load_rewards(sources: Mapping[str, str], known: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
-    """Rewards by name; one that is `known` already is not loaded again."""
-    known = known or {}
-    return {name: known[name] if name in known else load_reward(name, source) for name, source in sources.items()}
+def training_rewards(recipe: Recipe, device: torch.device) -> dict[str, Reward]:
+    """The recipe's `[rewards]`."""
+    return {
+        name: load_reward(name, settings.source or name, device=device, options=settings.keywords())
+        for name, settings in recipe.reward_table().items()
+    }
+
+
+def judging_rewards(recipe: Recipe, trained: Mapping[str, Reward], device: torch.device) -> dict[str, Reward]:
+    """The rewards of the recipe's evaluation; one that is trained already is not loaded again."""
+    names = dict.fromkeys(column.partition("/")[0] for column in recipe.evaluate.rewards)
+    return {name: trained[name] if name in trained else load_reward(name, name, device=device) for name in names} or dict(trained)
+
+
+def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Raises UserError at the first prompt whose images none of the rewards could judge."""
+    for prompt in prompts:
+        why = {name: applies(reward, prompt) for name, reward in rewards.items()}
+        if all(why.values()):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+            raise UserError(f'prompts {prompt.where or "given"}: no reward applies to "{prompt.text}" ({reasons})')

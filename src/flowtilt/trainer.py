@@ -27,10 +27,18 @@ from flowtilt.phases import Phases
 from flowtilt.policy import ROLES
 from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.report import write_report
-from flowtilt.rewards import score
 from flowtilt.rollout import Sampler, decode
+from flowtilt.scoring import Scoring
 from flowtilt.seeding import noise
-from flowtilt.setup import build_objective, build_policy, evaluation_prompts, load_rewards, training_prompts
+from flowtilt.setup import (
+    build_objective,
+    build_policy,
+    check_prompts,
+    evaluation_prompts,
+    judging_rewards,
+    training_prompts,
+    training_rewards,
+)
 from flowtilt.tracking import Sink, check_installed, open_sinks
 
 
@@ -59,10 +67,11 @@ class Trainer:
         check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
-        self.rewards = load_rewards({name: reward.source for name, reward in recipe.reward_table().items()})
+        self.rewards = training_rewards(recipe, self.world.device)
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
-        self.judges = load_rewards({name: name for name in recipe.evaluate.rewards}, self.rewards) or self.rewards
+        self.judges = judging_rewards(recipe, self.rewards, self.world.device)
         self.prompts = training_prompts(recipe)
+        check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.policy = build_policy(recipe, self.world.device)
         self.objective = build_objective(recipe.objective)
@@ -161,25 +170,37 @@ class Trainer:
         number = r.prompts * r.images_per_prompt
         mine = self.world.share(number)
         own = [drawn[i // r.images_per_prompt] for i in mine]
+        groups = torch.arange(number) // r.images_per_prompt
+        positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
         with phases("sample"):
             conditioning = policy.model.encode([p.text for p in own])
-            positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
-            start = noise(self.recipe.seed, "rollout", positions, policy.model.latent_shape).to(policy.model.device)
-            x0 = self.micro_batch.fit(lambda size: Sampler(r.solver, r.steps, r.guidance)(policy, "old", start, conditioning, size))
-        with phases("decode"):
-            images = self.micro_batch.fit(lambda size: decode(policy, x0, size))
-        with phases("reward"):
-            scores, _ = score(self.rewards, images, own)
+        parts, sampler = [], Sampler(r.solver, r.steps, r.guidance)
+        with Scoring(self.rewards) as scoring:
+            for rows in scoring.parts(len(own)):
+                with phases("sample"):
+                    start = noise(self.recipe.seed, "rollout", [positions[k] for k in rows], policy.model.latent_shape)
+                    start, given = start.to(policy.model.device), conditioning.select(rows)
+                    x0 = self.micro_batch.fit(lambda size, start=start, given=given: sampler(policy, "old", start, given, size))
+                with phases("decode"):
+                    images = self.micro_batch.fit(lambda size, x0=x0: decode(policy, x0, size))
+                scoring.add(images, [own[k] for k in rows])
+                parts.append(x0)
+            with phases("reward"):
+                scores, missing = scoring.finish()
         with phases("sync"):
-            everything = {name: self.world.gather(value.to(self.world.device), number).cpu() for name, value in scores.items()}
+            scores = {name: self.world.gather(value.to(self.world.device), number).cpu() for name, value in scores.items()}
+            missing = {name: self.world.gather(value.float().to(self.world.device), number).cpu() for name, value in missing.items()}
         try:
-            total = combine(everything, self.weights, self.recipe.combine)
+            total = combine(scores, self.weights, self.recipe.combine, groups)
         except ValueError as error:
-            raise UserError(f"rewards: {error} (step {step}); every image needs a score that is a number") from None
-        groups = torch.arange(number) // r.images_per_prompt
+            raise UserError(f"rewards: {error} (step {step})") from None
         advantages = group_advantages(total, groups, self.recipe.advantage)
-        metrics = _reward_metrics(everything, total, groups, len({p.text for p in drawn}))
-        return Scored(x0, advantages[mine.start : mine.stop].to(x0.device), conditioning, mine), metrics
+        metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
+        x0 = torch.cat(parts)
+        own_advantages = advantages[mine.start : mine.stop].to(x0.device)
+        return Scored(x0, own_advantages, conditioning, mine, ~advantages.isnan()), metrics | {
+            "prompts/unique": len({p.text for p in drawn})
+        }
 
     # what a run leaves behind --------------------------------------------------------------------------
 
@@ -209,6 +230,7 @@ class Trainer:
                 self.judges,
                 Sampler(e.solver, e.steps, e.guidance),
                 images=e.images,
+                column=e.rewards[0] if e.rewards else next(iter(self.judges)),
                 seed=self.recipe.seed,
                 samples=min(e.samples, e.images),
                 micro_batch=size,
@@ -271,16 +293,18 @@ class Trainer:
         return summary
 
 
-def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor, unique: int) -> dict[str, float]:
+def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:
     """What a rollout's rewards say: of each reward its mean and std, of the total also the tops of its groups."""
     found: dict[str, float] = {}
     for name, value in {**scores, "total": total}.items():
         known = value[~value.isnan()].double()
         found[f"reward/{name}"] = float(known.mean()) if len(known) else float("nan")
         found[f"reward/{name}_std"] = float(known.std(correction=0)) if len(known) else float("nan")
-    ordered = total.view(int(groups[-1]) + 1, -1).sort(1, descending=True).values.double()
+    by_group = total.double().nan_to_num(nan=-torch.inf).view(int(groups[-1]) + 1, -1)
+    ordered = by_group.sort(1, descending=True).values
+    ordered = ordered.where(ordered.isfinite(), torch.nan)
     for percent in (10, 25, 50, 75):
         top = max(1, ordered.shape[1] * percent // 100)
-        found[f"reward/top_{percent}"] = float(ordered[:, :top].mean())
+        found[f"reward/top_{percent}"] = float(ordered[:, :top].nanmean())
     flat = group_stds(total.double(), groups).view(len(ordered), -1)[:, 0] < 1e-12
-    return {**found, "groups/without_variance": float(flat.double().mean()), "prompts/unique": unique}
+    return {**found, "groups/without_variance": float(flat.double().mean())}

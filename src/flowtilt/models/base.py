@@ -56,3 +56,14 @@ class Model(Protocol):
     def save_lora(self, folder: str, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
         """Writes `pytorch_lora_weights.safetensors`, alpha included, as the family's diffusers pipeline loads it."""
         ...
+
+
+class Drawing(Protocol):
+    """A model whose network has several weights, by role: what a sampler draws from."""
+
+    @property
+    def model(self) -> Model: ...
+
+    def velocity(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """v [N, ...] fp32 of a role at x_t [N, ...] and t [] or [N]."""
+        ...

@@ -8,6 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from transformers.utils import logging as transformers_logging
 
 from flowtilt.errors import UserError
+from flowtilt.files import digest
 from flowtilt.models.base import Conditioning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +55,20 @@ def load_pipeline(path: str, *, revision: str | None, dtype: str, device: torch.
         for logging in loggers:
             logging.enable_progress_bar()
     return pipeline.to(device)
+
+
+def fingerprint(path: str, revision: str | None) -> dict[str, str]:
+    """Which weights these are: a hub snapshot's commit, or the SHA-256 of each weights file of a folder."""
+    if path == "playground":
+        from flowtilt.playground import pipeline_path
+
+        path = str(pipeline_path())
+    if os.path.isdir(path):
+        return {str(file.relative_to(path)): digest(file) for file in sorted(Path(path).rglob("*.safetensors"))}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    return {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
 
 
 @contextmanager

@@ -1,15 +1,13 @@
 """What is best read as a list or a table: tags, guards, timings, the recipe, the environment."""
 
-import json
 import math
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from flowtilt.report.bars import divided_bar, paired_bars, swatch
 from flowtilt.report.loading import Record, Run
-from flowtilt.report.markup import folded, none_yet, scrolling
+from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
 from flowtilt.report.numbers import duration, fixed, number, short
 
 PHASES = {
@@ -126,16 +124,4 @@ def environment(run: Run) -> str:
     """Versions, device, command: flattened."""
     if not run.environment:
         return none_yet("The folder holds no environment.json.")
-    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in _flat(run.environment))
-    return folded("environment.json", scrolling("Environment", f"<table>{rows}</table>"))
-
-
-def _flat(tree: Record, prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", _plain(value))]
-    return found
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return folded("environment.json", flat_table("Environment", run.environment))

@@ -1,14 +1,19 @@
-"""Rewards: plain functions of images and prompts.
+"""Rewards: functions of images and prompts.
 
     def reward(images: Tensor[N, 3, H, W] in [0, 1], prompts: list[Prompt]) -> Tensor[N] | RewardOutput
 
-NaN means "does not apply to this image". An exception is an error of the run, never a score of 0.
+A class is built once, as `Class(device=…, **options)`, and its instance is called like a function. It may
+have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" where it can.
+NaN means "has no score for this image". An exception is an error of the run, never a score of 0.
 """
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,34 +24,70 @@ from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
 
 BUILT_IN = {
+    "pickscore": "flowtilt.rewards.pickscore:PickScore",
+    "clipscore": "flowtilt.rewards.clipscore:ClipScore",
+    "hpsv2": "flowtilt.rewards.hpsv2:HPSv2",
+    "aesthetic": "flowtilt.rewards.aesthetic:Aesthetic",
+    "imagereward": "flowtilt.rewards.imagereward:ImageReward",
+    "geneval": "flowtilt.rewards.geneval:GenEval",
+    "ocr": "flowtilt.rewards.ocr:OCR",
+    "unifiedreward": "flowtilt.rewards.unifiedreward:UnifiedReward",
+    "jpeg_compressibility": "flowtilt.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "flowtilt.rewards.jpeg:incompressibility",
     "playground": "flowtilt.rewards.playground:playground",
     "playground_strict": "flowtilt.rewards.playground:playground_strict",
     "playground_partial": "flowtilt.rewards.playground:playground_partial",
 }
+PAPER = ("geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward")
+"""The eight of DiffusionNFT's table, which `--rewards all` names."""
 
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """Scores [N] and, where a reward can say why, one note an image ("" where all is well)."""
+    """Scores [N] and, where a reward can say why, one note an image ("" where all is well).
+
+    Args:
+        details: further scores [N] of the same judgement, by name; "strict" of the reward "geneval" is
+            reported as "geneval/strict".
+    """
 
     scores: Tensor
     notes: Sequence[str] = ()
+    details: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Reward = Callable[[Tensor, list[Prompt]], Tensor | RewardOutput]
 
 
-def load_reward(name: str, source: str) -> Reward:
-    """The function that `source` names: a built-in reward, or "path/to/file.py:function".
+def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", options: Mapping[str, Any] | None = None) -> Reward:
+    """The reward that `source` names: a built-in one, "path/to/file.py:function", or a server's "http://host:port".
+
+    Args:
+        name: what the recipe calls it; a server is asked for the reward of this name.
+        device: where its models go.
+        options: keywords for it.
 
     Raises:
-        UserError: there is no such reward, file or function, or importing the file fails.
+        UserError: there is no such reward, file, function or option, importing the file fails, or weights are missing.
     """
+    found = find_reward(name, source)
+    options = dict(options or {})
+    is_class = inspect.isclass(found)
+    _check_options(name, found, options)
+    if source.startswith(("http://", "https://")):
+        return cast(Reward, partial(found, url=source, reward=name)(**options))
+    return cast(Reward, found(device=torch.device(device), **options) if is_class else partial(found, **options) if options else found)
+
+
+def find_reward(name: str, source: str) -> Any:
+    """The function or class behind `source`, not yet built; see `load_reward`."""
+    if source.startswith(("http://", "https://")):
+        from flowtilt.rewards.served import Served
+
+        return Served
     target = BUILT_IN.get(source, source)
     place, colon, function = target.rpartition(":")
     if not colon:
-        from difflib import get_close_matches
-
         near = get_close_matches(source, BUILT_IN, 1)
         hint = f"did you mean {near[0]!r}?" if near else f'built in are {", ".join(BUILT_IN)}; your own is "file.py:function"'
         raise UserError(f"rewards.{name}: no reward {source!r}; {hint}")
@@ -67,12 +108,30 @@ def load_reward(name: str, source: str) -> Reward:
     found: Any = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"rewards.{name}: no function {function!r} in {place}")
-    return cast(Reward, found)
+    return found
+
+
+def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(found).parameters
+    known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in ("device", "url", "reward")]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in options:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}" if known else "it has no options"
+            raise UserError(f"rewards.{name}: unknown option {key!r}; {hint}")
+
+
+def applies(reward: Reward, prompt: Prompt) -> str:
+    """Why a reward can't judge images of this prompt; "" where it can."""
+    ask = getattr(reward, "applies", None)
+    return ask(prompt) if ask else ""
 
 
 @torch.no_grad()
 def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[str]]:
-    """Scores [N] fp32 on the CPU of each reward, and one note an image, the first that any reward gives.
+    """Scores [N] fp32 on the CPU of each reward and detail, and one note an image, the first that any reward gives.
 
     Raises:
         UserError: a reward raises, or returns another shape or an infinity; names the reward and a prompt.
@@ -84,19 +143,22 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
             output = reward(images, list(prompts))
         except Exception as error:
             cause = " ".join(str(error).split())
-            raise UserError(
-                f'reward {name} failed: {type(error).__name__}: {cause} (prompts from "{prompts[0].text}" on); nothing was scored'
-            ) from error
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            raise UserError(f'reward {name} failed: {kind}{cause} (prompts from "{prompts[0].text}" on); nothing was scored') from error
         output = output if isinstance(output, RewardOutput) else RewardOutput(output)
-        values = output.scores
-        if not isinstance(values, Tensor) or values.shape != (len(prompts),):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise UserError(f"reward {name}: returned {got}, want a tensor of shape [{len(prompts)}]")
-        values = values.detach().float().cpu()
-        if values.isinf().any():
-            raise UserError(f'reward {name}: infinite for "{prompts[int(values.isinf().nonzero()[0])].text}"')
+        for column, values in {name: output.scores, **{f"{name}/{key}": value for key, value in output.details.items()}}.items():
+            scores[column] = _checked(column, values, prompts)
         if output.notes and len(output.notes) != len(prompts):
             raise UserError(f"reward {name}: returned {len(output.notes)} notes for {len(prompts)} images")
-        scores[name] = values
         notes = [note or new for note, new in zip(notes, output.notes or notes, strict=True)]
     return scores, notes
+
+
+def _checked(column: str, values: Any, prompts: Sequence[Prompt]) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != (len(prompts),):
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"reward {column}: returned {got}, want a tensor of shape [{len(prompts)}]")
+    values = values.detach().float().cpu()
+    if values.isinf().any():
+        raise UserError(f'reward {column}: infinite for "{prompts[int(values.isinf().nonzero()[0])].text}"')
+    return values

@@ -1,44 +1,19 @@
-"""The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
+"""`flowtilt train`, `sample`, `recipes` and `keys`."""
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any
 
+from flowtilt.cli.quiet import quieten
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.errors import UserError
 
-EPILOG = """examples:
-  flowtilt train playground                      the first run: a laptop's CPU, a minute or two
-  flowtilt train playground steps=20 seed=1      override any key of the recipe
-  flowtilt train my_recipe.toml                  a recipe of your own
-  flowtilt train --resume runs/playground        go on where it was killed, to the same bits
-  flowtilt sample "a red circle left of a blue square" --lora runs/playground
-  torchrun --nproc-per-node 2 -m flowtilt train playground
-"""
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints look like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
-def parser() -> argparse.ArgumentParser:
+def add(commands: Any) -> None:
     """The commands and their options."""
-    top = Parser(
-        prog="flowtilt",
-        description="Tilts a flow-matching image generator toward rewards.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
     train = commands.add_parser("train", help="run a recipe, or go on with a run")
     train.add_argument("recipe", nargs="?", help="name (`flowtilt recipes` lists them) or .toml file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe (`flowtilt keys` lists them)")
@@ -62,8 +37,6 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("recipes", help="list the recipes").set_defaults(call=_recipes)
     commands.add_parser("keys", help="list every key of a recipe with its default and meaning").set_defaults(call=_keys)
-    commands.add_parser("doctor", help="what is installed, which device, what is missing for which reward").set_defaults(call=_doctor)
-    return top
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -158,38 +131,3 @@ def _keys(args: argparse.Namespace) -> int:
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         print(f"{key:32} {default:12} {field.description or ''}")
     return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    quieten()
-    from flowtilt.doctor import diagnose
-
-    print("\n".join(diagnose()))
-    return 0
-
-
-def quieten() -> None:
-    """Libraries that greet with warnings about what we do not use stay silent, unless the user asked otherwise."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser().parse_args(words)
-        return args.call(args)
-    except UserError as error:
-        if "--debug" in words:
-            raise
-        print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowtilt: interrupted", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,211 @@
+"""`flowtilt evaluate`: draws sets of prompts and judges them, in a folder from which an interrupted evaluation goes on.
+
+The folder: protocol.json (what is done, fixed at the start), scores-<rank>.jsonl (a line an image, as it is
+done), pictures/, and in the end scores.jsonl, results.json and report.html.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flowtilt.distributed import World
+from flowtilt.errors import UserError
+from flowtilt.evaluate import Row, draw
+from flowtilt.files import append_line, clean, disk_errors, read_lines, write_atomic, write_json
+from flowtilt.memory import MicroBatch
+from flowtilt.models.base import Drawing
+from flowtilt.pictures import to_pil, to_png
+from flowtilt.prompts import Prompt
+from flowtilt.report.evaluation import write_evaluation_page
+from flowtilt.results import results_of
+from flowtilt.rewards import Reward, applies, score
+from flowtilt.rollout import Sampler
+
+THUMBNAIL = 256
+"""Pixels of the pictures that the report is made of."""
+BLOCK = 96
+"""Images of a variant between two lines in scores-<rank>.jsonl: what a kill can cost."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of one name, which images of them are drawn, and the rewards that can judge any of them."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    rows: Sequence[Row]
+    rewards: Mapping[str, Reward]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to draw and judge."""
+
+    set: int
+    variant: str
+    index: int
+    copy: int
+
+
+def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
+    """The rewards that can judge at least one of the prompts; the others with the first prompt's reason."""
+    why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
+    able = {name: reward for name, reward in rewards.items() if not all(why[name])}
+    return able, {name: why[name][0] for name in rewards if name not in able}
+
+
+def open_folder(folder: Path, protocol: Mapping[str, Any], world: World) -> None:
+    """Makes the folder of an evaluation, or finds the one that was interrupted.
+
+    Raises:
+        UserError: the folder holds something else, or an evaluation by another protocol.
+    """
+    if world.rank == 0:
+        plain = json.loads(json.dumps(protocol))
+        place = folder / "protocol.json"
+        if folder.is_dir():
+            clean(folder)
+        if place.is_file():
+            kept = json.loads(place.read_text(encoding="utf-8"))
+            differing = [key for key in {**kept, **plain} if kept.get(key) != plain.get(key)]
+            if differing:
+                raise UserError(f"{folder}: holds an evaluation whose {', '.join(differing)} differ; choose another folder with -o")
+            _gather_parts(folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: not empty and no evaluation; choose another folder with -o")
+        else:
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_json(place, plain)
+    world.barrier()
+
+
+def run(
+    folder: Path,
+    drawing: Drawing,
+    sets: Sequence[PromptSet],
+    variants: Sequence[str],
+    sampler: Sampler,
+    *,
+    seed: int,
+    micro_batch: MicroBatch,
+    world: World,
+    save_images: bool,
+) -> dict[str, Any]:
+    """Draws and judges what the folder does not hold yet, and writes its results; the first rank returns them.
+
+    Args:
+        variants: roles of `drawing`: ("tuned",), or ("tuned", "base") to compare.
+        save_images: whether full-size PNG files are kept, not only what the report shows.
+
+    Raises:
+        UserError: a reward fails or the disk is full; what was done is kept.
+    """
+    tasks = [Task(s, variant, *row) for s, one in enumerate(sets) for row in one.rows for variant in variants]
+    done = {_key(record) for record in _records(folder)}
+    todo = [task for task in tasks if (sets[task.set].name, task.variant, task.index, task.copy) not in done]
+    world.barrier()  # nobody writes before everybody has read
+    mine = [todo[k] for k in world.share(len(todo))]
+    bar = tqdm(total=len(mine), unit="image", disable=bool(world.rank), dynamic_ncols=True, smoothing=0.1)
+    place = 0
+    while place < len(mine):
+        batch = mine[place : place + len(variants) * min(BLOCK, micro_batch.size)]
+        batch = [task for task in batch if task.set == batch[0].set]
+        for variant in variants:
+            part = [task for task in batch if task.variant == variant]
+            if part:
+                _judge(folder, drawing, sets[part[0].set], variant, part, sampler, seed, micro_batch, world.rank, save_images)
+                bar.update(len(part))
+        place += len(batch)
+    bar.close()
+    world.barrier()
+    results = _finish(folder, sets, variants, tasks) if world.rank == 0 else {}
+    world.barrier()
+    return results
+
+
+def _judge(
+    folder: Path,
+    drawing: Drawing,
+    one: PromptSet,
+    variant: str,
+    tasks: Sequence[Task],
+    sampler: Sampler,
+    seed: int,
+    micro_batch: MicroBatch,
+    rank: int,
+    save_images: bool,
+) -> None:
+    rows = [(task.index, task.copy) for task in tasks]
+    images = micro_batch.fit(lambda size: draw(drawing, variant, one.prompts, rows, sampler, seed, size))
+    scores, notes = score(one.rewards, images, [one.prompts[index] for index, _ in rows])
+    pictures = to_pil(images)
+    for k, (index, copy) in enumerate(rows):
+        file = f"{one.name}/{variant}/{index:05d}-{copy:02d}"
+        if save_images:
+            _write(folder / "images" / f"{file}.png", to_png(images[k]))
+        small = pictures[k].copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        pixel_art = max(small.size) <= 64
+        picture = f"pictures/{file}.{'png' if pixel_art else 'jpg'}"
+        buffer = BytesIO()
+        small.save(buffer, "PNG") if pixel_art else small.save(buffer, "JPEG", quality=85)
+        _write(folder / picture, buffer.getvalue())
+        values = {column: None if value[k].isnan() else float(value[k]) for column, value in scores.items()}
+        prompt = one.prompts[index]
+        record = {
+            "set": one.name,
+            "index": index,
+            "copy": copy,
+            "prompt": prompt.text,
+            "tag": prompt.tag,
+            "variant": variant,
+            "scores": values,
+            "note": notes[k],
+            "picture": picture,
+            **({"metadata": dict(prompt.metadata)} if prompt.metadata else {}),
+        }
+        append_line(folder / f"scores-{rank}.jsonl", record)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Plainly: a picture that a kill tears is drawn again, since its line in scores.jsonl comes after it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, str, int, int]:
+    return record["set"], record["variant"], record["index"], record["copy"]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Every image that is done, by whichever process."""
+    return [record for file in (folder / "scores.jsonl", *sorted(folder.glob("scores-*.jsonl"))) for record in read_lines(file)]
+
+
+def _gather_parts(folder: Path) -> None:
+    """All lines into scores.jsonl: a line that a kill tore is not written on."""
+    _save_records(folder, _records(folder))
+
+
+def _save_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(folder / "scores.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    for part in folder.glob("scores-*.jsonl"):
+        part.unlink()
+
+
+def _finish(folder: Path, sets: Sequence[PromptSet], variants: Sequence[str], tasks: Sequence[Task]) -> dict[str, Any]:
+    """scores.jsonl in the order of the tasks, results.json and the report."""
+    found = {_key(record): record for record in _records(folder)}
+    records = [found[sets[task.set].name, task.variant, task.index, task.copy] for task in tasks]
+    results = results_of(records, variants, json.loads((folder / "protocol.json").read_text(encoding="utf-8")))
+    _save_records(folder, records)
+    write_json(folder / "results.json", results)
+    write_evaluation_page(folder)
+    return results

@@ -1,0 +1,60 @@
+"""The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from flowtilt.cli import evaluate, rewards, train
+from flowtilt.errors import UserError
+
+EPILOG = """examples:
+  flowtilt train playground                      the first run: a laptop's CPU, minutes
+  flowtilt train playground steps=20 seed=1      override any key of the recipe
+  flowtilt train --resume runs/playground        go on where it was killed, to the same bits
+  flowtilt sample "a red circle left of a blue square" --lora runs/playground
+  flowtilt evaluate --lora runs/playground --compare base
+  flowtilt score my_images/ --prompts prompts.txt --rewards pickscore,hpsv2,geneval
+  torchrun --nproc-per-node 2 -m flowtilt train playground
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = Parser(
+        prog="flowtilt",
+        description="Tilts a flow-matching image generator toward rewards.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (train, evaluate, rewards):
+        module.add(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser().parse_args(words)
+        return args.call(args)
+    except UserError as error:
+        if "--debug" in words:
+            raise
+        print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowtilt: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""`flowtilt evaluate` and `flowtilt score`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from flowtilt.cli.quiet import quieten
+from flowtilt.cli.words import count, words
+from flowtilt.errors import UserError
+
+REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function, or name=http://host:port'
+
+
+def add(commands: Any) -> None:
+    """The commands and their options."""
+    evaluate = commands.add_parser("evaluate", help="draw sets of prompts and judge them, with intervals; goes on where it was interrupted")
+    evaluate.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
+    evaluate.add_argument(
+        "--lora", type=Path, action="append", default=[], metavar="RUN", help="a run, a lora folder or a .safetensors file; several add up"
+    )
+    evaluate.add_argument("--prompts", type=words, default=[], help="sets or files, comma-separated (default: the run's own evaluation)")
+    evaluate.add_argument("--rewards", type=words, default=[], help=REWARDS)
+    evaluate.add_argument("--images-per-prompt", type=count, metavar="N", help="images of every prompt (1)")
+    evaluate.add_argument("--images", type=count, metavar="N", help="instead: this many in all, spread over tags and prompts")
+    evaluate.add_argument("--solver", choices=("euler", "ddim", "dpm1", "dpm2", "heun"), help="(the recipe's evaluation)")
+    evaluate.add_argument("--steps", type=count, help="solver steps (the recipe's evaluation)")
+    evaluate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none (the recipe's evaluation)")
+    evaluate.add_argument("--seed", type=int, help="of the noise (the run's)")
+    evaluate.add_argument("--compare", choices=("base",), help="also draw without LoRAs, from the same noise, and give paired differences")
+    evaluate.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
+    evaluate.add_argument("--save-images", action="store_true", help="keep every image at its full size")
+    evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images through the network at once (found by trying)")
+    evaluate.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(%(default)s)")
+    evaluate.set_defaults(call=_evaluate)
+
+    score = commands.add_parser("score", help="judge images that are there already")
+    score.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, folders, or a folder in GenEval's layout")
+    score.add_argument("--prompts", help="set or file, one prompt an image, in the order of the images' names")
+    score.add_argument("--rewards", type=words, required=True, help=REWARDS)
+    score.add_argument("--images-per-prompt", type=count, default=1, metavar="N", help="consecutive images of each prompt (1)")
+    score.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
+    score.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write every image's scores: .jsonl or .csv")
+    score.set_defaults(call=_score)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    quieten()
+    if args.images and args.images_per_prompt:
+        raise UserError("evaluate: --images and --images-per-prompt exclude each other")
+    if args.guidance is not None and args.guidance < 1:
+        raise UserError(f"evaluate: --guidance must be at least 1, which is none, not {args.guidance:g}")
+    from flowtilt import distributed
+    from flowtilt.assess import assess
+    from flowtilt.report.terminal import table
+
+    try:
+        results = assess(
+            args.output,
+            model=args.model,
+            loras=args.lora,
+            prompts=args.prompts,
+            rewards=args.rewards,
+            images=args.images,
+            images_per_prompt=args.images_per_prompt,
+            solver=args.solver,
+            steps=args.steps,
+            guidance=args.guidance,
+            seed=args.seed,
+            compare_base=args.compare == "base",
+            compat=args.compat,
+            save_images=args.save_images,
+            micro_batch=args.micro_batch or "auto",
+            say=_say,
+        )
+    finally:
+        distributed.stop()
+    if results:
+        print(table(results))
+        print(f"results  {args.output / 'results.json'}\nreport   {args.output / 'report.html'}")
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    quieten()
+    if args.output and args.output.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"score: -o {args.output}: give a .jsonl or .csv file")
+    import torch
+
+    from flowtilt.prompts.files import read_prompts
+    from flowtilt.prompts.sets import is_path
+    from flowtilt.report.terminal import table
+    from flowtilt.results import results_of
+    from flowtilt.rewards.named import load_named, versions_of
+    from flowtilt.score_images import find_pairs, save_scores, score_images
+    from flowtilt.setup import load_prompts
+
+    prompts = None
+    if args.prompts:  # a caption that stands twice belongs to two images
+        prompts = read_prompts(args.prompts) if is_path(args.prompts) else load_prompts(args.prompts)
+    pairs = find_pairs(args.images, prompts, args.images_per_prompt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rewards, left_out = load_named(args.rewards, device=device, compat=args.compat)
+    for name, why in left_out.items():
+        _say(f"left out: {name}: {why}")
+    records = score_images(pairs, rewards, device=device)
+    unread = [record for record in records if record["scores"] and all(v is None for v in record["scores"].values()) and record["note"]]
+    for record in unread[:5]:
+        _say(f"no score: {record['note']}")
+    named = [{**record, "set": "images", "variant": "images"} for record in records]
+    print(table(results_of(named, ["images"], {"rewards": versions_of(rewards)})))
+    if args.output:
+        save_scores(args.output, records)
+        print(f"scores   {args.output}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,109 @@
+"""`flowtilt serve-rewards`, `download`, `prompts` and `doctor`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from flowtilt.cli.quiet import quieten
+from flowtilt.cli.words import count, words
+from flowtilt.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """The commands and their options."""
+    serve = commands.add_parser("serve-rewards", help="one process that owns reward models and scores for others, over HTTP")
+    serve.add_argument("--rewards", type=words, required=True, help="comma-separated: names, or name=file.py:function")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; any other needs FLOWTILT_REWARD_KEY (%(default)s)")
+    serve.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
+    serve.add_argument("--device", help="where the models go (the GPU if there is one)")
+    serve.add_argument("--max-batch", type=count, default=32, metavar="N", help="images of one call of a reward (%(default)s)")
+    serve.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
+    serve.set_defaults(call=_serve)
+
+    download = commands.add_parser("download", help="fetch rewards' weights and prompt sets, with checksums")
+    download.add_argument("names", nargs="*", metavar="NAME", help="rewards or prompt sets, as --list shows them")
+    download.add_argument("--to", type=Path, metavar="FOLDER", help="for FLOWTILT_WEIGHTS and FLOWTILT_PROMPTS to point at (the caches)")
+    download.add_argument("--list", action="store_true", help="what there is, and what is here")
+    download.set_defaults(call=_download)
+
+    prompts = commands.add_parser("prompts", help="list prompt sets, or write training prompts in GenEval's format")
+    prompts.add_argument("kind", nargs="?", choices=("geneval",), help="generate prompts of this kind")
+    prompts.add_argument("--n", type=count, default=50_000, help="how many (%(default)s)")
+    prompts.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    prompts.add_argument("--exclude", action="append", default=[], metavar="FILE", help="a set or file whose prompts must not occur")
+    prompts.add_argument("-o", "--output", type=Path, metavar="FILE", help="(standard output)")
+    prompts.set_defaults(call=_prompts)
+
+    doctor = commands.add_parser("doctor", help="what is installed, which device, what is missing for which reward")
+    doctor.add_argument(
+        "--rewards", type=words, nargs="?", const=["all"], metavar="NAMES", help="load rewards and compare with published reference scores"
+    )
+    doctor.set_defaults(call=_doctor)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    quieten()
+    import torch
+
+    from flowtilt.rewards.named import parse
+    from flowtilt.rewards.server import serve
+    from flowtilt.rewards.wire import key_from_environment
+
+    named = {name: {"source": source, "options": options} for name, source, options in parse(args.rewards, compat=args.compat)}
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    serve(named, host=args.host, port=args.port, key=key_from_environment(), device=device, max_batch=args.max_batch, tell=_say)
+    return 0
+
+
+def _download(args: argparse.Namespace) -> int:
+    quieten()
+    from flowtilt import catalogue
+
+    if args.list:
+        for item in catalogue.listing():
+            print(f"{'here' if item.there else '-':5}{item.kind:8} {item.name:16} {item.about}")
+        return 0
+    if not args.names:
+        raise UserError("download: which? `flowtilt download --list` shows what there is")
+    for path in catalogue.get(args.names, args.to):
+        print(path)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> int:
+    from flowtilt.prompts import geneval, sets
+
+    if args.kind is None:
+        print("\n".join(f"{name:16} {found.about}" for name, found in sets.SETS.items()))
+        return 0
+    excluded = {prompt.text for source in args.exclude for prompt in sets.load(source)}
+    written = geneval.to_lines(geneval.generate(args.n, args.seed, excluded))
+    if args.output is None:
+        sys.stdout.write(written)
+        return 0
+    from flowtilt.files import write_atomic
+
+    write_atomic(args.output, written)
+    print(args.output)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    quieten()
+    from flowtilt.doctor import diagnose
+
+    print("\n".join(diagnose()))
+    if args.rewards is None:
+        return 0
+    from flowtilt.rewards.reference import compare
+
+    failed = False
+    for line in compare(args.rewards):
+        print(line, flush=True)
+        failed |= line.startswith("WRONG")
+    return 1 if failed else 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,113 @@
+"""The top of an evaluation's page: what was evaluated and how, the first score, what to be careful about."""
+
+import math
+from html import escape
+
+from flowtilt.report.estimates import column_decimals, missing, rows_of, verdict, written
+from flowtilt.report.numbers import counted, duration
+from flowtilt.report.results import Estimate, Record, Results
+
+GENERIC = {"lora", "pytorch_lora_weights.safetensors", ""}
+"""Parts of a LoRA's path that don't tell it from others."""
+FORMS = {
+    "steps": "{} steps",
+    "guidance": "guidance {}",
+    "resolution": "{} px",
+    "images_per_prompt": "{} per prompt",
+    "seed": "seed {}",
+    "t5_length": "T5 length {}",
+    "dtype": "{}",
+}
+
+
+def headline(results: Results) -> str:
+    """The first score of the first set stands for the whole: whoever evaluates names it first."""
+    about = ["flowtilt", "evaluation", ", ".join(one.name for one in results.sets)]
+    about += [duration(results.seconds)] if math.isfinite(results.seconds) else []
+    parts = [
+        f'<p class="about">{" · ".join(escape(part) for part in about if part)}</p>',
+        f"<h1>{escape(subject(results.protocol))}</h1>",
+        _first_score(results),
+        f"<p>{_tally(results)}</p>" if results.compares else "",
+        *(f'<p class="caution">{said}</p>' for said in _cautions(results)),
+        f'<p class="protocol">{escape(one_line(results.protocol))}</p>',
+    ]
+    return f"<header>{''.join(parts)}</header>"
+
+
+def subject(protocol: Record) -> str:
+    """The model and its LoRAs, by the parts of their paths that tell them from others."""
+    model = str(protocol.get("model") or "unknown model").rstrip("/").split("/")[-1]
+    lora = protocol.get("lora")
+    names = [_lora_name(part) for part in lora if part] if isinstance(lora, list) else []
+    return f"{model} with {' and '.join(names)}" if names else model
+
+
+def _lora_name(lora: object) -> str:
+    path = str(lora.get("path") or "a LoRA") if isinstance(lora, dict) else str(lora)
+    return next((part for part in reversed(path.split("/")) if part not in GENERIC), path)
+
+
+def one_line(protocol: Record) -> str:
+    """euler, 40 steps, guidance 1, 512 px …; only what is known."""
+    said = [str(protocol["solver"])] if isinstance(protocol.get("solver"), str) else []
+    told = {key: protocol[key] for key in FORMS if isinstance(protocol.get(key), int | float | str)}
+    if isinstance(images := told.get("images_per_prompt"), int):
+        told["images_per_prompt"] = counted(images, "image")
+    return ", ".join(said + [FORMS[key].format(f"{value:g}" if isinstance(value, float) else value) for key, value in told.items()])
+
+
+def _first_score(results: Results) -> str:
+    one = next((one for one in results.sets if one.columns), None)
+    if one is None:
+        return ""
+    column = one.columns[0]
+    which, of = rows_of(one, column)[0]
+    digits = column_decimals(column)
+    figures = [_figure(v if results.compares else "", of[v], digits, newest=v == "tuned") for v in results.variants]
+    measure = " · ".join(escape(part) for part in (f"{column.name} on {one.name}", which) if part)
+    arrow = '<div class="arrow" aria-hidden="true">→</div>'
+    return f'<p class="measure">{measure}</p><div class="result">{arrow.join(figures)}</div>'
+
+
+def _figure(name: str, estimate: Estimate, digits: int, newest: bool) -> str:
+    value = written(estimate.mean, digits) if estimate.known else "–"
+    interval = f"95% interval {written(estimate.low, digits)} to {written(estimate.high, digits)}" if estimate.has_interval else ""
+    more = [interval if estimate.known else "not scored", missing(estimate)]
+    said = "".join(f"<span>{part}</span>" for part in more if part).replace("-", "−")
+    title = f"<span>{name}</span>" if name else ""
+    return f'<div class="{"big newest" if newest else "big"}">{title}<strong>{value.replace("-", "−")}</strong>{said}</div>'
+
+
+def _tally(results: Results) -> str:
+    """How many of the scores are higher; further scores of the same reward are no more evidence."""
+    said = [verdict(c.difference.estimate) for one in results.sets for c in one.columns if c.difference and not c.is_detail]
+    said = [word for word in said if word]
+    if not said:
+        return ""
+    higher, lower = (sum(word.startswith(start) for word in said) for start in ("higher", "lower"))
+    rest = len(said) - higher - lower
+    ends = f"; the other {rest} may be chance" if rest else ""
+    return (
+        f"Of {counted(len(said), 'score')}, compared image by image, tuned is <b>higher</b> in {higher} and <b>lower</b> in {lower}{ends}. "
+        '<a href="#differences">Differences with intervals</a>'
+    )
+
+
+def _cautions(results: Results) -> list[str]:
+    lost = [
+        f"{escape(column.name)} on {escape(one.name)}"
+        for one in results.sets
+        for column in one.columns
+        if not column.is_detail and any(summary.overall.missing for summary in column.of.values())
+    ]
+    found = []
+    if lost:
+        found.append(f'<a href="#missing">Some images have no score</a>: {_few(lost)}. The means are over the others.')
+    if results.left_out:
+        found.append(f'<a href="#left-out">Left out</a>: {_few([f"{escape(r)} on {escape(s)}" for s, r, _ in results.left_out])}.')
+    return found
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

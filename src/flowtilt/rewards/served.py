@@ -1,0 +1,151 @@
+"""A reward that a `flowtilt serve-rewards` computes, on this machine or another."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from flowtilt.errors import UserError
+from flowtilt.prompts import Prompt
+from flowtilt.rewards import BUILT_IN, RewardOutput, find_reward
+from flowtilt.rewards.wire import key_from_environment, read_answer, request
+from flowtilt.web import Refused, post_json
+
+log = logging.getLogger("flowtilt")
+T = TypeVar("T")
+FIRST = 10.0
+"""Seconds for which a server may be missing when a run starts."""
+
+
+class Served:
+    """Sends images as PNG, which rounds them to 8 bits, and returns what the server's reward says.
+
+    Args:
+        url: "http://host:port"; a path's last part is the reward's name.
+        reward: what the server calls it.
+        timeout: seconds for an answer; longer than the server takes for `workers` requests at a time.
+        patience: seconds that a server may be away before it is an error; a killed one can be started again.
+        images_per_request: at most.
+        workers: requests at a time.
+
+    Raises:
+        UserError: there is no server, it has no such reward, or the key is wrong.
+    """
+
+    remote = True
+    """Scores while the caller's own device does something else."""
+
+    def __init__(
+        self, url: str, reward: str, *, timeout: float = 120.0, patience: float = 600.0, images_per_request: int = 32, workers: int = 4
+    ):
+        for name, value in {"timeout": timeout, "images_per_request": images_per_request, "workers": workers}.items():
+            if value <= 0:
+                raise UserError(f"rewards.{reward}: {name} must be more than 0, not {value}")
+        self.url, self.reward = _parts(url, reward)
+        self.timeout, self.patience = timeout, patience
+        self.images_per_request, self.workers = images_per_request, workers
+        self.version: dict[str, Any] = {}
+        self._key = key_from_environment()
+        self._away = False
+        self._own = getattr(find_reward(self.reward, self.reward), "applies", None) if self.reward in BUILT_IN else None
+        self._find()
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
+        """Scores [N] of images [N, 3, H, W] in [0, 1].
+
+        Raises:
+            UserError: the server stays away for `patience` seconds, or the reward fails there.
+        """
+        parts = [slice(start, start + self.images_per_request) for start in range(0, len(prompts), self.images_per_request)]
+        outputs = _in_threads([partial(self._ask, images[part], prompts[part]) for part in parts], self.workers)
+        names = dict.fromkeys(name for output in outputs for name in output.details)
+        return RewardOutput(
+            torch.cat([torch.empty(0), *(output.scores for output in outputs)]),
+            [note for output in outputs for note in output.notes],
+            {name: torch.cat([o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs]) for name in names},
+        )
+
+    def applies(self, prompt: Prompt) -> str:
+        """What the reward of that name says about the prompt, where it is a built-in one."""
+        return self._own(prompt) if self._own else ""
+
+    def _find(self) -> None:
+        """Asks for no scores, which proves the server, the key and the reward's name."""
+        body = request(self.reward, torch.empty(0), [])
+        try:
+            said = post_json(f"{self.url}/score", body, key=self._key, timeout=FIRST, patience=FIRST)
+            _, self.version = read_answer(said, 0)
+        except Refused as error:
+            raise UserError(f"rewards.{self.reward}: {error}") from None
+        except UserError as error:
+            start = f"flowtilt serve-rewards --rewards {self.reward}"
+            raise UserError(f"rewards.{self.reward}: no reward server at {self.url} ({error}); start one with: {start}") from None
+
+    def _ask(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
+        body = request(self.reward, images, prompts)
+        said = post_json(f"{self.url}/score", body, key=self._key, timeout=self.timeout, patience=self.patience, waiting=self._tell_once)
+        if self._away:
+            self._away = False
+            log.warning("%s answers again", self.url)
+        output, self.version = read_answer(said, len(prompts))
+        return output
+
+    def _tell_once(self, line: str) -> None:
+        if not self._away:
+            self._away = True
+            log.warning("%s", line)
+
+
+def _parts(url: str, reward: str) -> tuple[str, str]:
+    """The address without the reward's name, and the name."""
+    try:
+        split = urlsplit(url)
+        wrong = not split.hostname or split.port == 0 or split.query or split.fragment
+    except ValueError as error:
+        raise UserError(f"rewards.{reward}: {url!r} is not an address: {error}") from None
+    if wrong:
+        raise UserError(f'rewards.{reward}: {url!r} is not the address of a server; write "http://host:8765"')
+    above, _, name = split.path.strip("/").rpartition("/")
+    return f"{split.scheme}://{split.netloc}{'/' if above else ''}{above}", name or reward
+
+
+def _in_threads(tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:
+    """Results in the tasks' order; the first error ends it at once.
+
+    Daemon threads: those of a pool would keep an interrupted program alive until the server's patience is out.
+    """
+    todo: SimpleQueue[tuple[int, Callable[[], T]]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
+    for numbered in enumerate(tasks):
+        todo.put(numbered)
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                i, task = todo.get_nowait()
+            except Empty:
+                return
+            try:
+                done.put((i, task()))
+            except BaseException as error:
+                done.put((i, error))
+
+    for _ in range(min(workers, len(tasks))):
+        threading.Thread(target=work, name="served reward", daemon=True).start()
+    results: dict[int, T] = {}
+    try:
+        while len(results) < len(tasks):
+            i, result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            results[i] = result
+    finally:
+        stopped.set()
+    return [results[i] for i in range(len(tasks))]

@@ -1,0 +1,172 @@
+"""`flowtilt score`: images that are there already, judged by any rewards."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowtilt.errors import UserError
+from flowtilt.files import read_lines, write_atomic
+from flowtilt.pictures import read_image
+from flowtilt.prompts import Prompt
+from flowtilt.prompts.files import read_prompts
+from flowtilt.rewards import Reward, score
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PROMPT_FREE = ("aesthetic", "jpeg_compressibility", "jpeg_incompressibility")
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file, its prompt, which prompt that is and which image of it."""
+
+    file: Path
+    prompt: Prompt
+    index: int
+    copy: int
+
+
+def find_pairs(places: Sequence[Path], prompts: Sequence[Prompt] | None, images_per_prompt: int = 1) -> list[Pair]:
+    """Images with their prompts.
+
+    Args:
+        places: image files, folders of them (in the order of their names, numbers counting as numbers), one
+            folder in GenEval's layout (00000/metadata.jsonl beside 00000/samples/), or one that
+            `flowtilt evaluate --save-images` wrote; the last two know their prompts.
+        prompts: one for each `images_per_prompt` consecutive images; none where the folder knows them.
+
+    Raises:
+        UserError: no image there, or not as many as the prompts ask for.
+    """
+    if prompts is None and len(places) == 1:
+        known = _geneval_layout(places[0]) or _evaluation_layout(places[0])
+        if known:
+            return known
+    files = [file for place in places for file in _images(place)]
+    if prompts is None:
+        return [Pair(file, Prompt(""), k, 0) for k, file in enumerate(files)]
+    if len(files) != len(prompts) * images_per_prompt:
+        per = f" x {images_per_prompt} images of each" if images_per_prompt > 1 else ""
+        raise UserError(f"score: {len(files)} images but {len(prompts)} prompts{per}; --images-per-prompt says how many belong to each")
+    return [Pair(file, prompts[k // images_per_prompt], k // images_per_prompt, k % images_per_prompt) for k, file in enumerate(files)]
+
+
+def _images(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    found = [file for file in place.rglob("*") if file.suffix.lower() in ENDINGS]
+    if not found:
+        raise UserError(f"score: no images in {place}; they end in {', '.join(ENDINGS)}")
+    return sorted(found, key=_by_number)
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """2.png before 10.png."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _geneval_layout(folder: Path) -> list[Pair]:
+    found = []
+    for index, metadata in enumerate(sorted(folder.glob("*/metadata.jsonl"), key=_by_number)):
+        prompt = read_prompts(metadata)[0]
+        files = sorted((file for file in (metadata.parent / "samples").glob("*") if file.suffix.lower() in ENDINGS), key=_by_number)
+        found += [Pair(file, prompt, index, copy) for copy, file in enumerate(files)]
+    return found
+
+
+def _evaluation_layout(folder: Path) -> list[Pair]:
+    found = []
+    for record in read_lines(folder / "scores.jsonl"):
+        file = folder / "images" / record["set"] / record["variant"] / f"{record['index']:05d}-{record['copy']:02d}.png"
+        if file.is_file():
+            prompt = Prompt(record["prompt"], record["tag"], record.get("metadata", {}))
+            found.append(Pair(file, prompt, record["index"], record["copy"]))
+    return found
+
+
+def score_images(pairs: Sequence[Pair], rewards: Mapping[str, Reward], *, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+    """One record an image: {"image", "prompt", "tag", "index", "copy", "scores": {column: number or null}, "note"}.
+
+    An image that can't be read has no scores and says why in its note.
+
+    Raises:
+        UserError: a reward fails, or needs prompts where there are none.
+    """
+    needing = [name for name in rewards if name not in PROMPT_FREE]
+    if needing and not any(pair.prompt.text for pair in pairs):
+        raise UserError(f"score: {', '.join(needing)} need the prompts of the images; give them with --prompts")
+    records: list[dict[str, Any]] = []
+    columns: dict[str, None] = dict.fromkeys(rewards)
+    with tqdm(total=len(pairs), unit="image", dynamic_ncols=True) as bar:
+        for batch, images, faults in _batches(pairs):
+            scores: dict[str, Tensor] = {}
+            notes = faults
+            if len(images):
+                scores, notes = score(rewards, images.to(device), [pair.prompt for pair in batch])
+                columns |= dict.fromkeys(scores)
+            for k, pair in enumerate(batch):
+                values = {column: None if value[k].isnan() else float(value[k]) for column, value in scores.items()}
+                records.append(_record(pair, values, notes[k]))
+            bar.update(len(batch))
+    ordered = [column for name in rewards for column in columns if column.partition("/")[0] == name]
+    for record in records:
+        record["scores"] = {column: record["scores"].get(column) for column in ordered}
+    return records
+
+
+def _record(pair: Pair, scores: dict[str, float | None], note: str) -> dict[str, Any]:
+    return {
+        "image": str(pair.file),
+        "prompt": pair.prompt.text,
+        "tag": pair.prompt.tag,
+        "index": pair.index,
+        "copy": pair.copy,
+        "scores": scores,
+        "note": note,
+    }
+
+
+def _batches(pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Tensor, list[str]]]:
+    """Consecutive images of one size, [n, 3, H, W]; one that can't be read comes alone, with [0] images and the reason."""
+    batch: list[Pair] = []
+    images: list[Tensor] = []
+    for pair in pairs:
+        try:
+            image = read_image(pair.file)
+        except UserError as error:
+            if batch:
+                yield batch, torch.stack(images), []
+                batch, images = [], []
+            yield [pair], torch.empty(0), [str(error)]
+            continue
+        if batch and (image.shape != images[0].shape or len(batch) == BATCH):
+            yield batch, torch.stack(images), []
+            batch, images = [], []
+        batch.append(pair)
+        images.append(image)
+    if batch:
+        yield batch, torch.stack(images), []
+
+
+def save_scores(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a line an image, as JSON or, by the file's ending, as CSV; a missing score is null or empty."""
+    if path.suffix == ".jsonl":
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+        return
+    text = StringIO()
+    columns = list(records[0]["scores"])
+    writer = csv.writer(text)
+    writer.writerow(["image", "prompt", "tag", *columns, "note"])
+    for record in records:
+        scores = ["" if record["scores"][column] is None else record["scores"][column] for column in columns]
+        writer.writerow([record["image"], record["prompt"], record["tag"], *scores, record["note"]])
+    write_atomic(path, text.getvalue())

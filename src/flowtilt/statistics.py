@@ -1,0 +1,217 @@
+"""How sure a mean score is: a bootstrap over prompts.
+
+N images lie in clusters (images of one prompt are alike, so a prompt counts as one observation) and strata
+(tags: how many prompts each has is the benchmark's choice, not chance). A value that is NaN is missing and
+left out; a cluster without any value is left out whole.
+
+Of a stratum's K clusters each resample draws K - 1 with replacement, weighted K / (K - 1). Drawing K would give
+the variance of the mean divided by K instead of K - 1, too narrow where tags have few prompts: Rao and Wu,
+J. Am. Stat. Assoc. 83 (1988); Rao, Wu and Yue, Survey Methodology 18 (1992). The interval is that of the
+resampled means' percentiles. A stratum of one cluster can't be resampled: it stays as it is and adds no width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Whole = NDArray[np.int64]
+
+DRAWS = 2**20
+"""Clusters drawn at once, which bounds the memory."""
+
+
+class Estimate(NamedTuple):
+    """A mean and its interval; NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(
+    values: ArrayLike,
+    clusters: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """(low, high) of the mean over images, (nan, nan) where no stratum has two clusters.
+
+    Args:
+        values: [N], NaN where missing.
+        clusters: [N] labels of any kind, equal for the images of one prompt.
+        strata: [N] labels of any kind; none is one stratum.
+        resamples: how many.
+        seed: of the numpy Generator made for this call.
+        level: in (0, 1).
+
+    Raises:
+        ValueError: lengths differ, a value is infinite, or `level` or `resamples` makes no sense.
+    """
+    estimate = _bootstrap(values, clusters, strata, resamples, seed).overall(level)
+    return estimate.low, estimate.high
+
+
+def mean_of_strata(
+    values: ArrayLike, clusters: ArrayLike, strata: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """The mean over strata of each stratum's mean, GenEval's overall score, with its interval; see `interval`.
+
+    A stratum without any value is left out.
+    """
+    return _bootstrap(values, clusters, strata, resamples, seed).of_strata(level)
+
+
+def summary(
+    values: ArrayLike, clusters: ArrayLike, strata: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
+    """One column of an evaluation, ready for JSON: what is not known is None.
+
+    {mean, low, high, images, missing}, where `missing` of all `images` have no score. Where at least two tags
+    have a score, also `mean_of_tags` {mean, low, high} and `by_tag` {tag: {mean, low, high, images, missing}},
+    tags in order of appearance; the empty tag means "none" and is not among them. All from the same resamples.
+
+    Args and Raises: see `interval`.
+    """
+    drawn = _bootstrap(values, clusters, strata, resamples, seed)
+    missing, tags = np.isnan(np.asarray(values, dtype=float)), np.asarray(strata).astype(str)
+    found = _told(drawn.overall(level)) | {"images": len(missing), "missing": int(missing.sum())}
+    known = {str(label): place for place, label in enumerate(drawn.labels) if str(label)}
+    if len(known) < 2:
+        return found
+    by_tag = {}
+    for tag in dict.fromkeys(tags[tags != ""].tolist()):
+        mine = missing[tags == tag]
+        estimate = drawn.of_stratum(known[tag], level) if tag in known else Estimate(math.nan, math.nan, math.nan)
+        by_tag[tag] = _told(estimate) | {"images": len(mine), "missing": int(mine.sum())}
+    return found | {"mean_of_tags": _told(drawn.of_strata(level, list(known.values()))), "by_tag": by_tag}
+
+
+def paired(
+    tuned: ArrayLike,
+    base: ArrayLike,
+    clusters: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """Tuned minus base, image by image, over the images where both have a score; ready for JSON.
+
+    {mean, low, high, images, missing, wins, ties}: `missing` of all `images` lack one score or both; `wins` and
+    `ties` are the shares, of the others, where tuned is higher and where both are equal. None where not known.
+
+    Args:
+        tuned, base: [N], of the same images (prompt and noise) in the same order; NaN where missing.
+
+    Other Args and Raises: see `interval`.
+    """
+    first, second = np.asarray(tuned, dtype=float), np.asarray(base, dtype=float)
+    if first.shape != second.shape:
+        raise ValueError(f"tuned and base must both be [N], got {list(first.shape)} and {list(second.shape)}")
+    if np.isinf(first).any() or np.isinf(second).any():
+        raise ValueError("values must be finite, or NaN where missing")
+    difference = first - second
+    known = ~np.isnan(difference)
+    estimate = _bootstrap(difference, clusters, strata, resamples, seed).overall(level)
+    share = {"wins": difference[known] > 0, "ties": difference[known] == 0}
+    counts = {"images": len(known), "missing": int((~known).sum())}
+    return _told(estimate) | counts | {name: float(of.mean()) if len(of) else None for name, of in share.items()}
+
+
+def _told(estimate: Estimate) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """Sums and counts of S strata, as they are and in R resamples; sums are of values minus `origin`."""
+
+    labels: NDArray[Any]  # [S]
+    several: NDArray[np.bool_]  # [S] whether it has two clusters or more
+    origin: float
+    sums: Array  # [1 + R, S], the first row as they are
+    counts: Array  # [1 + R, S]
+
+    def overall(self, level: float) -> Estimate:
+        return self._estimate(self.sums.sum(1), self.counts.sum(1), bool(self.several.any()), level)
+
+    def of_stratum(self, place: int, level: float) -> Estimate:
+        return self._estimate(self.sums[:, place], self.counts[:, place], bool(self.several[place]), level)
+
+    def of_strata(self, level: float, places: list[int] | None = None) -> Estimate:
+        """Mean over the strata at these places, all where none are given."""
+        chosen = list(range(len(self.labels))) if places is None else places
+        means = self.sums[:, chosen] / self.counts[:, chosen]
+        return self._estimate(means.sum(1), np.full(len(means), float(len(chosen))), bool(self.several[chosen].any()), level)
+
+    def _estimate(self, sums: Array, counts: Array, resampled: bool, level: float) -> Estimate:
+        if not 0 < level < 1:
+            raise ValueError(f"level {level} is not in (0, 1)")
+        if not counts[0]:
+            return Estimate(math.nan, math.nan, math.nan)
+        means = self.origin + sums / counts
+        if not resampled:
+            return Estimate(float(means[0]), math.nan, math.nan)
+        low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
+        return Estimate(float(means[0]), float(low), float(high))
+
+
+def _bootstrap(values: ArrayLike, clusters: ArrayLike, strata: ArrayLike | None, resamples: int, seed: int) -> _Resampled:
+    scores, prompts = np.asarray(values, dtype=float), np.asarray(clusters)
+    tags = np.zeros(len(scores), dtype=int) if strata is None else np.asarray(strata)
+    if scores.ndim != 1 or not scores.shape == prompts.shape == tags.shape:
+        raise ValueError(f"values, clusters and strata must all be [N], got {[list(a.shape) for a in (scores, prompts, tags)]}")
+    if np.isinf(scores).any():
+        raise ValueError("values must be finite, or NaN where missing")
+    if resamples < 1:
+        raise ValueError(f"resamples {resamples} is less than 1")
+    known = ~np.isnan(scores)
+    labels, tag = np.unique(tags[known], return_inverse=True)
+    # measured from one of themselves, equal values have equal means to the last bit
+    origin = float(scores[known].min()) if known.any() else 0.0
+    sums, counts, stratum = _cluster_sums(scores[known] - origin, prompts[known], tag)
+
+    generator = np.random.default_rng(seed)
+    shape = (1 + resamples, len(labels))
+    all_sums, all_counts, several = np.zeros(shape), np.zeros(shape), np.zeros(len(labels), dtype=bool)
+    for place in range(len(labels)):
+        members = np.flatnonzero(stratum == place)
+        several[place] = len(members) > 1
+        all_sums[0, place], all_counts[0, place] = sums[members].sum(), counts[members].sum()
+        drawn = (
+            _draw(sums[members], counts[members], resamples, generator) if len(members) > 1 else (all_sums[0, place], all_counts[0, place])
+        )
+        all_sums[1:, place], all_counts[1:, place] = drawn
+    return _Resampled(labels, several, origin, all_sums, all_counts)
+
+
+def _cluster_sums(values: Array, prompts: NDArray[Any], tag: Whole) -> tuple[Array, Array, Whole]:
+    """Sum and number of values of each cluster, and its stratum, [K]; a label in two strata is two clusters."""
+    names, prompt = np.unique(prompts, return_inverse=True)
+    cluster = tag * len(names) + prompt
+    # rounding depends on the order of a sum: the order of the rows must not
+    order = np.lexsort((values, cluster))
+    found, place = np.unique(cluster[order], return_inverse=True)
+    sums = np.bincount(place, values[order], minlength=len(found)).astype(float)
+    return sums, np.bincount(place, minlength=len(found)).astype(float), found // max(len(names), 1)
+
+
+def _draw(sums: Array, counts: Array, resamples: int, generator: np.random.Generator) -> tuple[Array, Array]:
+    """Sums and counts [R] of resamples of one stratum's K > 1 clusters."""
+    size, several = len(sums), max(1, DRAWS // len(sums))
+    found = np.zeros((2, resamples))
+    for start in range(0, resamples, several):
+        rows = min(several, resamples - start)
+        drawn = generator.integers(size, size=(rows, size - 1))
+        found[0, start : start + rows] = sums[drawn].sum(1)
+        found[1, start : start + rows] = counts[drawn].sum(1)
+    found *= size / (size - 1)
+    return found[0], found[1]

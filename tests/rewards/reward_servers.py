@@ -1,0 +1,77 @@
+"""Reward servers on ports of their own, for tests."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from base64 import b64encode
+from contextlib import contextmanager
+
+import torch
+import uvicorn
+
+from flowtilt.pictures import to_png
+from flowtilt.prompts import Prompt
+from flowtilt.rewards.server import app
+
+
+@contextmanager
+def running(rewards, **options):
+    """The address of a server in a thread, and the server; it is shut down in the end."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(app(rewards, **options), http="h11", ws="none", lifespan="on", log_level="error", access_log=False, backlog=1024)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    port = listener.getsockname()[1]
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+def ask(url, body, key=None, path="/score", method="POST"):
+    """Status and JSON (or text) of one request; `body` is JSON unless it is bytes."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection.request(method, path, data, {"Authorization": f"Bearer {key}"} if key else {})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    try:
+        return answer.status, json.loads(text)
+    except json.JSONDecodeError:
+        return answer.status, text
+
+
+def asking(reward, images, texts=None):
+    """The body for images [3, H, W], or files where they are bytes."""
+    files = [image if isinstance(image, bytes) else to_png(image) for image in images]
+    texts = texts or [f"prompt {i}" for i in range(len(files))]
+    prompts = [{"text": text, "tag": "", "metadata": {}} for text in texts]
+    return {"reward": reward, "images": [b64encode(file).decode() for file in files], "prompts": prompts}
+
+
+def grey(level, size=8):
+    """[3, size, size] of one 8-bit level."""
+    return torch.full((3, size, size), level / 255)
+
+
+def levels(images, prompts):
+    """A reward: the level of each image."""
+    return images[:, 0, 0, 0] * 255
+
+
+def prompt(text="a", **more):
+    return Prompt(text, **more)

@@ -1,0 +1,167 @@
+"""`flowtilt evaluate`: the run's own numbers again, whatever the batch, the order or the interruptions."""
+
+import json
+
+import pytest
+import torch
+
+from flowtilt import UserError
+from flowtilt.assess import assess
+from flowtilt.config import load_recipe
+from flowtilt.evaluate import each, spread
+from flowtilt.files import read_lines
+from flowtilt.playground import world
+from flowtilt.prompts import Prompt
+
+FEW = {"images": 24, "steps": 3}
+
+STOPS = """
+calls = 0
+def reward(images, prompts):
+    global calls
+    calls += 1
+    if calls == {stop}:
+        raise RuntimeError("the judge fell asleep")
+    return images.mean((1, 2, 3))
+"""
+
+
+def scores(folder):
+    return {(r["set"], r["variant"], r["prompt"], r["copy"]): r["scores"] for r in read_lines(folder / "scores.jsonl")}
+
+
+def texts(folder, name, *lines):
+    path = folder / name
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+PROMPTS = [prompt.text for prompt in world.prompts("test")[:6]]
+
+
+def test_a_runs_lora_scores_what_the_run_itself_said(finished, tmp_path):
+    """Same images, same code: equal, not close."""
+    results = assess(tmp_path / "e", loras=[finished])
+    said = read_lines(finished / "evaluations.jsonl")[-1]
+    found = results["sets"]["playground"]["columns"]["playground_strict"]["tuned"]
+    assert found["mean"] == said["score"] and found["images"] == said["images"]
+    assert {tag: one["mean"] for tag, one in found["by_tag"].items()} == pytest.approx(said["by_tag"], abs=1e-12)
+    recipe = load_recipe(finished / "recipe.toml")
+    protocol = results["protocol"]
+    assert protocol["steps"] == recipe.evaluate.steps and protocol["seed"] == recipe.seed and protocol["t5_length"] == 1
+    assert len(protocol["lora"][0]["sha256"]) == 64 and protocol["model_files"]
+
+
+def test_an_image_depends_on_its_prompt_and_copy_alone(tmp_path):
+    whole = texts(tmp_path, "whole.txt", *PROMPTS)
+    part = texts(tmp_path, "part.txt", PROMPTS[4], PROMPTS[1])
+    assess(tmp_path / "a", prompts=[whole], rewards=["jpeg_incompressibility"], images_per_prompt=2, steps=3, seed=0)
+    assess(tmp_path / "b", prompts=[part], rewards=["jpeg_incompressibility"], images_per_prompt=3, steps=3, seed=0, micro_batch=2)
+    a = {key[2:]: value for key, value in scores(tmp_path / "a").items()}
+    b = {key[2:]: value for key, value in scores(tmp_path / "b").items()}
+    shared = set(a) & set(b)
+    assert shared == {(PROMPTS[k], copy) for k in (1, 4) for copy in (0, 1)}
+    assert all(a[key] == b[key] for key in shared)
+    assert len({value["jpeg_incompressibility"] for value in b.values()}) > 3  # and copies differ
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_the_unbroken_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowtilt.benchmark.BLOCK", 4)
+    (tmp_path / "stops.py").write_text(STOPS.format(stop=4))
+    (tmp_path / "never.py").write_text(STOPS.format(stop=-1))
+    prompts = texts(tmp_path, "p.txt", *PROMPTS)
+    given = {"prompts": [prompts], "images_per_prompt": 4, "steps": 2}
+    with pytest.raises(UserError, match="the judge fell asleep"):
+        assess(tmp_path / "broken", rewards=[f"mine={tmp_path}/stops.py:reward"], **given)
+    assert not (tmp_path / "broken" / "results.json").exists()
+    with (tmp_path / "broken" / "scores-0.jsonl").open("a") as file:
+        file.write('{"set": "p", "torn')  # what a kill in the midst of a line leaves
+    assert len(scores(tmp_path / "broken")) == 0  # nothing is final yet
+    found = assess(tmp_path / "broken", rewards=[f"mine={tmp_path}/never.py:reward"], **given)
+    whole = assess(tmp_path / "whole", rewards=[f"mine={tmp_path}/never.py:reward"], **given)
+    assert found["sets"] == whole["sets"] and found["sets"]["p"]["images"] == 24
+    assert scores(tmp_path / "broken") == scores(tmp_path / "whole")
+    assert (tmp_path / "broken" / "report.html").exists()
+
+
+def test_what_is_done_is_not_drawn_again(tmp_path):
+    (tmp_path / "once.py").write_text(STOPS.format(stop=2))
+    given = {"prompts": [texts(tmp_path, "p.txt", *PROMPTS)], "rewards": [f"mine={tmp_path}/once.py:reward"], "steps": 2}
+    first = assess(tmp_path / "e", **given)
+    (tmp_path / "once.py").write_text(STOPS.format(stop=1))
+    assert assess(tmp_path / "e", **given)["sets"] == first["sets"]
+
+
+def test_another_protocol_does_not_go_into_the_same_folder(tmp_path):
+    assess(tmp_path / "e", **FEW)
+    with pytest.raises(UserError, match="whose steps, seed differ; choose another folder with -o"):
+        assess(tmp_path / "e", images=24, steps=4, seed=7)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty and no evaluation"):
+        assess(tmp_path / "other", **FEW)
+
+
+def test_a_comparison_pairs_the_same_noise(finished, tmp_path):
+    results = assess(tmp_path / "both", loras=[finished], rewards=["jpeg_incompressibility"], compare_base=True, **FEW)
+    alone = assess(tmp_path / "base", rewards=["jpeg_incompressibility"], **FEW)
+    both = results["sets"]["playground"]["columns"]["jpeg_incompressibility"]
+    assert both["base"] == alone["sets"]["playground"]["columns"]["jpeg_incompressibility"]["base"]
+    assert both["difference"]["mean"] == pytest.approx(both["tuned"]["mean"] - both["base"]["mean"], abs=1e-9)
+
+
+def test_a_reward_that_judges_none_of_a_set_is_left_out_of_it_and_said(tmp_path):
+    quoted = texts(tmp_path, "signs.txt", 'a sign that says "HI"')
+    said = []
+    results = assess(
+        tmp_path / "e", prompts=["playground", quoted], rewards=["ocr", "jpeg_incompressibility"], images=6, steps=2, say=said.append
+    )
+    assert list(results["sets"]["playground"]["columns"]) == ["jpeg_incompressibility"]
+    assert list(results["sets"]["signs"]["columns"])[0] == "ocr"
+    assert [(line["set"], line["reward"]) for line in results["left_out"]] == [("playground", "ocr")]
+    assert len(said) == 1 and said[0].startswith("left out: ocr for playground")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rewards": ["pikscore"]}, "no reward 'pikscore'; did you mean 'pickscore'"),
+        ({"rewards": ["ocr"]}, "none of the rewards can judge playground"),
+        ({"rewards": ["clipscore"]}, "clip-l is missing: `flowtilt download clipscore`"),
+        ({"prompts": ["gneval"], "rewards": ["ocr"]}, "no such set (did you mean 'geneval'?)"),
+        ({"model": "/nowhere/at/all", "rewards": ["ocr"], "prompts": ["playground"]}, "can't be loaded"),
+        ({"model": "/nowhere/at/all"}, "--prompts and --rewards must be named"),
+        ({"compare_base": True}, "needs a --lora"),
+    ],
+)
+def test_bad_input_is_one_line_and_makes_no_folder(tmp_path, monkeypatch, given, said):
+    monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError) as caught:
+        assess(tmp_path / "e", **given)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "e").exists()
+
+
+def test_full_size_images_are_kept_on_request(tmp_path):
+    assess(tmp_path / "e", save_images=True, **FEW)
+    assert len(list((tmp_path / "e" / "images" / "playground" / "base").glob("*.png"))) == 24
+    assert len(json.loads((tmp_path / "e" / "results.json").read_text())["protocol"]["model_files"]) >= 4
+
+
+# which images ----------------------------------------------------------------------------------------
+
+
+def test_every_prompt_is_counted_equally_and_none_twice():
+    prompts = [Prompt(str(k)) for k in range(5)]
+    assert each(prompts, 3) == [(k, copy) for k in range(5) for copy in range(3)]
+
+
+def test_spread_images_visit_tags_evenly_and_prompts_before_copies():
+    prompts = [Prompt(f"{tag}{k}", tag) for tag, number in (("a", 7), ("b", 3)) for k in range(number)]
+    rows = spread(prompts, 20)
+    tags = [prompts[index].tag for index, _ in rows]
+    assert tags.count("a") == tags.count("b") == 10 and len(set(rows)) == 20
+    of_b = [row for row in rows if prompts[row[0]].tag == "b"]
+    assert sorted(copy for _, copy in of_b) == [0] * 3 + [1] * 3 + [2] * 3 + [3]
+    assert torch.tensor([copy for _, copy in of_b]).diff().min() >= 0

@@ -1,0 +1,60 @@
+"""What can be downloaded by name is what rewards read and what prompts can be named."""
+
+from pathlib import Path
+
+import pytest
+
+from flowtilt import catalogue, weights
+from flowtilt.errors import UserError
+from flowtilt.prompts import sets
+from flowtilt.rewards import BUILT_IN
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path) -> list[tuple[str, str, Path | None]]:
+    """What was asked for, instead of the network; nothing has been downloaded before."""
+    from huggingface_hub import constants
+
+    asked: list[tuple[str, str, Path | None]] = []
+
+    def record(kind: str, name: str, to: Path | None) -> Path:
+        asked.append((kind, name, to))
+        return Path(name)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("FLOWTILT_PROMPTS", str(tmp_path / "prompts"))
+    monkeypatch.setattr(weights, "download", lambda name, to: record("weights", name, to))
+    monkeypatch.setattr(sets, "download", lambda name, to: [record("prompts", name, to)])
+    return asked
+
+
+def test_a_name_that_is_a_rewards_and_a_sets_is_downloaded_as_both(fetched):
+    assert catalogue.get(["geneval"]) == [Path("mask2former"), Path("clip-l"), Path("geneval")]
+    assert fetched == [("weights", "mask2former", None), ("weights", "clip-l", None), ("prompts", "geneval", None)]
+
+
+def test_what_several_names_share_is_downloaded_once_and_into_the_folder_that_is_named(fetched, tmp_path):
+    catalogue.get(["pickscore", "clipscore", "drawbench", "drawbench"], tmp_path)
+    assert fetched == [("weights", "pickscore", tmp_path), ("weights", "clip-l", tmp_path), ("prompts", "drawbench", tmp_path)]
+
+
+def test_an_unknown_name_is_refused_before_anything_is_fetched(fetched):
+    with pytest.raises(UserError, match=r"'pickscor': .*did you mean 'pickscore'\?"):
+        catalogue.get(["drawbench", "pickscor"])
+    with pytest.raises(UserError, match="`flowtilt download --list` lists them: pickscore, "):
+        catalogue.get(["laion5b"])
+    assert not fetched
+
+
+def test_the_list_has_every_reward_that_reads_weights_and_every_set(fetched, tmp_path):
+    items = catalogue.listing()
+    assert [item.name for item in items if item.kind == "weights"] == list(weights.NEEDED)
+    assert [item.name for item in items if item.kind == "prompts"] == list(sets.SETS)
+    assert {item.name for item in items if item.kind == "weights"} <= set(BUILT_IN)
+    assert all(source.startswith("https://") for item in items for source in item.sources)
+    assert not any(item.there for item in items)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "hpdv2-anime.json").write_text("[]")
+    (tmp_path / "prompts" / "ocr.txt").write_text("x")
+    assert [item.name for item in catalogue.listing() if item.there] == ["ocr"]
