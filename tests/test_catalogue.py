@@ -30,13 +30,16 @@ def fetched(monkeypatch, tmp_path) -> list[tuple[str, str, Path | None]]:
 
 
 def test_a_name_that_is_a_rewards_and_a_sets_is_downloaded_as_both(fetched):
-    assert catalogue.get(["geneval"]) == [Path("mask2former"), Path("clip-l"), Path("geneval")]
-    assert fetched == [("weights", "mask2former", None), ("weights", "clip-l", None), ("prompts", "geneval", None)]
+    assert catalogue.get(["geneval"]) == [Path("mask2former"), Path("clip-l"), Path("clip-tokenizer"), Path("geneval")]
+    assert fetched == [(kind, name, None) for kind, name in (*(("weights", n) for n in weights.NEEDED["geneval"]), ("prompts", "geneval"))]
 
 
 def test_what_several_names_share_is_downloaded_once_and_into_the_folder_that_is_named(fetched, tmp_path):
     catalogue.get(["pickscore", "clipscore", "drawbench", "drawbench"], tmp_path)
-    assert fetched == [("weights", "pickscore", tmp_path), ("weights", "clip-l", tmp_path), ("prompts", "drawbench", tmp_path)]
+    assert fetched == [
+        (kind, name, tmp_path)
+        for kind, name in (("weights", "pickscore"), ("weights", "clip-tokenizer"), ("weights", "clip-l"), ("prompts", "drawbench"))
+    ]
 
 
 def test_an_unknown_name_is_refused_before_anything_is_fetched(fetched):

@@ -22,7 +22,14 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_is_small_and_holds_weights_recipes_and_the_reports_style(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for inside in ("playground/weights/model_index.json", "recipes/playground.toml", "report/page.css", "report/page.js"):
+    for inside in (
+        "playground/weights/model_index.json",
+        "recipes/playground.toml",
+        "recipes/sd35m-geneval.toml",
+        "report/page.css",
+        "report/page.js",
+        "report/evaluation.css",
+    ):
         assert f"flowtilt/{inside}" in names
     assert sum(name.endswith(".safetensors") for name in names) == 5
     assert wheel.stat().st_size < 10 * 2**20

@@ -334,6 +334,9 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
     if parts == ["model"] and isinstance(value, str):
         parts = ["model", "path"]
     node = tree
+    given = tree.get("rewards", {}).get(parts[1]) if len(parts) > 2 and parts[0] == "rewards" else None
+    if isinstance(given, str | int | float) and not isinstance(given, bool):  # a reward in its short form
+        tree["rewards"][parts[1]] = {"source" if isinstance(given, str) else "weight": given}
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):

@@ -104,7 +104,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

@@ -69,7 +69,13 @@ def mean_of_strata(
 
 
 def summary(
-    values: ArrayLike, clusters: ArrayLike, strata: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    values: ArrayLike,
+    clusters: ArrayLike,
+    strata: ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, Any]:
     """One column of an evaluation, ready for JSON: what is not known is None.
 
@@ -80,12 +86,12 @@ def summary(
     Args and Raises: see `interval`.
     """
     drawn = _bootstrap(values, clusters, strata, resamples, seed)
-    missing, tags = np.isnan(np.asarray(values, dtype=float)), np.asarray(strata).astype(str)
+    missing = np.isnan(np.asarray(values, dtype=float))
     found = _told(drawn.overall(level)) | {"images": len(missing), "missing": int(missing.sum())}
     known = {str(label): place for place, label in enumerate(drawn.labels) if str(label)}
-    if len(known) < 2:
+    if strata is None or len(known) < 2:
         return found
-    by_tag = {}
+    tags, by_tag = np.asarray(strata).astype(str), {}
     for tag in dict.fromkeys(tags[tags != ""].tolist()):
         mine = missing[tags == tag]
         estimate = drawn.of_stratum(known[tag], level) if tag in known else Estimate(math.nan, math.nan, math.nan)

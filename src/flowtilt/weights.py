@@ -57,12 +57,11 @@ class Url:
         return (self.source.rpartition("/")[2].replace("%2B", "+"),)
 
 
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_CLIP_L, _CLIP_L_COMMIT = "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"
 
 WEIGHTS: dict[str, Hub | Url] = {
-    "clip-l": Hub(
-        "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", ("config.json", "model.safetensors", *TOKENIZER)
-    ),
+    "clip-l": Hub(_CLIP_L, _CLIP_L_COMMIT, ("config.json", "model.safetensors")),
+    "clip-tokenizer": Hub(_CLIP_L, _CLIP_L_COMMIT, ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")),
     "pickscore": Hub("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", ("config.json", "model.safetensors")),
     "hpsv2": Hub("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", ("HPS_v2.1_compressed.pt",)),
     "imagereward": Hub("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", ("ImageReward.pt",)),
@@ -86,12 +85,12 @@ WEIGHTS: dict[str, Hub | Url] = {
 }
 
 NEEDED: dict[str, tuple[str, ...]] = {
-    "pickscore": ("pickscore", "clip-l"),  # clip-l for its tokenizer
-    "clipscore": ("clip-l",),
-    "hpsv2": ("hpsv2", "clip-l"),
-    "aesthetic": ("aesthetic", "clip-l"),
+    "pickscore": ("pickscore", "clip-tokenizer"),
+    "clipscore": ("clip-l", "clip-tokenizer"),
+    "hpsv2": ("hpsv2", "clip-tokenizer"),
+    "aesthetic": ("aesthetic", "clip-l", "clip-tokenizer"),
     "imagereward": ("imagereward", "bert"),
-    "geneval": ("mask2former", "clip-l"),
+    "geneval": ("mask2former", "clip-l", "clip-tokenizer"),
 }
 """What each reward reads. OCR's models come inside the rapidocr package, UnifiedReward's server has its own."""
 

@@ -7,6 +7,7 @@ import threading
 import time
 from base64 import b64encode
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import uvicorn
@@ -41,11 +42,13 @@ def wait_until(true, seconds=20):
         time.sleep(0.005)
 
 
-def ask(url, body, key=None, path="/score", method="POST"):
+def ask(url, body, key=None, path="/score", method="POST") -> tuple[int, Any]:
     """Status and JSON (or text) of one request; `body` is JSON unless it is bytes."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection.request(method, path, data, {"Authorization": f"Bearer {key}"} if key else {})
+    # as urllib: a server that closes before it has read everything resets the connection
+    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    connection.request(method, path, data, headers)
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()

@@ -83,7 +83,7 @@ def test_missing_weights_are_told_with_what_to_type(folder, name):
 
 def test_pickscore_without_the_tokenizers_folder_says_so(folder):
     (folder / FOLDERS["clip-l"]).rename(folder / "elsewhere")
-    assert refused("pickscore").startswith("clip-l is missing")
+    assert refused("pickscore").startswith("clip-tokenizer is missing")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,25 +146,29 @@ def test_a_clip_that_is_not_pickscore_is_refused_by_its_logit_scale(folder, scal
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
     (folder / FOLDERS["clip-l"] / "vocab.json").unlink()
-    assert "vocab.json" in refused("hpsv2")
+    assert refused("hpsv2").startswith("clip-tokenizer is missing")
 
 
 def test_a_tokenizer_of_another_family_is_refused(folder):
+    """One token fewer, so the end token has another number."""
     path = folder / FOLDERS["clip-l"] / "vocab.json"
-    path.write_text(json.dumps({token: number for token, number in json.loads(path.read_text()).items() if token != "red</w>"}))
+    tokens = [token for token in json.loads(path.read_text()) if token != "red</w>"]
+    path.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (path.parent / "merges.txt").write_text("#version: 0.2\n")
     assert "tokenizer" in refused("pickscore")
 
 
-def test_the_tokenizer_is_the_same_from_either_of_its_files(folder):
-    place = folder / FOLDERS["clip-l"]
-    tokenizer = load("clip-l", "cpu").tokenizer
-    tokenizer.save_pretrained(place)
-    for file in ("vocab.json", "merges.txt"):
-        (place / file).unlink(missing_ok=True)
+def test_a_configuration_from_before_the_end_token_was_named_reads_the_same(folder):
+    """Early ones of transformers state 2, upon which the highest token is read: it is the end token."""
+    path = folder / FOLDERS["clip-l"] / "config.json"
+    features = load("clip-l", "cpu").text_features(["a cat"])
+    stated = json.loads(path.read_text())
+    stated["text_config"]["eos_token_id"] = 2
+    path.write_text(json.dumps(stated))
     load.cache_clear()
-    ids = load("clip-l", "cpu").tokenizer("A cat's  RED hat!").input_ids
-    assert (place / "tokenizer.json").is_file() and ids == tokenizer("A cat's  RED hat!").input_ids
+    assert load("clip-l", "cpu").model.text_model.eos_token_id == 2
+    assert torch.equal(load("clip-l", "cpu").text_features(["a cat"]), features)
+
 
 
 # features --------------------------------------------------------------------------------------------

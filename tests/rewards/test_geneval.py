@@ -232,6 +232,13 @@ def test_a_long_crop_keeps_its_middle():
     assert crop is not None and (crop[0] > 0.99).float().mean() > 0.9
 
 
+def test_an_odd_margin_s_half_is_rounded_half_to_even():
+    """227 columns lose 1.5 at the left, which is 2."""
+    image = torch.rand(3, 224, 227, generator=torch.Generator().manual_seed(0))
+    crop = colors.crop(image, torch.ones(224, 227, dtype=torch.bool), (0, 0, 227, 224))
+    assert crop is not None and torch.equal((crop * 255).round(), (image * 255).round()[:, :, 2:226])
+
+
 def unit(*values):
     return torch.nn.functional.normalize(torch.tensor(values, dtype=torch.float32), dim=0)
 

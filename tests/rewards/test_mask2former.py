@@ -271,7 +271,7 @@ BIAS = "panoptic_head.cls_embed.bias"
     [
         (mmdetection_3, f"has mmdetection 3's names.*{FILE}"),
         (lambda state: without(state, BIAS), r"class_predictor\.bias missing for Mask2Former of transformers"),
-        (lambda state: without(state, BIAS, "backbone.norm0.bias"), r"\(and 1 more\) missing"),
+        (lambda state: without(state, BIAS, "backbone.norm0.bias"), r"class_predictor\.bias, .*norms\.stage1\.bias missing"),
         (lambda state: state | {"visual.proj": state[BIAS]}, r"visual\.proj is not among their names"),
         (lambda state: state | {BIAS: state[BIAS][:-1]}, r"class_predictor\.bias of another shape"),
         (lambda state: state | {"backbone.norm0.scale": state[BIAS]}, r"norms\.stage1\.scale too many"),

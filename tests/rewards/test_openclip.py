@@ -139,6 +139,7 @@ def test_a_name_that_open_clip_does_not_have_is_refused():
         ("\ufeffa\x00b\x1fc\x7fd\ufffc", "abcd"),
         ("cafe\u0301", "café"),
         ("fish &amp;amp; chips", "fish & chips"),
+        ("<b>fish</b> &amp;amp; chips &rsquo;", "<b>fish</b> & chips ’"),
         ("&rsquo;tis &quot;it&quot;", '\'tis "it"'),
         ("  \t spaced \n", "spaced"),
         ("", ""),

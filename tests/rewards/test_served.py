@@ -114,6 +114,17 @@ def test_it_is_remote_keeps_the_servers_version_and_scores_no_images():
     assert empty.scores.shape == (0,) and not empty.notes
 
 
+def test_an_image_with_a_nan_has_no_score_though_its_png_would():
+    images = torch.stack([grey(1), grey(2), grey(3)])
+    images[1, 0, 4, 4] = torch.nan
+    reward = lambda images, prompts: RewardOutput(levels(images, prompts), (), {"d": levels(images, prompts)})  # noqa: E731
+    with running({"r": reward}) as (url, _):
+        output = Served(url, "r", images_per_request=2)(images, prompts_of(3))
+    for values in (output.scores, output.details["d"]):
+        assert values[[0, 2]].tolist() == [1, 3] and values[1].isnan()
+    assert list(output.notes) == ["", "image is not finite", ""]
+
+
 def test_whether_it_applies_is_what_the_built_in_reward_says(monkeypatch):
     class Judge:
         @staticmethod
@@ -143,7 +154,7 @@ def test_an_unknown_reward_and_a_wrong_key_are_told_at_once(monkeypatch):
     with running({"levels": levels}, key="right") as (url, _):
         began = time.monotonic()
         monkeypatch.setenv("FLOWTILT_REWARD_KEY", "wrong")
-        with pytest.raises(UserError, match="rewards.levels: .*FLOWTILT_REWARD_KEY"):
+        with pytest.raises(UserError, match=r"rewards\.levels: .*FLOWTILT_REWARD_KEY"):
             Served(url, "levels")
         monkeypatch.setenv("FLOWTILT_REWARD_KEY", "right")
         with pytest.raises(UserError, match="no reward 'level' here; this server has levels"):

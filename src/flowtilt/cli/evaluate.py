@@ -107,8 +107,8 @@ def _score(args: argparse.Namespace) -> int:
     unread = [record for record in records if record["scores"] and all(v is None for v in record["scores"].values()) and record["note"]]
     for record in unread[:5]:
         _say(f"no score: {record['note']}")
-    named = [{**record, "set": "images", "variant": "images"} for record in records]
-    print(table(results_of(named, ["images"], {"rewards": versions_of(rewards)})))
+    named = [{**record, "set": "images", "variant": "tuned"} for record in records]
+    print(table(results_of(named, ["tuned"], {"rewards": versions_of(rewards)})))
     if args.output:
         save_scores(args.output, records)
         print(f"scores   {args.output}")

@@ -20,7 +20,7 @@ def document(title: str, body: str, *, styles: Sequence[str] = ("page.css",), sc
     # whatever a prompt or a recipe contains, nothing but this one script runs and nothing is fetched
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" if code else ""
-    return (
+    html = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
@@ -28,6 +28,8 @@ def document(title: str, body: str, *, styles: Sequence[str] = ("page.css",), sc
         + (f"<script>{code}</script>\n" if code else "")
         + "</body>\n</html>\n"
     )
+    # half a surrogate pair, which JSON can hold, has no UTF-8
+    return html.encode("utf-8", "replace").decode("utf-8")
 
 
 def section(name: str, title: str, body: str) -> str:

@@ -14,7 +14,8 @@ def decimals(estimates: Sequence[Estimate]) -> int:
     """3 for scores below 10, fewer above; up to 2 more where the narrowest interval would not show."""
     size = max((abs(e.mean) for e in estimates if e.known), default=0.0)
     least = 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
-    halves = [(e.high - e.low) / 2 for e in estimates if e.has_interval and e.high > e.low]
+    # a width that is only rounding is none
+    halves = [(e.high - e.low) / 2 for e in estimates if e.has_interval and e.high - e.low > 1e-9 * size]
     needed = -math.floor(math.log10(min(halves))) if halves else 0
     return min(max(least, needed), least + 2)
 

@@ -15,6 +15,8 @@ SHOWN = 12
 """Pictures of each kind."""
 LISTED = 500
 """Images without a score that are named; of more, only the number is given."""
+LONG = 240
+"""Letters of a prompt, above which it scrolls."""
 
 Beside = dict[tuple[str, int, int, str], Scored]
 
@@ -40,8 +42,10 @@ def ranked(images: Sequence[Scored], column: str) -> list[Scored]:
 
 
 def worst_and_best(images: Sequence[Scored], column: str) -> tuple[list[Scored], list[Scored]]:
-    """The lowest and the highest scores, at most 12 of each, no image in both; the best first among the best."""
+    """The lowest and the highest scores, at most 12 of each, no image in both; no highest where all are alike."""
     rising = ranked(images, column)
+    if rising and rising[0].score(column) == rising[-1].score(column):
+        return rising[:SHOWN], []
     worst = rising[: min(SHOWN, (len(rising) + 1) // 2)]
     taken = {id(image) for image in worst}
     falling = sorted(rising, key=lambda image: -image.score(column))
@@ -103,7 +107,9 @@ def _gallery(pairs: Sequence[list[tuple[str, Scored | None]]], column: Column, r
 
 def _card(image: Scored, shots: str) -> str:
     tag = f' <span class="chip">{escape(image.tag.replace("_", " "))}</span>' if image.tag else ""
-    return f'<figure class="card"><figcaption>{escape(image.prompt)}{tag}</figcaption><div class="strip">{shots}</div></figure>'
+    # what scrolls must be reachable by keyboard
+    caption = '<figcaption class="long" tabindex="0">' if len(image.prompt) > LONG else "<figcaption>"
+    return f'<figure class="card">{caption}{escape(image.prompt)}{tag}</figcaption><div class="strip">{shots}</div></figure>'
 
 
 def _shot(variant: str, image: Scored | None, column: Column, results: Results) -> str:
@@ -140,7 +146,7 @@ def unscored(one: PromptSet, images: Sequence[Scored], results: Results) -> str:
         if rest
         else ""
     )
-    said = f"{counted(len(found), 'image')} of {len(mine):,}: {counts}."
+    said = f"{len(found):,} of {counted(len(mine), 'image')} lack a score: {counts}."
     return f'{_title(one)}<p>{said}</p><div class="cards gallery" style="--columns:1">{cards}</div>{more}'
 
 

@@ -115,7 +115,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):
         return json.loads(_text(path))
     return None
 

@@ -167,9 +167,10 @@ def _objects(value: Any) -> list[Record]:
 
 
 def load_scores(folder: Path) -> list[Scored]:
-    """The images of scores.jsonl that say which set, prompt and copy they are, in the file's order."""
+    """The images of scores.jsonl that say which prompt they are of, in the file's order; of a repeated one the last line holds."""
     inside = folder.resolve()
-    return [_scored(inside, record) for record in _lines(folder / "scores.jsonl") if math.isfinite(number(record, "index"))]
+    images = [_scored(inside, record) for record in _lines(folder / "scores.jsonl") if math.isfinite(number(record, "index"))]
+    return list({(image.set, image.index, image.copy, image.variant): image for image in images}.values())
 
 
 def _lines(path: Path) -> Iterator[Record]:

@@ -110,7 +110,8 @@ def _difference_of(column: Column) -> str:
     shares = " / ".join(f"{share:.0%}" if share == share else "–" for share in (column.difference.wins, column.difference.ties))
     said = verdict(estimate)
     look = said.split(":")[0] if said.startswith(("higher", "lower")) else "chance"
-    word, _, why = said.partition(": ")
+    # the column's title says "interval"
+    word, _, why = said.replace(": interval", ":").partition(": ")
     words = f'<b class="{look}">{word}</b> <span class="interval">{why}</span>' if said else "–"
     return (
         f'<tr{_look(column)}><th scope="row">{_name(column)}</th>'

@@ -30,7 +30,8 @@ def table(results: dict[str, Any]) -> str:
     """
     read = parse(results)
     blocks = [_aligned(_means(read))] if read.sets else ["no scores"]
-    blocks += [_aligned(_differences(read))] if read.sets and read.compares else []
+    compared = any(column.difference for one in read.sets for column in one.columns)
+    blocks += [_aligned(_differences(read))] if compared else []
     blocks += (
         ["\n".join(_fit(f"left out on {name}: {reward}: {why}", WIDTH) for name, reward, why in read.left_out)] if read.left_out else []
     )
@@ -38,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _means(results: Results) -> list[_Row | str]:
-    rows: list[_Row | str] = [_Row("", "", results.variants)]
+    rows: list[_Row | str] = [_Row("", "", results.variants if results.compares else ["mean [95 %]"])]
     for one in results.sets:
         rows.append(_head(one))
         for column in one.columns:

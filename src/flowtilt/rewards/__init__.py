@@ -72,11 +72,13 @@ def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", o
     """
     found = find_reward(name, source)
     options = dict(options or {})
-    is_class = inspect.isclass(found)
     _check_options(name, found, options)
     if source.startswith(("http://", "https://")):
-        return cast(Reward, partial(found, url=source, reward=name)(**options))
-    return cast(Reward, found(device=torch.device(device), **options) if is_class else partial(found, **options) if options else found)
+        return found(url=source, reward=name, **options)
+    if inspect.isclass(found):
+        build = cast(Callable[..., Reward], found)
+        return build(device=torch.device(device), **options)
+    return partial(found, **options) if options else found
 
 
 def find_reward(name: str, source: str) -> Any:

@@ -61,8 +61,7 @@ class CLIP:
             clean: texts go through `openclip.clean` first.
         """
         texts = [openclip.clean(text) for text in texts] if clean else texts
-        found = {text: self._encoded(text) for text in dict.fromkeys(texts)}
-        return torch.stack([found[text] for text in texts])
+        return torch.stack([self._encoded(text) for text in texts])
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
@@ -87,7 +86,7 @@ def load(name: str, device: torch.device | str) -> CLIP:
     if device != exact:  # "cuda" and "cuda:0" are one device
         return load(name, exact)
     path = weights.find(name)
-    tokenizer = _tokenizer(weights.find("clip-l"))
+    tokenizer = _tokenizer(weights.find("clip-tokenizer"))
     config, tensors = _open_clip(path) if name == "hpsv2" else _folder(path)
     model: Any = keymap.fill(keymap.build(lambda: CLIPModel(config)), tensors, path)
     _check_tokenizer(tokenizer, config, path)
@@ -103,7 +102,9 @@ def _folder(folder: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: can't be read, a file may be cut short: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{folder}: can't be read, a file may be cut short: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
     # older transformers stored these, they only count the positions
     return config, {key: tensor.float() for key, tensor in tensors.items() if not key.endswith(".position_ids")}
 
@@ -117,13 +118,10 @@ def _open_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    # without them transformers would make an empty vocabulary and say nothing
-    if not (folder / "tokenizer.json").is_file() and not all((folder / file).is_file() for file in ("vocab.json", "merges.txt")):
-        raise UserError(f"{folder}: no tokenizer.json and no vocab.json with merges.txt; fetch the folder again")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the tokenizer can't be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}: the tokenizer can't be read: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, config: CLIPConfig, path: Path) -> None:

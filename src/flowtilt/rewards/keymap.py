@@ -80,4 +80,4 @@ def fill(module: Module, tensors: Mapping[str, Tensor], path: Path) -> Module:
 
 
 def _some(names: list[str]) -> str:
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+    return ", ".join(names[:3]) + (f" (and {len(names) - 3} more)" if len(names) > 3 else "")

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -64,11 +64,18 @@ class Served:
         """
         parts = [slice(start, start + self.images_per_request) for start in range(0, len(prompts), self.images_per_request)]
         outputs = _in_threads([partial(self._ask, images[part], prompts[part]) for part in parts], self.workers)
+        notes = [note for output in outputs for note in output.notes]
         names = dict.fromkeys(name for output in outputs for name in output.details)
+        # 8 bits would make a 0 of a NaN, and the server a score of it
+        broken = ~images.isfinite().flatten(1).all(1).cpu()
+
+        def joined(values: Iterable[Tensor]) -> Tensor:
+            return torch.cat([torch.empty(0), *values]).masked_fill(broken, torch.nan)
+
         return RewardOutput(
-            torch.cat([torch.empty(0), *(output.scores for output in outputs)]),
-            [note for output in outputs for note in output.notes],
-            {name: torch.cat([o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs]) for name in names},
+            joined(output.scores for output in outputs),
+            ["image is not finite" if bad else note for bad, note in zip(broken, notes, strict=True)],
+            {name: joined(o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs) for name in names},
         )
 
     def applies(self, prompt: Prompt) -> str:

@@ -1,0 +1,486 @@
+"""The page and the table of an evaluation: every mean with its interval, nothing missing hidden, safe whatever a prompt says."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import HOSTILE, Page
+
+from flowtilt.errors import UserError
+from flowtilt.report.estimates import bracketed, decimals, verdict, written
+from flowtilt.report.evaluation import write_evaluation_page
+from flowtilt.report.extremes import ranked, worst_and_best
+from flowtilt.report.interval_bars import scale_of
+from flowtilt.report.results import Estimate, Scored, load_scores, parse
+from flowtilt.report.terminal import table
+from flowtilt.statistics import paired, summary
+
+NAN = math.nan
+TAGS = ("counting", "colors", "position")
+PROTOCOL = {
+    "model": "stabilityai/stable-diffusion-3.5-medium",
+    "lora": [{"path": "runs/nft-geneval/lora/pytorch_lora_weights.safetensors", "sha256": "9f" * 32}],
+    "steps": 40,
+    "solver": "euler",
+    "guidance": 1.0,
+    "seed": 0,
+    "images_per_prompt": 2,
+    "resolution": 512,
+    "dtype": "float32",
+    "rewards": {"pickscore": {"revision": "abc123"}},
+}
+
+
+def rows_of_set(
+    name: str, prompts: int, columns: tuple[str, ...], tags: tuple[str, ...], variants: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Two images a prompt; the tuned model's scores are the base's plus 0.2, the first prompt has no scores at all."""
+    rng = np.random.default_rng(0)
+    found = []
+    for index in range(prompts):
+        for copy in range(2):
+            base = {column: round(float(rng.uniform(0.2, 0.6)), 3) for column in columns}
+            for variant in variants:
+                scores = {c: None if index == 0 else round(s + 0.2 * (variant == "tuned"), 3) for c, s in base.items()}
+                place = {"set": name, "index": index, "copy": copy, "variant": variant}
+                texts = {"prompt": f"{name} prompt {index}", "tag": tags[index % len(tags)], "note": "" if index else "503: no answer"}
+                found.append(place | texts | {"scores": scores, "picture": f"pictures/{name}-{index}-{copy}-{variant}.png"})
+    return found
+
+
+def results_of(rows: list[dict[str, Any]], variants: tuple[str, ...]) -> dict[str, Any]:
+    sets = {}
+    for name in dict.fromkeys(row["set"] for row in rows):
+        of = {v: [row for row in rows if row["set"] == name and row["variant"] == v] for v in variants}
+        first = of[variants[0]]
+        labels = [row["index"] for row in first], [row["tag"] for row in first]
+        columns: dict[str, Any] = {}
+        for column in first[0]["scores"]:
+            values = {v: [NAN if row["scores"][column] is None else row["scores"][column] for row in mine] for v, mine in of.items()}
+            columns[column] = {v: summary(values[v], *labels) for v in variants}
+            columns[column] |= {"difference": paired(values["tuned"], values["base"], *labels)} if len(variants) > 1 else {}
+        sets[name] = {"prompts": len(first) // 2, "images": len(first), "columns": columns}
+    left_out = [{"set": "drawbench", "reward": "ocr", "why": "its prompts quote no text"}]
+    return {"protocol": PROTOCOL, "variants": list(variants), "sets": sets, "left_out": left_out, "seconds": 750.0}
+
+
+def write(folder: Path, variants: tuple[str, ...]) -> Path:
+    (folder / "pictures").mkdir(parents=True)
+    rows = rows_of_set("geneval", 24, ("geneval", "geneval/strict", "pickscore", "pickscore/raw"), TAGS, variants)
+    rows += rows_of_set("drawbench", 8, ("pickscore", "aesthetic"), ("",), variants)
+    for row in rows:
+        Image.new("RGB", (96, 96), (row["index"] * 10, 90, 200)).save(folder / row["picture"])
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text(json.dumps(results_of(rows, variants)))
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """An evaluation of a tuned model and its base."""
+    return write(tmp_path / "two", ("tuned", "base"))
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    """An evaluation of one model."""
+    return write(tmp_path / "one", ("tuned",))
+
+
+def report(folder: Path) -> Page:
+    page = Page(write_evaluation_page(folder).read_text())
+    assert not page.open, f"left open: {page.open}"
+    return page
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def change(folder: Path, **more: Any) -> None:
+    (folder / "results.json").write_text(json.dumps(results(folder) | more))
+
+
+def change_rows(folder: Path, **more: Any) -> None:
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+
+
+# the page --------------------------------------------------------------------------------------------
+
+
+def test_the_page_lies_in_the_folder_and_says_what_was_evaluated_and_how(two: Path) -> None:
+    assert write_evaluation_page(two) == two / "report.html"
+    page = report(two)
+    assert page.says("stable-diffusion-3.5-medium with nft-geneval")
+    assert page.says("euler, 40 steps, guidance 1, 512 px, 2 images per prompt, seed 0, float32")
+    assert page.says("geneval on geneval · mean over prompts") and page.says("geneval 24 prompts, 48 images")
+    assert page.says("rewards.pickscore.revision abc123") and page.says("lora.0.sha256 9f9f")
+    assert page.says("ocr on drawbench: its prompts quote no text") and page.says("what papers print")
+
+
+def test_every_mean_stands_with_its_interval(two: Path) -> None:
+    page = report(two)
+    for one in results(two)["sets"].values():
+        for column in one["columns"].values():
+            for variant in ("tuned", "base"):
+                mean, low, high = (column[variant][key] for key in ("mean", "low", "high"))
+                assert page.says(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+
+
+def test_both_means_of_geneval_are_named_and_each_tag_is_listed(two: Path) -> None:
+    page, of = report(two), results(two)["sets"]["geneval"]["columns"]["geneval"]
+    assert page.says(f"mean over prompts {of['base']['mean']:.3f} [") and page.says(
+        f"mean over tags {of['base']['mean_of_tags']['mean']:.3f} ["
+    )
+    for tag in TAGS:
+        assert page.says(f"{tag} {of['base']['by_tag'][tag]['mean']:.3f} [")
+
+
+def test_missing_scores_are_counted_beside_the_mean_and_shown(two: Path) -> None:
+    page = report(two)
+    assert page.text.count("2 of 48 missing") >= 4 and page.text.count("2 of 16 missing") >= 4
+    assert page.says("Some images have no score : geneval on geneval, pickscore on geneval, pickscore on drawbench and 1 more.")
+    assert page.says("4 of 96 images lack a score: geneval 4, pickscore 4.")
+    assert page.says("base, prompt 0, copy 1 no geneval, pickscore: 503: no answer")
+
+
+def test_where_nothing_is_missing_nothing_is_said_to_be(one: Path) -> None:
+    rows = [json.loads(line) for line in (one / "scores.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["index"]]
+    (one / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (one / "results.json").write_text(json.dumps(results_of(rows, ("tuned",))))
+    page = report(one)
+    assert page.says("Every image has every score.") and "missing" not in page.text
+
+
+def test_differences_say_in_words_whether_the_interval_excludes_zero(two: Path) -> None:
+    found = results(two)
+    columns = found["sets"]["geneval"]["columns"]
+    columns["pickscore"]["difference"] |= {"mean": -0.01, "low": -0.02, "high": -0.004}
+    columns["geneval/strict"]["difference"] |= {"mean": 0.01, "low": -0.02, "high": 0.04}
+    columns["pickscore/raw"]["difference"] |= {"low": None, "high": None}
+    change(two, sets=found["sets"])
+    page = report(two)
+    assert page.says("geneval +0.200 [+0.200, +0.200] 2 of 48 missing 100% / 0% higher excludes 0")
+    assert page.says("−0.010 [−0.020, −0.004] 2 of 48 missing 100% / 0% lower excludes 0")
+    assert page.says("+0.010 [−0.020, +0.040] 2 of 48 missing 100% / 0% may be chance includes 0")
+    assert page.says("no interval too few prompts")
+    assert page.says("Of 4 scores, compared image by image, tuned is higher in 3 and lower in 1.")
+
+
+def test_one_variant_has_no_differences_and_no_arrow(one: Path) -> None:
+    page = report(one)
+    assert not page.says("Tuned minus base") and "→" not in page.text and not page.says("base")
+    assert len(page.all("img")) == 24 + 2 + 14 + 2  # 12 and 12 of 46 with a score, 7 and 7 of 14, and those without
+
+
+def test_the_base_is_shown_beside_the_same_image(two: Path) -> None:
+    alts = [image["alt"] or "" for image in report(two).all("img")]
+    for base, tuned in zip(alts[:48:2], alts[1:48:2], strict=True):
+        (prompt, was), (same, now) = (re.fullmatch(r"(.*), (?:base|tuned), geneval ([\d.]+)", alt).groups() for alt in (base, tuned))  # type: ignore[union-attr]
+        assert prompt == same and float(now) - float(was) == pytest.approx(0.2)
+    shown = [float(alt.rsplit(" ", 1)[1]) for alt in alts[1:48:2]]
+    assert shown[:12] == sorted(shown[:12]) and shown[12:] == sorted(shown[12:], reverse=True) and max(shown[:12]) <= min(shown[12:])
+
+
+def test_the_page_loads_nothing_from_anywhere_and_runs_nothing(two: Path) -> None:
+    page = report(two)
+    assert not page.all("script") and not page.all("link")
+    for _, attrs in page.elements:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            value = attrs.get(name)
+            assert value is None or value.startswith(("data:image/", "#")), f"{name}={value[:60]}"
+    assert "url(" not in page.html and "@import" not in page.html and "http" not in page.html.replace("http-equiv", "")
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_the_page_can_be_read_without_seeing_it_and_without_a_mouse(two: Path) -> None:
+    page = report(two)
+    assert page.all("html")[0]["lang"] == "en" and all(image["alt"] for image in page.all("img"))
+    assert all(box.get("tabindex") == "0" and box.get("aria-label") for box in page.all("div") if box.get("class") == "scroll")
+    assert all(svg.get("aria-hidden") == "true" for svg in page.all("svg"))
+    headings = [attrs.get("scope") for attrs in page.all("th")]
+    assert set(headings) - {None} == {"col", "row", "rowgroup"}
+    anchors = {attrs["id"] for _, attrs in page.elements if attrs.get("id")}
+    assert {(a["href"] or "")[1:] for a in page.all("a")} <= anchors
+
+
+def test_hostile_text_stays_text(two: Path) -> None:
+    found = results(two)
+    geneval = found["sets"]["geneval"]
+    for variant in ("tuned", "base"):
+        of = geneval["columns"]["geneval"][variant]
+        of["by_tag"] = {HOSTILE: of["by_tag"]["colors"]}
+    sets = {HOSTILE: geneval | {"columns": {HOSTILE: geneval["columns"]["geneval"], "b/" + HOSTILE: geneval["columns"]["pickscore"]}}}
+    protocol = {"model": HOSTILE, "lora": [{"path": HOSTILE}], "solver": HOSTILE, "dtype": HOSTILE, HOSTILE: {HOSTILE: [HOSTILE]}}
+    change(two, sets=sets, protocol=protocol, left_out=[{"set": HOSTILE, "reward": HOSTILE, "why": HOSTILE}])
+    change_rows(two, set=HOSTILE, prompt=HOSTILE, tag=HOSTILE, note=HOSTILE, scores={HOSTILE: 0.5})
+    page = report(two)
+    assert not page.all("script")
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert all((image["src"] or "").startswith("data:image/") for image in page.all("img"))
+    assert page.text.count(HOSTILE) >= 40
+
+
+def test_prompts_that_are_no_unicode_or_very_long_are_shown(one: Path) -> None:
+    change_rows(one, prompt="\ud800 \u202e \u2028 " + "very " * 200 + "long")
+    page = report(one)
+    long = [caption for caption in page.all("figcaption") if caption.get("class") == "long"]
+    assert long and all(caption["tabindex"] == "0" for caption in long) and "very long" in page.text
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "{abs}", "link.png", "\0", "x" * 5000, 7, ["a"], ""])
+def test_scores_cannot_pull_in_files_from_elsewhere(one: Path, path: Any) -> None:
+    secret = one.parent / "secret.png"
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(secret)
+    (one / "link.png").symlink_to(secret)
+    change_rows(one, picture=str(secret) if path == "{abs}" else path)
+    page = report(one)
+    assert not page.all("img") and page.says("no picture")
+
+
+# odd folders -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_results_is_refused_in_one_line(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "typo"):
+        with pytest.raises(UserError, match=r"no results\.json") as caught:
+            write_evaluation_page(folder)
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["results.json", "scores.jsonl"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b"null\n7\n", b"[" * 100_000, b'{"sets": {"a": {"columns": 3}, "b": 1}}']
+)
+def test_either_file_may_be_broken(two: Path, name: str, content: bytes) -> None:
+    (two / name).write_bytes(content)
+    page = report(two)
+    assert page.says("no scores") or page.says("scores.jsonl")
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, None, "text", True, 10**400, [1], {}, -1e308, 0], ids=lambda v: str(v)[:6])
+def test_values_that_are_no_numbers_are_missing_pieces(two: Path, value: Any) -> None:
+    def broken(tree: Any, at: str) -> Any:
+        return {k: value if k == at else broken(v, at) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+    shutil.rmtree(two / "pictures")  # so that a hundred pages take seconds
+    whole = results(two)
+    keys = (
+        "mean",
+        "low",
+        "high",
+        "images",
+        "missing",
+        "wins",
+        "tuned",
+        "base",
+        "difference",
+        "by_tag",
+        "mean_of_tags",
+        "geneval",
+        "columns",
+    )
+    for key in (*keys, "sets", "protocol", "variants", "left_out", "seconds", "model", "lora", "steps"):
+        (two / "results.json").write_text(json.dumps(broken(whole, key)))
+        page = report(two)
+        drawn = [v for _, attrs in page.elements for name in ("x", "cx", "x1", "x2", "width") if (v := attrs.get(name))]
+        assert not any(bad in v for v in drawn for bad in ("nan", "inf")), key
+        assert max(map(len, table(results(two)).splitlines())) <= 110
+    (two / "results.json").write_text(json.dumps(whole))
+    for key in ("set", "index", "copy", "prompt", "tag", "variant", "scores", "note", "picture"):
+        before = (two / "scores.jsonl").read_bytes()
+        change_rows(two, **{key: value})
+        report(two)
+        (two / "scores.jsonl").write_bytes(before)
+
+
+def test_a_line_separator_in_a_prompt_does_not_cut_its_line(tmp_path: Path) -> None:
+    row = {"set": "a", "index": 0, "copy": 0, "prompt": "one\u2028two\x85three", "variant": "tuned", "scores": {}}
+    (tmp_path / "scores.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n" + '{"set": "a", "ind', encoding="utf-8")
+    assert [image.prompt for image in load_scores(tmp_path)] == ["one\u2028two\x85three"]
+
+
+def test_a_repeated_image_counts_once_and_the_last_line_holds(tmp_path: Path) -> None:
+    rows = [{"set": "a", "index": 0, "copy": 0, "variant": "tuned", "scores": {"x": score}} for score in (0.1, 0.7)]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [image.score("x") for image in load_scores(tmp_path)] == [0.7]
+
+
+def test_pictures_that_are_broken_or_absent_leave_a_gap(one: Path) -> None:
+    for path in sorted((one / "pictures").iterdir())[::2]:
+        path.write_bytes(b"no picture")
+    assert report(one).says("no picture") and report(one).all("img")
+
+
+def test_an_old_page_survives_a_failing_write(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_evaluation_page(two).read_text()
+    change(two, seconds=1.0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_evaluation_page(two)
+    assert (two / "report.html").read_text() == old
+
+
+def test_the_same_folder_gives_the_same_bytes(two: Path) -> None:
+    assert write_evaluation_page(two).read_bytes() == write_evaluation_page(two).read_bytes()
+
+
+# which images ----------------------------------------------------------------------------------------
+
+
+def image(index: int, copy: int, score: float | None, tag: str = "") -> Scored:
+    return Scored("a", index, copy, f"prompt {index}", tag, "tuned", {"x": score}, "", None)
+
+
+def test_equal_scores_take_turns_over_tags_and_prompts() -> None:
+    """40 failures, 30 of them of one tag and 4 of each prompt: the 12 shown are of 12 prompts and of both tags alike while they last."""
+    images = [image(i // 4, i % 4, 0.0, "many" if i < 32 else "few") for i in range(40)] + [image(99, 0, 1.0)]
+    worst, best = worst_and_best(images, "x")
+    assert len(worst) == 12 and [i.score("x") for i in best] == [1.0] + [0.0] * 11
+    assert {i.tag for i in worst[:4]} == {"many", "few"} and len({i.index for i in worst[:10]}) == 10
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_no_image_is_both_among_the_worst_and_the_best(number: int) -> None:
+    scores = np.random.default_rng(number).permutation(number) / 10
+    images = [image(i, 0, float(s)) for i, s in enumerate(scores)] + [image(999, 0, None)]
+    worst, best = worst_and_best(images, "x")
+    shown = [i.score("x") for i in worst + best]
+    assert len(set(shown)) == len(shown) == min(24, number)
+    assert [i.score("x") for i in worst] == sorted(scores)[: len(worst)]
+    assert [i.score("x") for i in best] == sorted(scores, reverse=True)[: len(best)]
+
+
+def test_images_that_all_score_alike_are_shown_once() -> None:
+    worst, best = worst_and_best([image(i, 0, 1.0) for i in range(50)], "x")
+    assert len(worst) == 12 and not best
+
+
+def test_images_without_a_score_are_not_ranked() -> None:
+    assert [i.index for i in ranked([image(0, 0, None), image(1, 0, 0.5), image(2, 0, NAN)], "x")] == [1]
+
+
+# numbers ---------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_written_so_that_they_show() -> None:
+    assert decimals([Estimate(0.942, 0.918, 0.963)]) == 3
+    assert decimals([Estimate(0.28413, 0.2837, 0.2845)]) == 4
+    assert decimals([Estimate(22.08, 22.05, 22.10)]) == 2
+    assert decimals([Estimate(0.5, 0.5, 0.5), Estimate(NAN, NAN, NAN)]) == 3
+    assert bracketed(Estimate(0.942, 0.918, 0.963), 3) == "[0.918, 0.963]"
+    assert bracketed(Estimate(0.5, NAN, NAN), 3) == "[no interval]"
+    assert [written(v, 3, True) for v in (0.2, -0.2, -0.0001, 0.0001, NAN)] == ["+0.200", "-0.200", "0.000", "0.000", "-"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.01, 0.02, "higher: interval excludes 0"),
+        (-0.02, -0.01, "lower: interval excludes 0"),
+        (-0.01, 0.02, "may be chance: interval includes 0"),
+        (0.0, 0.02, "may be chance: interval includes 0"),
+        (0.0, 0.0, "no difference"),
+        (NAN, NAN, "no interval: too few prompts"),
+    ],
+)
+def test_the_verdict_is_the_intervals(low: float, high: float, says: str) -> None:
+    assert verdict(Estimate((low + high) / 2 if low == low else 0.1, low, high)) == says
+
+
+def test_an_edge_that_is_not_zero_is_not_written_as_zero() -> None:
+    found = {"mean": 0.0011, "low": 0.00004, "high": 0.0022, "images": 9, "missing": 0, "wins": 0.6, "ties": 0.0}
+    column = {"tuned": {"mean": 0.285, "low": 0.27, "high": 0.3}, "base": {"mean": 0.284, "low": 0.27, "high": 0.3}, "difference": found}
+    text = table({"variants": ["tuned", "base"], "sets": {"a": {"columns": {"clipscore": column}}}})
+    assert "+0.00110 [+0.00004, +0.00220]" in text and "0.28500 [" not in text
+
+
+def test_bars_begin_at_zero_and_close_values_are_dots_on_what_they_span() -> None:
+    bars = scale_of([Estimate(0.2, 0.1, 0.3), Estimate(0.9, 0.8, 0.95)])
+    assert (bars.low, bars.high, bars.dots) == (0.0, 1.0, False)
+    dots = scale_of([Estimate(0.84, 0.83, 0.85), Estimate(0.88, 0.87, 0.89)])
+    assert dots.dots and 0.8 < dots.low < 0.83 and 0.89 < dots.high < 0.9
+    for scale in (bars, dots, scale_of([]), scale_of([Estimate(-2.0, -3.0, 1.0)]), scale_of([Estimate(0.0, 0.0, 0.0)])):
+        assert scale.low < scale.high and scale.percent(scale.high) == pytest.approx(100)
+
+
+# the terminal ----------------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_mean_with_its_interval(two: Path) -> None:
+    text, found = table(results(two)), results(two)
+    for name, one in found["sets"].items():
+        assert f"{name} ({one['prompts']} prompts, {one['images']} images)" in text
+        for column in one["columns"].values():
+            for part in (column["tuned"], column["base"]):
+                assert f"{part['mean']:.3f} [{part['low']:.3f}, {part['high']:.3f}]" in text
+            assert f"{column['difference']['mean']:+.3f} [" in text
+    assert re.search(r"geneval, mean over tags +0\.\d{3} \[", text) and re.search(r"pickscore/raw +0\.\d{3} .*what papers print", text)
+    assert text.count("base: 2 of 48 missing") == 4 and "pairs: 2 of 48 missing" in text and "higher: interval excludes 0" in text
+    assert "left out on drawbench: ocr: its prompts quote no text" in text
+
+
+def test_the_tables_numbers_stand_below_each_other(two: Path) -> None:
+    rows = [line for line in table(results(two)).splitlines() if "]" in line]
+    means = [line for line in rows if "+" not in line]
+    assert len({line.rindex("]") for line in means}) == 1 and len({line.index("]") for line in means}) == 1
+    assert len({line.index("]") for line in rows if "+" in line}) == 1
+
+
+def test_the_table_fits_110_columns_whatever_the_names_and_numbers(two: Path) -> None:
+    found = results(two)
+    geneval = found["sets"]["geneval"]["columns"]
+    geneval["a_reward_with_a_name_that_goes_on_and_on/and_a_detail_of_it"] = geneval["geneval"]
+    huge = {"mean": -98765.4321, "low": -98765.4512, "high": -98765.4012, "images": 10**9, "missing": 10**8}
+    tags = {"mean_of_tags": huge, "by_tag": {"a": huge}}
+    far = {"tuned": huge | {"low": -123456789.0}, "base": huge}
+    long = {"tuned": huge | tags, "base": huge | tags, "difference": huge | {"wins": 1.0, "ties": 1.0}}
+    geneval = {"geneval_" + "x" * 40: long, "far": far} | geneval
+    found["sets"] = {"set " * 60: {"prompts": 10**7, "images": 10**9, "columns": geneval}} | found["sets"]
+    found["left_out"] = [{"set": "a", "reward": "b", "why": "because " * 40}]
+    text = table(found)
+    assert max(map(len, text.splitlines())) <= 110
+    assert "-98765.43 [-98765.45, -98765.40]" in text and "[-1.23e+08, -98765.40]" in text
+    assert "..., mean over tags" in text and "100,000,000 of 1,000,000,000 missing" in text
+
+
+def test_the_table_of_one_variant_has_no_differences(one: Path) -> None:
+    text = table(results(one))
+    assert "mean [95 %]" in text and "tuned" not in text and "base" not in text and "minus" not in text and "    2 of 48 missing" in text
+
+
+def test_a_terminal_obeys_nothing_in_a_name() -> None:
+    text = table({"sets": {"\x1b[31mred\u202e\nnext": {"columns": {"\x07bell": {"tuned": {"mean": 1.0}}}}}})
+    assert all(letter.isprintable() or letter == "\n" for letter in text) and len(text.splitlines()) == 3
+    assert "1.000 [no interval]" in text
+
+
+def test_a_base_without_differences_has_no_table_of_them() -> None:
+    text = table({"variants": ["tuned", "base"], "sets": {"a": {"columns": {"x": {"tuned": {"mean": 1.0}}}}}})
+    assert "minus" not in text and "base" in text
+
+
+@pytest.mark.parametrize("odd", [{}, {"sets": 3}, {"sets": {"a": {}}}, {"sets": {"a": {"columns": {"x": {}}}}}])
+def test_the_table_of_nothing_is_a_table(odd: dict[str, Any]) -> None:
+    assert table(odd) and parse(odd).variants == ["tuned"]
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, flowtilt.report.evaluation, flowtilt.report.terminal; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
