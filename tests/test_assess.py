@@ -117,7 +117,7 @@ def test_a_reward_that_judges_none_of_a_set_is_left_out_of_it_and_said(tmp_path)
         tmp_path / "e", prompts=["playground", quoted], rewards=["ocr", "jpeg_incompressibility"], images=6, steps=2, say=said.append
     )
     assert list(results["sets"]["playground"]["columns"]) == ["jpeg_incompressibility"]
-    assert list(results["sets"]["signs"]["columns"])[0] == "ocr"
+    assert next(iter(results["sets"]["signs"]["columns"])) == "ocr"
     assert [(line["set"], line["reward"]) for line in results["left_out"]] == [("playground", "ocr")]
     assert len(said) == 1 and said[0].startswith("left out: ocr for playground")
 

@@ -249,7 +249,7 @@ def test_a_reward_is_built_with_its_options_and_an_unknown_one_is_refused_before
     Trainer(quick(tmp_path / "run", *mine(tmp_path, "offset=10.0"))).run()
     record = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert 10 < record["reward/mine"] < 11 and 0 < record["reward/mine/red"] < 1
-    with pytest.raises(UserError, match="rewards.mine: unknown option 'ofset'; did you mean 'offset'"):
+    with pytest.raises(UserError, match=r"rewards\.mine: unknown option 'ofset'; did you mean 'offset'"):
         Trainer(quick(tmp_path / "other", *mine(tmp_path, "ofset=1.0")))
     assert not (tmp_path / "other").exists()
 
