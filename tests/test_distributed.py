@@ -1,5 +1,6 @@
 """Two processes compute what one computes, to fp32 rounding."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,18 +11,22 @@ import torch
 from conftest import QUICK
 from test_trainer import rewards, weights
 
+from flowtilt.cli import main
 from flowtilt.distributed import World
 from flowtilt.files import read_lines
 
 
 def launch(folder, processes, *overrides):
+    return torchrun(processes, "train", "playground", *QUICK, f"run={folder}", *overrides)
+
+
+def torchrun(processes, *words):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [sys.executable, *start, "-m", "flowtilt", "train", "playground", *QUICK, f"run={folder}", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return done
+    command = [sys.executable, *start, "-m", "flowtilt", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_one_and_two_processes_give_the_same_rewards_and_gradients(finished, tmp_path):
@@ -38,6 +43,16 @@ def test_one_and_two_processes_give_the_same_rewards_and_gradients(finished, tmp
     assert (tmp_path / "two" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     for name, value in weights(tmp_path / "two").items():
         assert torch.isfinite(value).all(), name
+
+
+def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(finished, tmp_path):
+    given = ["--lora", str(finished), "--images", "13", "--rewards", "playground_strict,jpeg_incompressibility"]
+    done = torchrun(2, "evaluate", *given, "-o", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(["evaluate", *given, "-o", str(tmp_path / "one")]) == 0
+    two, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    assert two["sets"] == one["sets"] and two["sets"]["playground"]["images"] == 13
+    assert two["protocol"] == one["protocol"]
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 144])

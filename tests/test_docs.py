@@ -32,10 +32,26 @@ def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
     assert record["reward/total"] == pytest.approx(record["reward/mine"]) and "reward/playground" in record
 
 
+def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "add-a-reward.md"
+    code, recipe = blocks(page, "python")[1], blocks(page, "toml")[0]
+    name = re.match(r"# (\S+)", code)
+    assert name
+    Path(name[1]).write_text(code)
+    Path("mine.toml").write_text(f'base = "playground"\n{recipe}[evaluate]\nrewards = ["sharpness/contrast"]\n')
+    assert main(["train", "mine.toml", *QUICK, "steps=1", "run=run"]) == 0
+    record = read_lines(Path("run/metrics.jsonl"))[0]
+    assert record["reward/total"] == pytest.approx(0.5 * record["reward/sharpness"]) and "reward/sharpness/contrast" in record
+    assert read_lines(Path("run/evaluations.jsonl"))[0]["score"] == pytest.approx(
+        read_lines(Path("run/evaluations.jsonl"))[0]["rewards"]["sharpness/contrast"]
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_on_a_page_is_one_that_the_command_line_knows(page):
     for block in blocks(page, "bash"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["flowtilt"]:
                 args = parser().parse_args(words[1:])

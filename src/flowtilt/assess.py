@@ -16,7 +16,8 @@ from flowtilt.memory import MicroBatch
 from flowtilt.models.sd3 import SD3, fingerprint
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
-from flowtilt.rewards.named import load_named, versions_of
+from flowtilt.rewards.named import load_named
+from flowtilt.rewards.versions import versions_of
 from flowtilt.rollout import Sampler
 from flowtilt.setup import load_prompts
 from flowtilt.stack import Stack, find_lora, open_model, recipe_of

@@ -170,7 +170,6 @@ def test_a_configuration_from_before_the_end_token_was_named_reads_the_same(fold
     assert torch.equal(load("clip-l", "cpu").text_features(["a cat"]), features)
 
 
-
 # features --------------------------------------------------------------------------------------------
 
 

@@ -284,3 +284,13 @@ def test_compat_reads_the_same_and_judges_as_flow_grpo(reader):
     assert found.scores.tolist() == pytest.approx([9 / 10]) and found.notes[0].endswith('wanted "You’re Late"')
     assert output(reader, images, prompts).scores.isnan().all()
     assert output(reward, images, [Prompt("a sign “Late”")]).scores.isnan().all()
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
+def test_a_strip_of_a_pixels_width_is_read_in_a_moment(size):
+    """It stands on black: else the detector would make it hundreds of thousands of pixels long."""
+    from flowtilt.rewards.ocr import _not_too_oblong
+
+    assert max(_not_too_oblong(Image.new("RGB", size)).size) <= 8 * min(_not_too_oblong(Image.new("RGB", size)).size)
+    picture = Image.new("RGB", (800, 100), "red")
+    assert _not_too_oblong(picture) is picture

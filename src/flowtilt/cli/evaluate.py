@@ -91,7 +91,8 @@ def _score(args: argparse.Namespace) -> int:
     from flowtilt.prompts.sets import is_path
     from flowtilt.report.terminal import table
     from flowtilt.results import results_of
-    from flowtilt.rewards.named import load_named, versions_of
+    from flowtilt.rewards.named import load_named
+    from flowtilt.rewards.versions import versions_of
     from flowtilt.score_images import find_pairs, save_scores, score_images
     from flowtilt.setup import load_prompts
 

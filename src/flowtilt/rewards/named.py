@@ -1,14 +1,12 @@
 """Rewards as they are named on a command line: "pickscore,ocr", "mine.py:brightness", "geneval=http://host:8765", "all"."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from flowtilt import weights
 from flowtilt.errors import UserError
-from flowtilt.files import digest
 from flowtilt.rewards import PAPER, Reward, find_reward, load_reward
 
 
@@ -49,25 +47,3 @@ def load_named(
     if not found:
         raise UserError("rewards: " + ("; ".join(f"{name}: {why}" for name, why in left_out.items()) or "name at least one"))
     return found, left_out
-
-
-def versions_of(rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """What a score was made with: a reward's own version, and the SHA-256 of the weights that it reads."""
-    found: dict[str, Any] = {}
-    for name, reward in rewards.items():
-        own = getattr(reward, "version", None)
-        found[name] = dict(own) if own else {}
-        # a server has told its own; a reward of the user's has none that we know
-        if type(reward).__module__ == f"flowtilt.rewards.{name}" or type(reward).__module__.startswith(f"flowtilt.rewards.{name}."):
-            found[name] |= {"weights": {key: _fingerprint(key) for key in weights.NEEDED.get(name, ())}}
-        if getattr(reward, "compat", False):
-            found[name]["compat"] = True
-    return found
-
-
-def _fingerprint(key: str) -> dict[str, str]:
-    place = weights.find(key)
-    files = (
-        [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin")) or sorted(place.glob("vocab*"))
-    )
-    return {file.name: digest(file) for file in files}

@@ -19,6 +19,7 @@ import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from flowtilt.rewards import RewardOutput
 
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 NO_TARGET = 'no text in double quotes: write what the image should show as in: a sign that says "Hello"'
+MOST_OBLONG = 8
+"""Times that one side of what the engine sees is longer than the other, at most."""
 MOST_READERS = 4
 ALIKE = str.maketrans("‘’‚‛ʼ“”„‟‐‑–—−⁄", "'''''\"\"\"\"-----/")
 """Signs that fonts draw alike, so that the engine writes one for the other."""
@@ -111,6 +114,7 @@ class OCR:
                     f"{_models() / file} is missing: rapidocr 3.10 carries it; pip install --force-reinstall 'rapidocr==3.10.*'"
                 )
         self.compat = compat
+        self.version = {"rapidocr": version("rapidocr"), "models": [DETECTOR, RECOGNISER], "side": side}
         self._reader = _Reader(side)
         self._pool = ThreadPoolExecutor(min(MOST_READERS, cores()), "ocr")
 
@@ -145,7 +149,17 @@ class OCR:
 
     def _read(self, picture: Image.Image) -> str:
         """The lines, joined by spaces, which do not count."""
-        return " ".join(self._reader.engine(picture).txts or ())
+        return " ".join(self._reader.engine(_not_too_oblong(picture)).txts or ())
+
+
+def _not_too_oblong(picture: Image.Image) -> Image.Image:
+    """A strip stands on black: the detector enlarges the shorter side, and would make one of a pixel's height endless."""
+    least = -(-max(picture.size) // MOST_OBLONG)
+    if min(picture.size) >= least:
+        return picture
+    canvas = Image.new("RGB", (max(picture.width, least), max(picture.height, least)))
+    canvas.paste(picture)
+    return canvas
 
 
 def _missed(read: str, prompt: str) -> str:

@@ -24,6 +24,7 @@ from flowtilt.errors import UserError
 from flowtilt.rewards import Reward, RewardOutput
 from flowtilt.rewards.batching import Batcher
 from flowtilt.rewards.prometheus import Metrics
+from flowtilt.rewards.versions import versions_of
 from flowtilt.rewards.wire import KEY, Limits, Refusal, answer, picture, read_request
 
 READERS = 8
@@ -51,7 +52,8 @@ class _Service:
     def __init__(self, rewards: Mapping[str, Reward], key: str | None, max_batch: int, linger: float, limits: Limits):
         self.rewards, self.key, self.limits = rewards, key, limits
         self.max_batch, self.linger = max_batch, linger
-        self.versions = {name: _version(name, reward) for name, reward in rewards.items()}
+        told = versions_of(rewards)
+        self.versions = {name: {"flowtilt": flowtilt.__version__, "reward": name, **told[name]} for name in rewards}
         self.metrics = Metrics(rewards)
         self.images = self.pixels = 0
 
@@ -192,11 +194,6 @@ def _spread(output: RewardOutput, rows: list[int], notes: list[str]) -> RewardOu
     for i, note in zip(rows, output.notes, strict=True):
         notes[i] = note
     return RewardOutput(over_all(output.scores), notes, {name: over_all(values) for name, values in output.details.items()})
-
-
-def _version(name: str, reward: Reward) -> dict[str, Any]:
-    own = getattr(reward, "version", None)
-    return {"flowtilt": flowtilt.__version__, "reward": name} | ({} if own is None else {"version": own})
 
 
 def _json(content: Mapping[str, Any], status: int = 200) -> Response:

@@ -73,6 +73,9 @@ class UnifiedReward:
         UserError: no address. Called: the server can't be reached or refuses, or too many answers have no points.
     """
 
+    remote = True
+    """Asked for one part of a rollout while the next is sampled."""
+
     def __init__(
         self,
         *,
@@ -97,6 +100,7 @@ class UnifiedReward:
             raise UserError(f"{KEY}: a key is printable ASCII, in one line")
         self.address = f"{address}/chat/completions"
         self.model = model
+        self.version = {"model": model}
         self.workers = workers
         self.timeout = timeout
         self.patience = patience
