@@ -46,12 +46,12 @@ def test_one_and_two_processes_give_the_same_rewards_and_gradients(finished, tmp
 
 
 def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(finished, tmp_path):
-    given = ["--lora", str(finished), "--images", "13", "--rewards", "playground_strict,jpeg_incompressibility"]
+    given = ["--lora", str(finished), "--images", "70", "--rewards", "playground_strict,jpeg_incompressibility"]
     done = torchrun(2, "evaluate", *given, "-o", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert main(["evaluate", *given, "-o", str(tmp_path / "one")]) == 0
     two, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
-    assert two["sets"] == one["sets"] and two["sets"]["playground"]["images"] == 13
+    assert two["sets"] == one["sets"] and two["sets"]["playground"]["images"] == 70
     assert two["protocol"] == one["protocol"]
 
 

@@ -28,8 +28,8 @@ from flowtilt.rollout import Sampler
 
 THUMBNAIL = 256
 """Pixels of the pictures that the report is made of."""
-BLOCK = 96
-"""Images of a variant between two lines in scores-<rank>.jsonl: what a kill can cost."""
+BLOCK = 32
+"""Images that are drawn together, and what a kill can cost each process."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,16 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One image to draw and judge."""
+class Block:
+    """Images that are drawn and judged together: which ones is fixed by the protocol, so that no batch depends on who draws it."""
 
-    set: int
+    of: PromptSet
     variant: str
-    index: int
-    copy: int
+    rows: Sequence[Row]
+
+    def names(self) -> list[tuple[str, str, int, int]]:
+        """What names each image among all."""
+        return [(self.of.name, self.variant, *row) for row in self.rows]
 
 
 def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
@@ -106,42 +109,31 @@ def run(
     Raises:
         UserError: a reward fails or the disk is full; what was done is kept.
     """
-    tasks = [Task(s, variant, *row) for s, one in enumerate(sets) for row in one.rows for variant in variants]
+    blocks = [
+        Block(one, variant, one.rows[start : start + BLOCK])
+        for one in sets
+        for start in range(0, len(one.rows), BLOCK)
+        for variant in variants
+    ]
     done = {_key(record) for record in _records(folder)}
-    todo = [task for task in tasks if (sets[task.set].name, task.variant, task.index, task.copy) not in done]
+    todo = [block for block in blocks if not done.issuperset(block.names())]
     world.barrier()  # nobody writes before everybody has read
     mine = [todo[k] for k in world.share(len(todo))]
-    bar = tqdm(total=len(mine), unit="image", disable=bool(world.rank), dynamic_ncols=True, smoothing=0.1)
-    place = 0
-    while place < len(mine):
-        batch = mine[place : place + len(variants) * min(BLOCK, micro_batch.size)]
-        batch = [task for task in batch if task.set == batch[0].set]
-        for variant in variants:
-            part = [task for task in batch if task.variant == variant]
-            if part:
-                _judge(folder, drawing, sets[part[0].set], variant, part, sampler, seed, micro_batch, world.rank, save_images)
-                bar.update(len(part))
-        place += len(batch)
-    bar.close()
+    total = sum(len(block.rows) for block in mine)
+    with tqdm(total=total, unit="image", disable=bool(world.rank), dynamic_ncols=True, smoothing=0.1) as bar:
+        for block in mine:
+            _judge(folder, drawing, block, sampler, seed, micro_batch, world.rank, save_images)
+            bar.update(len(block.rows))
     world.barrier()
-    results = _finish(folder, sets, variants, tasks) if world.rank == 0 else {}
+    results = _finish(folder, blocks, variants) if world.rank == 0 else {}
     world.barrier()
     return results
 
 
 def _judge(
-    folder: Path,
-    drawing: Drawing,
-    one: PromptSet,
-    variant: str,
-    tasks: Sequence[Task],
-    sampler: Sampler,
-    seed: int,
-    micro_batch: MicroBatch,
-    rank: int,
-    save_images: bool,
+    folder: Path, drawing: Drawing, block: Block, sampler: Sampler, seed: int, micro_batch: MicroBatch, rank: int, save_images: bool
 ) -> None:
-    rows = [(task.index, task.copy) for task in tasks]
+    one, variant, rows = block.of, block.variant, block.rows
     images = micro_batch.fit(lambda size: draw(drawing, variant, one.prompts, rows, sampler, seed, size))
     scores, notes = score(one.rewards, images, [one.prompts[index] for index, _ in rows])
     pictures = to_pil(images)
@@ -200,10 +192,10 @@ def _save_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
         part.unlink()
 
 
-def _finish(folder: Path, sets: Sequence[PromptSet], variants: Sequence[str], tasks: Sequence[Task]) -> dict[str, Any]:
-    """scores.jsonl in the order of the tasks, results.json and the report."""
+def _finish(folder: Path, blocks: Sequence[Block], variants: Sequence[str]) -> dict[str, Any]:
+    """scores.jsonl in the order of the blocks, results.json and the report."""
     found = {_key(record): record for record in _records(folder)}
-    records = [found[sets[task.set].name, task.variant, task.index, task.copy] for task in tasks]
+    records = [found[key] for block in blocks for key in block.names()]
     results = results_of(records, variants, json.loads((folder / "protocol.json").read_text(encoding="utf-8")))
     _save_records(folder, records)
     write_json(folder / "results.json", results)
