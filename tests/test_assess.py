@@ -159,9 +159,16 @@ def test_every_prompt_is_counted_equally_and_none_twice():
 
 def test_spread_images_visit_tags_evenly_and_prompts_before_copies():
     prompts = [Prompt(f"{tag}{k}", tag) for tag, number in (("a", 7), ("b", 3)) for k in range(number)]
-    rows = spread(prompts, 20)
+    rows = spread(prompts, 18)
     tags = [prompts[index].tag for index, _ in rows]
-    assert tags.count("a") == tags.count("b") == 10 and len(set(rows)) == 20
+    assert tags.count("a") == tags.count("b") == 9 and len(set(rows)) == 18
     of_b = [row for row in rows if prompts[row[0]].tag == "b"]
-    assert sorted(copy for _, copy in of_b) == [0] * 3 + [1] * 3 + [2] * 3 + [3]
+    assert sorted(copy for _, copy in of_b) == [0] * 3 + [1] * 3 + [2] * 3
     assert torch.tensor([copy for _, copy in of_b]).diff().min() >= 0
+
+
+def test_as_many_images_as_prompts_are_one_of_each():
+    """So that the mean is over the prompts, as it is published."""
+    prompts = [Prompt(f"{tag}{k}", tag) for tag, number in (("a", 7), ("b", 3)) for k in range(number)]
+    assert sorted(spread(prompts, 10)) == each(prompts, 1) and sorted(spread(prompts, 30)) == each(prompts, 3)
+    assert {prompts[index].tag for index, _ in spread(prompts, 10)[:5]} == {"a", "b"}

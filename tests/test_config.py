@@ -355,7 +355,7 @@ def test_known_keys_are_the_dotted_leaves_of_a_recipe():
     def leaves(tree: dict, prefix: str = "") -> set[str]:
         found = set()
         for key, value in tree.items():
-            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "rewards" else {prefix + key}
+            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and key not in ("rewards", "tags") else {prefix + key}
         return found
 
     assert set(known_keys()) == leaves(Recipe.model_validate(LEAST).model_dump())

@@ -230,3 +230,36 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path):
 
 def test_prompts_can_be_counted_although_their_metadata_is_a_dict():
     assert len({Prompt("a", "t", {"include": []}), Prompt("a", "t", {"include": []}), Prompt("b")}) == 2
+
+
+# turns -----------------------------------------------------------------------------------------------------
+
+MIXED = [Prompt(f"{tag}{k}", tag) for tag, number in (("a", 5), ("b", 2), ("c", 9)) for k in range(number)]
+
+
+def test_a_tags_turns_are_its_share_of_every_round():
+    drawn = PromptWalk(MIXED, 0, {"a": 3, "c": 0}).draw(0, 40)
+    assert [p.tag for p in drawn[:4]] == ["a", "a", "a", "b"]
+    assert [sum(p.tag == tag for p in drawn) for tag in "abc"] == [30, 10, 0]
+
+
+def test_turns_keep_each_tags_own_walk():
+    """More turns only walk faster through the same order."""
+    alone = [p.text for p in PromptWalk(MIXED, 3, {"b": 0, "c": 0}).draw(0, 12)]
+    mixed = [p.text for p in PromptWalk(MIXED, 3, {"a": 4}).draw(0, 18) if p.tag == "a"]
+    assert mixed == alone
+    assert PromptWalk(MIXED, 3, {"a": 1, "b": 1}).draw(5, 20) == PromptWalk(MIXED, 3).draw(5, 20)
+
+
+def test_turns_of_a_tag_that_is_not_there_are_refused_unless_they_are_none():
+    assert PromptWalk(MIXED, 0, {"d": 0}).draw(0, 1)
+    with pytest.raises(UserError, match=r"tags\.d: no prompt has this tag; they have a, b, c"):
+        PromptWalk(MIXED, 0, {"d": 2})
+    with pytest.raises(UserError, match="no tag is left"):
+        PromptWalk(MIXED, 0, {"a": 0, "b": 0, "c": 0})
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n{"prompt": "broken \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:2: half of a surrogate pair"):
+        load_prompts(tmp_path / "p.jsonl")

@@ -209,7 +209,7 @@ import torch
 from flowtilt import RewardOutput
 
 class Mine:
-    remote = {remote}
+    off_device = {remote}
 
     def __init__(self, *, device, gap=0, offset=0.0):
         assert device.type == "cpu"
@@ -255,7 +255,7 @@ def test_a_reward_is_built_with_its_options_and_an_unknown_one_is_refused_before
 
 
 def test_scoring_elsewhere_while_sampling_changes_no_score(tmp_path):
-    """A remote reward is asked part by part; images differ only by how their batches round."""
+    """Such a reward is asked part by part; images differ only by how their batches round."""
     Trainer(quick(tmp_path / "here", *mine(tmp_path))).run()
     Trainer(quick(tmp_path / "there", *mine(tmp_path, remote=True))).run()
     here, there = (read_lines(tmp_path / run / "metrics.jsonl")[0] for run in ("here", "there"))

@@ -87,7 +87,8 @@ def assess(
     variants = ("tuned", "base") if compare_base else ("tuned",) if files else ("base",)
     if compare_base and not files:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
-    protocol = _protocol(stack.model, model, recipe, files, loaded, sampler, judges) | {
+    hashed = _protocol(stack.model, model, recipe, files, loaded, sampler, judges) if world.rank == 0 else {}
+    protocol = hashed | {
         "images": images,
         "images_per_prompt": None if images else images_per_prompt or 1,
         "seed": chosen_seed,

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -140,6 +140,8 @@ class Recipe(Settings):
     """The base model."""
     prompts: str = Field(min_length=1)
     """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
+    tags: dict[str, Annotated[int, Field(ge=0)]] = {}
+    """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out."""
     rewards: dict[str, float | str | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
     combine: Literal["sum", "normalized"] = "sum"

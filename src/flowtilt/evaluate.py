@@ -52,7 +52,10 @@ def each(prompts: Sequence[Prompt], copies: int) -> list[Row]:
 
 
 def spread(prompts: Sequence[Prompt], number: int) -> list[Row]:
-    """`number` images; tags take turns, and prompts within a tag."""
+    """`number` images; tags take turns, and prompts within a tag. A multiple of the prompts is each of them equally often."""
+    if number % len(prompts) == 0:
+        step = _stride(len(prompts))
+        return [(k * step % len(prompts), copy) for copy in range(number // len(prompts)) for k in range(len(prompts))]
     tags = list(dict.fromkeys(p.tag for p in prompts))
     by_tag = [[index for index, p in enumerate(prompts) if p.tag == tag] for tag in tags]
     found = []

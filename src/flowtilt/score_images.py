@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flowtilt.errors import UserError
 from flowtilt.files import read_lines, write_atomic
-from flowtilt.pictures import read_image
+from flowtilt.pictures import LARGEST, read_image
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.files import read_prompts
 from flowtilt.rewards import Reward, score
@@ -148,7 +148,7 @@ def _batches(pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Tensor, list[s
                 batch, images = [], []
             yield [pair], torch.empty(0), [str(error)]
             continue
-        if batch and (image.shape != images[0].shape or len(batch) == BATCH):
+        if batch and (image.shape != images[0].shape or len(batch) == BATCH or (len(batch) + 1) * image[0].numel() > LARGEST):
             yield batch, torch.stack(images), []
             batch, images = [], []
         batch.append(pair)

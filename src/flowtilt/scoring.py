@@ -1,16 +1,18 @@
 """A rollout's scores, part by part: what a server judges is on its way while the next part is sampled."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies, score
+from flowtilt.threads import Background
 
 PARTS = 8
-"""Parts of a rollout where a reward is remote: the last part's scores are waited for, the others are not."""
+"""Parts of a rollout where a reward works off the device: the last part's scores are waited for, the others are not."""
 
 
 class Scoring:
@@ -19,14 +21,14 @@ class Scoring:
     Rewards in this process share its device with the sampler and wait for the end.
 
     Args:
-        rewards: name -> reward; those with a true `remote` are asked at once.
+        rewards: name -> reward; those with a true `off_device` (a server, the CPU) are asked at once.
     """
 
     def __init__(self, rewards: Mapping[str, Reward]):
         self._names = list(rewards)
-        self._remote = {name: reward for name, reward in rewards.items() if getattr(reward, "remote", False)}
-        self._local = {name: reward for name, reward in rewards.items() if name not in self._remote}
-        self._pool = ThreadPoolExecutor(1) if self._remote else None
+        self._elsewhere = {name: reward for name, reward in rewards.items() if getattr(reward, "off_device", False)}
+        self._local = {name: reward for name, reward in rewards.items() if name not in self._elsewhere}
+        self._background = Background() if self._elsewhere else None
         self._asked: list[Future[tuple[dict[str, Tensor], list[str]]]] = []
         self._images: list[Tensor] = []
         self._prompts: list[Prompt] = []
@@ -35,20 +37,20 @@ class Scoring:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+        if self._background:
+            self._background.close()
 
     def parts(self, number: int) -> Sequence[Tensor]:
-        """Rows [n] of each part of `number` images: one part where nothing is remote."""
-        return torch.arange(number).split(-(-number // PARTS) if self._remote else max(1, number))
+        """Rows [n] of each part of `number` images: one part where all rewards are here."""
+        return torch.arange(number).split(-(-number // PARTS) if self._elsewhere else max(1, number))
 
     def add(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
         """Images [n, 3, H, W] in [0, 1] of `prompts`."""
         self._prompts += prompts
         if self._local:
             self._images.append(images)
-        if self._pool:
-            self._asked.append(self._pool.submit(score, self._remote, images, list(prompts)))
+        if self._background:
+            self._asked.append(self._background.submit(partial(score, self._elsewhere, images, list(prompts))))
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Scores [N] by column, and for each reward where [N] it has none though it applies to the prompt.
@@ -59,9 +61,9 @@ class Scoring:
         answers = [future.result()[0] for future in self._asked]
         found = {column: torch.cat([answer[column] for answer in answers]) for column in (answers[0] if answers else ())}
         if self._local:
-            found |= score(self._local, torch.cat(self._images), self._prompts)[0]
+            found |= score(self._local, self._images[0] if len(self._images) == 1 else torch.cat(self._images), self._prompts)[0]
         found = {column: found[column] for name in self._names for column in found if column.partition("/")[0] == name}
-        rewards = {**self._remote, **self._local}
+        rewards = {**self._elsewhere, **self._local}
         missing = {
             name: found[name].isnan() & torch.tensor([not applies(rewards[name], prompt) for prompt in self._prompts], dtype=torch.bool)
             for name in self._names

@@ -71,6 +71,7 @@ class Trainer:
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
         self.judges = judging_rewards(recipe, self.rewards, self.world.device)
         self.prompts = training_prompts(recipe)
+        self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
         check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.policy = build_policy(recipe, self.world.device)
@@ -142,7 +143,7 @@ class Trainer:
     def _step(self) -> dict[str, float]:
         phases, step = Phases(self.world.device), self.clock.step + 1
         before = self.policy.evaluations
-        drawn = PromptWalk(self.prompts, self.recipe.seed).draw((step - 1) * self.recipe.rollout.prompts, self.recipe.rollout.prompts)
+        drawn = self.walk.draw((step - 1) * self.recipe.rollout.prompts, self.recipe.rollout.prompts)
         rollout, metrics = self._rollout(step, drawn, phases)
         with phases("train"):
             metrics |= self.learner.learn(step, rollout, phases)

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,10 +105,10 @@ def test_options_must_be_positive(option):
         load_reward("r", "http://127.0.0.1:9", options={option: 0})
 
 
-def test_it_is_remote_keeps_the_servers_version_and_scores_no_images():
+def test_it_works_off_the_device_keeps_the_servers_version_and_scores_no_images():
     with running({"levels": levels}) as (url, _):
         reward = Served(url, "levels")
-        assert Served.remote and reward.version["reward"] == "levels"
+        assert Served.off_device and reward.version["reward"] == "levels"
         empty = reward(torch.empty(0, 3, 8, 8), [])
     assert empty.scores.shape == (0,) and not empty.notes
 
@@ -281,20 +280,3 @@ def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_ta
         process.process.send_signal(signal.SIGTERM)
         assert process.process.wait(20) == 0
         assert last.result(20).scores.tolist() == [255] * 8
-
-
-def test_an_interrupted_program_does_not_wait_for_a_servers_patience():
-    def stuck(images, prompts):
-        assert release.wait(20)
-        return levels(images, prompts)
-
-    release = threading.Event()
-    with running({"stuck": stuck}) as (url, _):
-        reward = Served(url, "stuck", images_per_request=1, workers=4)
-        with ThreadPoolExecutor() as pool:
-            scores = pool.submit(reward, images_of(4), prompts_of(4))
-            wait_until(lambda: ask(url, None, path="/health", method="GET")[1]["waiting_images"] == 4)
-            clients = [thread for thread in threading.enumerate() if thread.name == "served reward"]
-            release.set()
-            scores.result(20)
-    assert len(clients) == 4 and all(thread.daemon for thread in clients)

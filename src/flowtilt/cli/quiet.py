@@ -3,8 +3,9 @@
 import os
 
 
-def quieten() -> None:
+def quieten(progress: bool = False) -> None:
     """Libraries that greet with warnings about what we do not use stay silent, unless the user asked otherwise."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -57,7 +57,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _download(args: argparse.Namespace) -> int:
-    quieten()
+    quieten(progress=True)
     from flowtilt import catalogue
 
     if args.list:
@@ -101,7 +101,7 @@ def _doctor(args: argparse.Namespace) -> int:
     failed = False
     for line in compare(args.rewards):
         print(line, flush=True)
-        failed |= line.startswith("WRONG")
+        failed |= line.startswith("WRONG") or (line.startswith("MISSING") and args.rewards != ["all"])
     return 1 if failed else 0
 
 

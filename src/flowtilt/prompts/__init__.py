@@ -1,10 +1,11 @@
 """Prompts, the files and published sets they come from, and the order in which training meets them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from flowtilt.errors import UserError
 from flowtilt.prompts.files import load_prompts
 from flowtilt.prompts.prompt import Prompt
 from flowtilt.seeding import generator
@@ -18,20 +19,37 @@ class PromptWalk:
 
     Tags take turns, so a tag of few prompts is met as often as one of many; prompts without tags are
     one tag. The walk is a pure function of the position: its state is one integer.
+
+    Args:
+        turns: of each tag in a round; 1 where it is not named, 0 leaves it out.
+
+    Raises:
+        UserError: `turns` names a tag that no prompt has, or leaves none.
     """
 
     prompts: Sequence[Prompt]
     seed: int
+    turns: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tags = {p.tag for p in self.prompts}
+        unknown = [tag for tag, turns in self.turns.items() if turns and tag not in tags]
+        if unknown:
+            raise UserError(f"tags.{unknown[0]}: no prompt has this tag; they have {', '.join(sorted(tags)) or 'none'}")
+        if all(self.turns.get(tag, 1) == 0 for tag in tags):
+            raise UserError("tags: no tag is left")
 
     def draw(self, position: int, count: int) -> list[Prompt]:
         """The prompts at `position` … `position + count - 1`; distinct where the tags' passes allow it."""
         tags = list(dict.fromkeys(p.tag for p in self.prompts))
         by_tag = [[p for p in self.prompts if p.tag == tag] for tag in tags]
+        slots = [number for number, tag in enumerate(tags) for _ in range(self.turns.get(tag, 1))]
         drawn = []
         for k in range(position, position + count):
-            members = by_tag[k % len(tags)]
-            turn = k // len(tags)
-            cycle, place = divmod(turn, len(members))
-            order = torch.randperm(len(members), generator=generator(self.seed, "prompts", k % len(tags), cycle))
-            drawn.append(members[int(order[place])])
+            done, slot = divmod(k, len(slots))
+            number = slots[slot]
+            turn = done * slots.count(number) + slot - slots.index(number)
+            cycle, place = divmod(turn, len(by_tag[number]))
+            order = torch.randperm(len(by_tag[number]), generator=generator(self.seed, "prompts", number, cycle))
+            drawn.append(by_tag[number][int(order[place])])
         return drawn

@@ -103,6 +103,8 @@ def _elements(text: str, path: str) -> Iterator[tuple[Any, int]]:
 def _from_record(record: Any, where: str, hint: str) -> Prompt:
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise UserError(f'prompts {where}: no "prompt" text; {hint}')
+    if any("\ud800" <= letter <= "\udfff" for letter in record["prompt"]):
+        raise UserError(f"prompts {where}: half of a surrogate pair in the prompt; write the character whole")
     rest = {key: value for key, value in record.items() if key not in ("prompt", "tag")}
     tag = record.get("tag")
     return Prompt(record["prompt"].strip(), "" if tag is None else str(tag), rest, where)

@@ -138,8 +138,12 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
     Raises:
         UserError: a reward raises, or returns another shape or an infinity; names the reward and a prompt.
     """
+    if not prompts:
+        return {name: torch.empty(0) for name in rewards}, []
     scores: dict[str, Tensor] = {}
     notes = [""] * len(prompts)
+    # 8 bits would make a number of a NaN, and a judge a score of it
+    broken = ~images.flatten(1).sum(1).isfinite().cpu()
     for name, reward in rewards.items():
         try:
             output = reward(images, list(prompts))
@@ -149,11 +153,11 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
             raise UserError(f'reward {name} failed: {kind}{cause} (prompts from "{prompts[0].text}" on); nothing was scored') from error
         output = output if isinstance(output, RewardOutput) else RewardOutput(output)
         for column, values in {name: output.scores, **{f"{name}/{key}": value for key, value in output.details.items()}}.items():
-            scores[column] = _checked(column, values, prompts)
+            scores[column] = _checked(column, values, prompts).masked_fill(broken, torch.nan)
         if output.notes and len(output.notes) != len(prompts):
             raise UserError(f"reward {name}: returned {len(output.notes)} notes for {len(prompts)} images")
         notes = [note or new for note, new in zip(notes, output.notes or notes, strict=True)]
-    return scores, notes
+    return scores, ["the image is not finite" if bad else note for note, bad in zip(notes, broken.tolist(), strict=True)]
 
 
 def _checked(column: str, values: Any, prompts: Sequence[Prompt]) -> Tensor:

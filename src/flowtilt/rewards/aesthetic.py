@@ -35,7 +35,7 @@ class Aesthetic:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores [N] of images [N, 3, H, W] in [0, 1]."""
-        return self.clip.image_features(pixels.bicubic_crop(images)) @ self.vector + self.bias
+        return self.clip.image_features(pixels.bicubic_crop(images)).mul(self.vector).sum(1) + self.bias
 
 
 def fold(state: dict[str, Tensor], width: int, path: Path) -> tuple[Tensor, float]:

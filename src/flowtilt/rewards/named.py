@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -21,7 +22,12 @@ def parse(named: Sequence[str], *, compat: bool = False) -> list[tuple[str, str,
     for word in (name for given in named for name in (PAPER if given == "all" else (given,))):
         name, sign, source = word.partition("=")
         if not sign:
-            name, source = word.rpartition(":")[2], word
+            source = word
+            name = urlsplit(word).path.rpartition("/")[2] if "://" in word else word.rpartition(":")[2]
+        if not name or "/" in name:
+            raise UserError(f"rewards: {word!r} needs a name, as in geneval={source}")
+        if compat and "://" in source:
+            raise UserError(f"rewards: {name} is a server's; start that with --compat")
         modes = inspect.signature(find_reward(name, source)).parameters if compat else {}
         found.append((name, source, {"compat": True} if "compat" in modes else {}))
     return found

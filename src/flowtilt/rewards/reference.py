@@ -71,7 +71,7 @@ def compare(names: Sequence[str]) -> Iterator[str]:
         except UserError as error:
             yield f"MISSING {name}: {error}"
             continue
-        if name in ("unifiedreward", "ocr"):
+        if name not in (*RANGES, "geneval"):
             yield f"note    {name}: loads; there is no published score of an image to compare with"
             continue
         images = images or [read_image(path) for path in fetch_images()]

@@ -1,11 +1,9 @@
 """A reward that a `flowtilt serve-rewards` computes, on this machine or another."""
 
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -15,10 +13,10 @@ from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import BUILT_IN, RewardOutput, find_reward
 from flowtilt.rewards.wire import key_from_environment, read_answer, request
+from flowtilt.threads import in_threads
 from flowtilt.web import Refused, post_json
 
 log = logging.getLogger("flowtilt")
-T = TypeVar("T")
 FIRST = 10.0
 """Seconds for which a server may be missing when a run starts."""
 
@@ -38,7 +36,7 @@ class Served:
         UserError: there is no server, it has no such reward, or the key is wrong.
     """
 
-    remote = True
+    off_device = True
     """Scores while the caller's own device does something else."""
 
     def __init__(
@@ -63,7 +61,7 @@ class Served:
             UserError: the server stays away for `patience` seconds, or the reward fails there.
         """
         parts = [slice(start, start + self.images_per_request) for start in range(0, len(prompts), self.images_per_request)]
-        outputs = _in_threads([partial(self._ask, images[part], prompts[part]) for part in parts], self.workers)
+        outputs = in_threads([partial(self._ask, images[part], prompts[part]) for part in parts], self.workers)
         notes = [note for output in outputs for note in output.notes]
         names = dict.fromkeys(name for output in outputs for name in output.details)
         # 8 bits would make a 0 of a NaN, and the server a score of it
@@ -120,39 +118,3 @@ def _parts(url: str, reward: str) -> tuple[str, str]:
         raise UserError(f'rewards.{reward}: {url!r} is not the address of a server; write "http://host:8765"')
     above, _, name = split.path.strip("/").rpartition("/")
     return f"{split.scheme}://{split.netloc}{'/' if above else ''}{above}", name or reward
-
-
-def _in_threads(tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:
-    """Results in the tasks' order; the first error ends it at once.
-
-    Daemon threads: those of a pool would keep an interrupted program alive until the server's patience is out.
-    """
-    todo: SimpleQueue[tuple[int, Callable[[], T]]] = SimpleQueue()
-    done: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
-    for numbered in enumerate(tasks):
-        todo.put(numbered)
-    stopped = threading.Event()
-
-    def work() -> None:
-        while not stopped.is_set():
-            try:
-                i, task = todo.get_nowait()
-            except Empty:
-                return
-            try:
-                done.put((i, task()))
-            except BaseException as error:
-                done.put((i, error))
-
-    for _ in range(min(workers, len(tasks))):
-        threading.Thread(target=work, name="served reward", daemon=True).start()
-    results: dict[int, T] = {}
-    try:
-        while len(results) < len(tasks):
-            i, result = done.get()
-            if isinstance(result, BaseException):
-                raise result
-            results[i] = result
-    finally:
-        stopped.set()
-    return [results[i] for i in range(len(tasks))]

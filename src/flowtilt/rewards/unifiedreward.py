@@ -12,7 +12,7 @@ import math
 import os
 import re
 from base64 import b64encode
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 
 import torch
@@ -23,6 +23,7 @@ from flowtilt.errors import UserError
 from flowtilt.pictures import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
+from flowtilt.threads import in_threads
 from flowtilt.web import Refused, post_json
 
 URL, KEY = "FLOWTILT_UNIFIEDREWARD_URL", "FLOWTILT_UNIFIEDREWARD_KEY"
@@ -73,7 +74,7 @@ class UnifiedReward:
         UserError: no address. Called: the server can't be reached or refuses, or too many answers have no points.
     """
 
-    remote = True
+    off_device = True
     """Asked for one part of a rollout while the next is sampled."""
 
     def __init__(
@@ -110,8 +111,8 @@ class UnifiedReward:
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores of images [N, 3, H, W]."""
-        with ThreadPoolExecutor(self.workers, "unifiedreward") as pool:  # its map drops what waits when one fails
-            answers = list(pool.map(self._ask, to_pil(images), [prompt.text for prompt in prompts]))
+        tasks = [partial(self._ask, picture, prompt.text) for picture, prompt in zip(to_pil(images), prompts, strict=True)]
+        answers = in_threads(tasks, self.workers)
         found = torch.tensor([points(answer, compat=self.compat) for answer in answers], dtype=torch.float32)
         missing = found.isnan()
         lost = int(missing.sum())

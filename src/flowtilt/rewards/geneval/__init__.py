@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GenEval", "Verdict", "judge", "kept"]
 
+IMAGES = 64
 CROPS = 64
 """Objects whose colours are named at once."""
 
@@ -50,7 +51,14 @@ class GenEval:
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores images [N, 3, H, W] in [0, 1]; see `score_batch`."""
-        return score_batch(images, prompts, self.detector, self.classifier, compat=self.compat)
+        # in parts: every object's mask is kept until its part is judged
+        parts = [
+            score_batch(images[k : k + IMAGES], prompts[k : k + IMAGES], self.detector, self.classifier, compat=self.compat)
+            for k in range(0, len(prompts), IMAGES)
+        ]
+        notes = [note for part in parts for note in part.notes]
+        details = {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details}
+        return RewardOutput(torch.cat([part.scores for part in parts]), notes, details)
 
     @staticmethod
     def applies(prompt: Prompt) -> str:

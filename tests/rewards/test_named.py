@@ -1,0 +1,124 @@
+"""Rewards as a command line names them, what a score was made with, and the comparison with published scores."""
+
+import pytest
+import torch
+
+from flowtilt import UserError
+from flowtilt.files import digest
+from flowtilt.rewards import PAPER, RewardOutput, reference
+from flowtilt.rewards.jpeg import incompressibility
+from flowtilt.rewards.named import load_named, parse
+from flowtilt.rewards.versions import versions_of
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    """No weights, no hub cache, no server."""
+    monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("FLOWTILT_UNIFIEDREWARD_URL", raising=False)
+    return tmp_path
+
+
+def test_a_word_is_a_name_a_file_or_a_name_with_its_source(nowhere):
+    (nowhere / "mine.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    source = f"{nowhere}/mine.py:f"
+    assert parse(["ocr", source, f"bright={source}"]) == [("ocr", "ocr", {}), ("f", source, {}), ("bright", source, {})]
+    found, left_out = load_named([source, f"bright={source}"])
+    assert list(found) == ["f", "bright"] and not left_out
+
+
+def test_compat_goes_to_those_that_have_such_a_mode():
+    assert [(name, options) for name, _, options in parse(["geneval", "pickscore", "ocr"], compat=True)] == [
+        ("geneval", {"compat": True}),
+        ("pickscore", {}),
+        ("ocr", {"compat": True}),
+    ]
+
+
+def test_all_leaves_out_what_cannot_run_here_and_says_why(nowhere):
+    found, left_out = load_named(["all"])
+    assert list(found) == ["ocr"] and set(left_out) == set(PAPER) - {"ocr"}
+    assert "flowtilt download pickscore" in left_out["pickscore"] and "FLOWTILT_UNIFIEDREWARD_URL" in left_out["unifiedreward"]
+
+
+def test_what_was_named_itself_must_load():
+    with pytest.raises(UserError, match="HPS_v2"):
+        load_named(["ocr", "hpsv2"])
+    with pytest.raises(UserError, match="name at least one"):
+        load_named([])
+
+
+def test_a_version_tells_the_weights_and_what_the_reward_says_of_itself(nowhere):
+    class Judge:
+        def __init__(self):
+            self.version = {"model": "seven"}
+
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    from flowtilt.rewards.aesthetic import Aesthetic
+
+    folder = nowhere / "weights" / "openai" / "clip-vit-large-patch14"
+    folder.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
+        (folder / file).write_text(file)
+    (nowhere / "weights" / "sac+logos+ava1-l14-linearMSE.pth").write_text("head")
+    unbuilt = object.__new__(Aesthetic)
+    found = versions_of({"mine": Judge(), "size": incompressibility, "beauty": unbuilt})
+    assert found["mine"] == {"version": {"model": "seven"}}
+    assert found["size"] == {"reward": "jpeg_incompressibility"}
+    assert found["beauty"]["reward"] == "aesthetic"
+    assert found["beauty"]["weights"]["clip-l"]["model.safetensors"] == digest(folder / "model.safetensors")
+
+
+# published scores -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Grey pictures instead of the published ones: the k-th has brightness k / 10."""
+    from flowtilt.pictures import to_png
+
+    paths = []
+    for k in range(5):
+        paths.append(tmp_path / f"{k}.png")
+        paths[-1].write_bytes(to_png(torch.full((3, 8, 8), k / 10)))
+    monkeypatch.setattr(reference, "fetch_images", lambda: paths)
+    return paths
+
+
+def judge(monkeypatch, function):
+    monkeypatch.setattr(reference, "load_reward", lambda name, source, device: function)
+
+
+def test_the_published_scores_are_recognised_and_others_are_not(pictures, monkeypatch):
+    published = torch.tensor([one.imagereward or 0.0 for one in reference.REFERENCES])
+
+    def right(images, prompts):
+        own = reference.REFERENCES[round(float(images.mean()) * 10)]
+        score = published[round(float(images.mean()) * 10)] - (0.0 if own.caption == prompts[0].text else 0.1)
+        return score.view(1)
+
+    judge(monkeypatch, right)
+    lines = list(reference.compare(["imagereward"]))
+    assert len(lines) == 6 and all(line.startswith("ok") for line in lines)
+    judge(monkeypatch, lambda images, prompts: right(images, prompts) + 0.03)
+    assert [line.startswith("WRONG") for line in reference.compare(["imagereward"])] == [True] * 4 + [False] * 2
+
+
+def test_a_score_that_does_not_heed_the_caption_is_wrong(pictures, monkeypatch):
+    judge(monkeypatch, lambda images, prompts: torch.tensor([0.3]))
+    lines = list(reference.compare(["clipscore"]))
+    assert [line.split()[0] for line in lines] == ["ok", "WRONG"]
+
+
+def test_the_cat_must_be_found(pictures, monkeypatch):
+    judge(monkeypatch, lambda images, prompts: RewardOutput(torch.tensor([0.0]), ["expected cat==1, found 0"]))
+    (line,) = reference.compare(["geneval"])
+    assert line.startswith("WRONG") and "found 0" in line
+
+
+def test_missing_weights_are_named_without_asking_the_network(nowhere):
+    lines = list(reference.compare(["all"]))
+    assert [line.split()[0] for line in lines].count("MISSING") == 7 and any(line.startswith("note    ocr") for line in lines)
