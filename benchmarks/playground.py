@@ -39,7 +39,7 @@ def fresh(trainer: Trainer, role: str, images: int) -> dict:
         column=e.rewards[0],
         seed=FRESH_NOISE,
         samples=0,
-        micro_batch=trainer.micro_batch.size,
+        micro_batch=trainer.micro_batch,
         world=trainer.world,
     )
     return {"score": found.score, "by_tag": found.by_tag, "images": images}

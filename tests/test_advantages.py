@@ -192,9 +192,9 @@ def test_the_combined_reward_is_fp32_whatever_the_scores_are():
 def test_what_cannot_be_combined_is_refused(how):
     with pytest.raises(ValueError, match="no reward has a weight"):
         combine(SCORES, {"a": 0.0, "b": 0.0}, how)
-    with pytest.raises(ValueError, match="no reward applies to image 1"):
+    with pytest.raises(ValueError, match="no reward gives any image a score"):
         combine(
-            {"a": torch.tensor([1.0, NAN]), "b": torch.tensor([NAN, NAN]), "w": torch.tensor([1.0, 1.0])}, {"a": 1, "b": 1, "w": 0}, how
+            {"a": torch.tensor([NAN, NAN]), "b": torch.tensor([NAN, NAN]), "w": torch.tensor([1.0, 1.0])}, {"a": 1, "b": 1, "w": 0}, how
         )
     with pytest.raises(ValueError, match="reward b is infinite for image 1"):
         combine({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.0, -float("inf")])}, {"a": 1.0, "b": 1.0}, how)
@@ -232,6 +232,7 @@ def test_an_image_whose_judge_failed_has_no_total_instead_of_a_lower_one(how):
     torch.testing.assert_close(found[3:], alone[3:])
 
 
-def test_a_prompt_that_no_reward_judges_is_an_error():
-    with pytest.raises(ValueError, match="no reward applies to image 2 or another of its prompt"):
-        combine({"a": torch.tensor([1.0, 2.0, NAN, NAN])}, {"a": 1.0}, "sum", torch.tensor([0, 0, 1, 1]))
+def test_a_prompt_that_no_reward_judges_has_no_totals():
+    found = combine({"a": torch.tensor([1.0, 2.0, NAN, NAN])}, {"a": 1.0}, "sum", torch.tensor([0, 0, 1, 1]))
+    assert found[:2].tolist() == [1, 2] and found[2:].isnan().all()
+    assert group_advantages(found, torch.tensor([0, 0, 1, 1])).isnan().tolist() == [False, False, True, True]

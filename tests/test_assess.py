@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from conftest import quick
 
-from flowtilt import UserError
-from flowtilt.assess import assess
+from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
+from flowtilt.distributed import World
 from flowtilt.evaluate import each, spread
+from flowtilt.evaluate.assess import assess
+from flowtilt.evaluate.folder import held
 from flowtilt.files import read_lines
 from flowtilt.playground import world
 from flowtilt.prompts import Prompt
@@ -16,11 +19,12 @@ from flowtilt.prompts import Prompt
 FEW = {"images": 24, "steps": 3}
 
 STOPS = """
+from pathlib import Path
 calls = 0
 def reward(images, prompts):
     global calls
     calls += 1
-    if calls == {stop}:
+    if (Path(__file__).parent / f"stop-{calls}").exists():
         raise RuntimeError("the judge fell asleep")
     return images.mean((1, 2, 3))
 """
@@ -66,30 +70,87 @@ def test_an_image_depends_on_its_prompt_and_copy_alone(tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_as_the_unbroken_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowtilt.benchmark.BLOCK", 4)
-    (tmp_path / "stops.py").write_text(STOPS.format(stop=4))
-    (tmp_path / "never.py").write_text(STOPS.format(stop=-1))
-    prompts = texts(tmp_path, "p.txt", *PROMPTS)
-    given = {"prompts": [prompts], "images_per_prompt": 4, "steps": 2}
+    monkeypatch.setattr("flowtilt.evaluate.folder.BLOCK", 4)
+    (tmp_path / "judge.py").write_text(STOPS)
+    given = {
+        "prompts": [texts(tmp_path, "p.txt", *PROMPTS)],
+        "images_per_prompt": 4,
+        "steps": 2,
+        "rewards": [f"{tmp_path}/judge.py:reward"],
+    }
+    (tmp_path / "stop-4").touch()
     with pytest.raises(UserError, match="the judge fell asleep"):
-        assess(tmp_path / "broken", rewards=[f"mine={tmp_path}/stops.py:reward"], **given)
+        assess(tmp_path / "broken", **given)
     assert not (tmp_path / "broken" / "results.json").exists()
+    assert len(read_lines(tmp_path / "broken" / "scores-0.jsonl")) == 12
     with (tmp_path / "broken" / "scores-0.jsonl").open("a") as file:
         file.write('{"set": "p", "torn')  # what a kill in the midst of a line leaves
-    assert len(scores(tmp_path / "broken")) == 0  # nothing is final yet
-    found = assess(tmp_path / "broken", rewards=[f"mine={tmp_path}/never.py:reward"], **given)
-    whole = assess(tmp_path / "whole", rewards=[f"mine={tmp_path}/never.py:reward"], **given)
+    (tmp_path / "stop-4").unlink()
+    found = assess(tmp_path / "broken", **given)
+    whole = assess(tmp_path / "whole", **given)
     assert found["sets"] == whole["sets"] and found["sets"]["p"]["images"] == 24
     assert scores(tmp_path / "broken") == scores(tmp_path / "whole")
     assert (tmp_path / "broken" / "report.html").exists()
 
 
 def test_what_is_done_is_not_drawn_again(tmp_path):
-    (tmp_path / "once.py").write_text(STOPS.format(stop=2))
-    given = {"prompts": [texts(tmp_path, "p.txt", *PROMPTS)], "rewards": [f"mine={tmp_path}/once.py:reward"], "steps": 2}
+    (tmp_path / "judge.py").write_text(STOPS)
+    given = {"prompts": [texts(tmp_path, "p.txt", *PROMPTS)], "rewards": [f"{tmp_path}/judge.py:reward"], "steps": 2}
     first = assess(tmp_path / "e", **given)
-    (tmp_path / "once.py").write_text(STOPS.format(stop=1))
+    (tmp_path / "stop-1").touch()
     assert assess(tmp_path / "e", **given)["sets"] == first["sets"]
+
+
+@pytest.mark.parametrize("changed", ["judge.py", "p.jsonl"])
+def test_a_changed_judge_or_prompt_is_another_protocol(tmp_path, changed):
+    """Else the scores of the old one would come back under the new one's name."""
+    (tmp_path / "judge.py").write_text(STOPS)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "include": [1]}))
+    given = {"prompts": [f"{tmp_path}/p.jsonl"], "rewards": [f"{tmp_path}/judge.py:reward"], "steps": 2}
+    assess(tmp_path / "e", **given)
+    text = (tmp_path / changed).read_text()
+    (tmp_path / changed).write_text(text.replace("[1]", "[2]").replace("mean", "amax"))
+    with pytest.raises(UserError, match=r"whose (prompts|rewards) differ"):
+        assess(tmp_path / "e", **given)
+
+
+def test_two_evaluations_do_not_work_in_one_folder(tmp_path):
+    assess(tmp_path / "e", **FEW)
+    with held(tmp_path / "e", World(0, 1, torch.device("cpu"))), pytest.raises(UserError, match="another evaluation is at work there"):
+        assess(tmp_path / "e", **FEW)
+
+
+def test_a_damaged_protocol_says_so(tmp_path):
+    assess(tmp_path / "e", **FEW)
+    (tmp_path / "e" / "protocol.json").write_text('{"model": ')
+    with pytest.raises(UserError, match=r"protocol\.json: damaged"):
+        assess(tmp_path / "e", **FEW)
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    files = [texts(tmp_path, "t.txt", "x"), texts(tmp_path / "a", "t.txt", "y")]
+    with pytest.raises(UserError, match="two sets of prompts are called t"):
+        assess(tmp_path / "e", prompts=files, rewards=["jpeg_incompressibility"])
+
+
+def test_a_run_of_half_precision_and_its_own_rewards_scores_what_it_said(tmp_path):
+    """LoRA weights stay fp32 beside a bfloat16 network; options, sources and details come from the run's recipe."""
+    (tmp_path / "mine.py").write_text(
+        "from flowtilt import RewardOutput\n"
+        "class Mine:\n"
+        "    def __init__(self, *, device, scale=1.0):\n        self.scale = scale\n"
+        "    def __call__(self, images, prompts):\n"
+        "        return RewardOutput(images.mean((1, 2, 3)), details={'red': self.scale * images[:, 0].mean((1, 2))})\n"
+    )
+    mine = f'rewards.mine={{source="{tmp_path}/mine.py:Mine", options={{scale=3.0}}}}'
+    judged = ["rewards.playground=0", 'evaluate.rewards=["mine/red"]', "steps=2", "optimizer.lr=0.03"]
+    Trainer(quick(tmp_path / "run", "model.dtype=bfloat16", mine, *judged)).run()
+    said = read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]
+    assert said["column"] == "mine/red"
+    found = assess(tmp_path / "e", loras=[tmp_path / "run"])["sets"]["playground"]["columns"]
+    assert found["mine/red"]["tuned"]["mean"] == pytest.approx(said["score"], rel=1e-12)
+    assert found["mine/red"]["tuned"]["mean"] != pytest.approx(read_lines(tmp_path / "run" / "evaluations.jsonl")[0]["score"], rel=1e-6)
 
 
 def test_another_protocol_does_not_go_into_the_same_folder(tmp_path):
@@ -129,7 +190,7 @@ def test_a_reward_that_judges_none_of_a_set_is_left_out_of_it_and_said(tmp_path)
         ({"rewards": ["ocr"]}, "none of the rewards can judge playground"),
         ({"rewards": ["clipscore"]}, "clip-l is missing: `flowtilt download clipscore`"),
         ({"prompts": ["gneval"], "rewards": ["ocr"]}, "no such set (did you mean 'geneval'?)"),
-        ({"model": "/nowhere/at/all", "rewards": ["ocr"], "prompts": ["playground"]}, "can't be loaded"),
+        ({"model": "/nowhere/at/all", "rewards": ["jpeg_incompressibility"], "prompts": ["playground"]}, "can't be loaded"),
         ({"model": "/nowhere/at/all"}, "--prompts and --rewards must be named"),
         ({"compare_base": True}, "needs a --lora"),
     ],

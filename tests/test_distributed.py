@@ -67,3 +67,24 @@ def test_an_error_of_the_user_ends_all_processes(tmp_path):
     done = launch(tmp_path / "run", 2, "prompts=nowhere.txt")
     assert done.returncode != 0 and "flowtilt: prompts nowhere.txt" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_detail_that_only_one_rank_has_holds_up_nobody(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom flowtilt import RewardOutput\n"
+        "def f(images, prompts):\n"
+        "    red = {'red': images[:, 0].mean((1, 2))} if os.environ['RANK'] == '1' else {}\n"
+        "    return RewardOutput(images.mean((1, 2, 3)), details=red)\n"
+    )
+    done = launch(tmp_path / "run", 2, f"rewards.mine={tmp_path}/mine.py:f", "steps=1", 'evaluate.rewards=["playground"]')
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert 0 < record["reward/mine/red"] < 1 and record["missing/mine"] == 0
+
+
+def test_a_refusal_of_the_first_rank_is_every_ranks(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    done = torchrun(2, "evaluate", "--images", "4", "--steps", "2", "-o", str(tmp_path / "taken"))
+    assert done.returncode != 0 and done.stderr.count("flowtilt: ") == 2 and "Connection" not in done.stderr
+    assert "not empty and no evaluation" in done.stderr

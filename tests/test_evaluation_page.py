@@ -15,12 +15,12 @@ from PIL import Image
 from test_report import HOSTILE, Page
 
 from flowtilt.errors import UserError
-from flowtilt.report.estimates import bracketed, decimals, verdict, written
 from flowtilt.report.evaluation import write_evaluation_page
-from flowtilt.report.extremes import ranked, worst_and_best
-from flowtilt.report.interval_bars import scale_of
-from flowtilt.report.results import Estimate, Scored, load_scores, parse
-from flowtilt.report.terminal import table
+from flowtilt.report.evaluation.bars import scale_of
+from flowtilt.report.evaluation.estimates import bracketed, decimals, verdict, written
+from flowtilt.report.evaluation.extremes import ranked, worst_and_best
+from flowtilt.report.evaluation.loading import Estimate, Scored, load_scores, parse
+from flowtilt.report.evaluation.terminal import table
 from flowtilt.statistics import paired, summary
 
 NAN = math.nan
@@ -482,5 +482,5 @@ def test_the_table_of_nothing_is_a_table(odd: dict[str, Any]) -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys, flowtilt.report.evaluation, flowtilt.report.terminal; sys.exit('torch' in sys.modules)"
+    code = "import sys, flowtilt.report.evaluation, flowtilt.report.evaluation.terminal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -59,7 +59,7 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
     "normalized" subtracts a reward's mean over the rollout and divides by its std, so that the reward of
     the largest scale does not decide alone. A NaN is a missing value. A reward that scores no image of a
     group does not apply to its prompt and adds nothing there; where it misses only some of them, those
-    have no total (NaN): without the reward's share they would compare as bad.
+    have no total (NaN): without the reward's share they would compare as bad. Nor has a group to which nothing applies.
 
     Args:
         scores: name -> [N].
@@ -67,7 +67,7 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
         groups: [N] integers, equal for the images of one prompt; none takes every image for itself.
 
     Raises:
-        ValueError: no reward has a weight, one is infinite, no image of a group has a total, or an unknown `how`.
+        ValueError: no reward has a weight, one is infinite, no image has a total, or an unknown `how`.
     """
     if how not in ("sum", "normalized"):
         raise ValueError(f"how {how!r} is not 'sum' or 'normalized'")
@@ -88,7 +88,6 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
         total += weights[name] * torch.where(elsewhere, torch.zeros_like(score), score)
         judged |= ~elsewhere
     total[~judged] = torch.nan
-    lost = group_means(total, groups).isnan()
-    if lost.any():
-        raise ValueError(f"no reward applies to image {int(lost.nonzero()[0])} or another of its prompt")
+    if total.isnan().all():
+        raise ValueError("no reward gives any image a score")
     return total.float()

@@ -5,6 +5,7 @@ bare word being a string. `base = "name"` starts from another recipe. Unknown ke
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -183,6 +184,9 @@ class Recipe(Settings):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             raise ValueError("micro_batch: must be at least 1")
+        for name in self.rewards:
+            if "/" in name or name == "total" or re.fullmatch(r"top_\d+|.*_std", name):
+                raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")
         if not any(reward.weight for reward in self.reward_table().values()):
             raise ValueError("rewards: every weight is 0, so there is nothing to train on")
         return self
@@ -336,7 +340,8 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
     if parts == ["model"] and isinstance(value, str):
         parts = ["model", "path"]
     node = tree
-    given = tree.get("rewards", {}).get(parts[1]) if len(parts) > 2 and parts[0] == "rewards" else None
+    rewards = tree.get("rewards")
+    given = rewards.get(parts[1]) if isinstance(rewards, dict) and len(parts) > 2 and parts[0] == "rewards" else None
     if isinstance(given, str | int | float) and not isinstance(given, bool):  # a reward in its short form
         tree["rewards"][parts[1]] = {"source" if isinstance(given, str) else "weight": given}
     for part in parts[:-1]:

@@ -6,7 +6,7 @@ A rank owns a contiguous share of a rollout's images; what it needs of the other
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from flowtilt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,25 @@ class World:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded.contiguous())
         return torch.cat([part[: len(self._share_of(number, rank))] for rank, part in enumerate(parts)])
+
+    def gather_columns(self, columns: Mapping[str, Tensor], number: int, shape: Sequence[int] = ()) -> dict[str, Tensor]:
+        """`gather` of each named column [n, *shape], on the CPU; NaN where a rank has no such column."""
+        names = dict.fromkeys(self.gather_json(list(columns)))
+        blank = torch.full((len(self.share(number)), *shape), torch.nan)
+        return {name: self.gather(columns.get(name, blank).to(self.device), number).cpu() for name in names}
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on the first rank, as JSON, on all of them; what it raises for the user is raised on all."""
+        told: list[Any] = []
+        if self.rank == 0:
+            try:
+                told = [[work(), None]]
+            except UserError as error:
+                told = [[None, str(error)]]
+        value, complaint = self.gather_json(told)[0]
+        if complaint is not None:
+            raise UserError(complaint)
+        return value
 
     def gather_json(self, values: Sequence[Any]) -> list[Any]:
         """Every rank's list, joined in the order of ranks."""

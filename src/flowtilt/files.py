@@ -88,7 +88,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"can't write {path}: {reason}; free some space or choose another folder with run=…") from error
+            raise UserError(f"can't write {path}: {reason}; free some space or choose another folder") from error
         raise
 
 

@@ -88,6 +88,7 @@ def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) 
         write_json(temporary / "index.json", found.sample_rows)
     record = {
         "step": step,
+        "column": found.column,
         "score": found.score,
         "images": found.images,
         "by_tag": found.by_tag,

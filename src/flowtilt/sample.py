@@ -8,12 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.config import load_recipe
 from flowtilt.files import write_atomic
 from flowtilt.pictures import to_pil
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise
-from flowtilt.stack import Stack, find_lora, open_model, recipe_of
+from flowtilt.stack import Stack, default_evaluation, find_lora, model_settings, open_model, recipe_of
 
 
 def sample(
@@ -38,9 +37,10 @@ def sample(
         UserError: a model or LoRA that can't be loaded, or a file that can't be written.
     """
     files = [find_lora(place) for place in loras]
-    recipe = (recipe_of(loras[0]) if loras else None) or load_recipe("playground")
-    e = recipe.evaluate
-    stack = Stack(open_model(model, recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")), files)
+    recipe = recipe_of(loras[0]) if loras else None
+    e = recipe.evaluate if recipe else default_evaluation(model)
+    settings = model_settings(model, recipe)
+    stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), files)
     sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
     places = [(0 if same_noise else k,) for k in range(len(prompts))]
     start = noise(seed, "sample", places, stack.model.latent_shape).to(stack.model.device)

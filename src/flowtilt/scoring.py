@@ -59,7 +59,12 @@ class Scoring:
             UserError: a reward failed.
         """
         answers = [future.result()[0] for future in self._asked]
-        found = {column: torch.cat([answer[column] for answer in answers]) for column in (answers[0] if answers else ())}
+        columns = dict.fromkeys(column for answer in answers for column in answer)
+        lengths = [len(next(iter(answer.values()))) for answer in answers]
+        found = {
+            column: torch.cat([a.get(column, torch.full((n,), torch.nan)) for a, n in zip(answers, lengths, strict=True)])
+            for column in columns
+        }
         if self._local:
             found |= score(self._local, self._images[0] if len(self._images) == 1 else torch.cat(self._images), self._prompts)[0]
         found = {column: found[column] for name in self._names for column in found if column.partition("/")[0] == name}

@@ -11,7 +11,8 @@ from flowtilt.objectives.nft import NFT
 from flowtilt.playground import world as playground
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, sets
-from flowtilt.rewards import Reward, applies, load_reward
+from flowtilt.rewards import Reward, applies
+from flowtilt.rewards.named import Named, load_named
 
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
@@ -52,18 +53,24 @@ def load_prompts(source: str, split: str = "test") -> list[Prompt]:
     return sets.load(source)
 
 
-def training_rewards(recipe: Recipe, device: torch.device) -> dict[str, Reward]:
+def rewards_of(recipe: Recipe) -> list[Named]:
     """The recipe's `[rewards]`."""
-    return {
-        name: load_reward(name, settings.source or name, device=device, options=settings.keywords())
-        for name, settings in recipe.reward_table().items()
-    }
+    return [Named(name, settings.source or name, settings.keywords()) for name, settings in recipe.reward_table().items()]
 
 
-def judging_rewards(recipe: Recipe, trained: Mapping[str, Reward], device: torch.device) -> dict[str, Reward]:
-    """The rewards of the recipe's evaluation; one that is trained already is not loaded again."""
+def judges_of(recipe: Recipe) -> list[Named]:
+    """The rewards of the recipe's evaluation; one that is trained, too, is the same one."""
+    trained = {one.name: one for one in rewards_of(recipe)}
     names = dict.fromkeys(column.partition("/")[0] for column in recipe.evaluate.rewards)
-    return {name: trained[name] if name in trained else load_reward(name, name, device=device) for name in names} or dict(trained)
+    return [trained.get(name, Named(name, name)) for name in names] or list(trained.values())
+
+
+def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The rewards that train and those that judge; what does both is loaded once."""
+    trained, _ = load_named(rewards_of(recipe), device=device)
+    only = [one for one in judges_of(recipe) if one.name not in trained]
+    others = load_named(only, device=device)[0] if only else {}
+    return trained, {one.name: (trained | others)[one.name] for one in judges_of(recipe)}
 
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flowtilt.config import ModelSettings, Recipe, load_recipe
+from flowtilt.config import EvaluateSettings, ModelSettings, Recipe, load_recipe
 from flowtilt.errors import UserError
 from flowtilt.models.base import Conditioning
 from flowtilt.models.sd3 import SD3, load_pipeline
@@ -37,11 +38,27 @@ def recipe_of(place: Path) -> Recipe | None:
     return None
 
 
-def open_model(path: str | None, recipe: Recipe, device: torch.device) -> SD3:
-    """The model of that path; none, or the recipe's own, is taken with the recipe's settings."""
-    settings = recipe.model if path in (None, recipe.model.path) else ModelSettings(path=str(path))
+def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:
+    """The model of that path (none is the recipe's own, else the playground), otherwise as in the recipe of its LoRA.
+
+    Args:
+        resolution: instead of the recipe's.
+    """
+    settings = recipe.model if recipe else ModelSettings(path="playground")
+    if path not in (None, settings.path):
+        settings = settings.model_copy(update={"path": path, "revision": None})
+    return settings if resolution is None else settings.model_copy(update={"resolution": resolution})
+
+
+def open_model(settings: ModelSettings, device: torch.device) -> SD3:
+    """Loads a model."""
     pipeline = load_pipeline(settings.path, revision=settings.revision, dtype=settings.dtype, device=device)
     return SD3(pipeline, t5_length=settings.t5_length, resolution=settings.resolution)
+
+
+def default_evaluation(path: str | None) -> EvaluateSettings:
+    """How a model without a recipe is evaluated: the playground as its recipe says, any other as DiffusionNFT does."""
+    return load_recipe("playground").evaluate if path in (None, "playground") else EvaluateSettings()
 
 
 class Stack:
@@ -124,3 +141,10 @@ def add_lora(model: SD3, file: Path, name: str) -> None:
             f"lora {file}: {known} of {len(shapes)} tensors fit this model (first: {first}); it belongs to another base or format"
         )
     model.pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    # diffusers rounds them to the network's dtype, training does not
+    exact = load_file(file)
+    for place, layer in model.network.named_modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            for part in ("lora_A", "lora_B"):
+                weight = getattr(layer, part)[name].weight
+                weight.data = exact[f"transformer.{place}.{part}.weight"].float().to(weight.device)

@@ -35,9 +35,8 @@ from flowtilt.setup import (
     build_policy,
     check_prompts,
     evaluation_prompts,
-    judging_rewards,
+    load_rewards,
     training_prompts,
-    training_rewards,
 )
 from flowtilt.tracking import Sink, check_installed, open_sinks
 
@@ -67,9 +66,8 @@ class Trainer:
         check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
-        self.rewards = training_rewards(recipe, self.world.device)
+        self.rewards, self.judges = load_rewards(recipe, self.world.device)
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
-        self.judges = judging_rewards(recipe, self.rewards, self.world.device)
         self.prompts = training_prompts(recipe)
         self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
         check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
@@ -89,7 +87,7 @@ class Trainer:
         """Makes or finds the folder; the first rank's answer holds for all."""
         main, folder = self.world.rank == 0, resume
         if folder is None:
-            folder = Path(self.world.gather_json([str(runs.create(self.recipe))] if main else [])[0])
+            folder = Path(self.world.first(lambda: str(runs.create(self.recipe))))
         elif main:
             clean(folder / "checkpoints")
         self.world.barrier()
@@ -189,8 +187,8 @@ class Trainer:
             with phases("reward"):
                 scores, missing = scoring.finish()
         with phases("sync"):
-            scores = {name: self.world.gather(value.to(self.world.device), number).cpu() for name, value in scores.items()}
-            missing = {name: self.world.gather(value.float().to(self.world.device), number).cpu() for name, value in missing.items()}
+            scores = self.world.gather_columns(scores, number)
+            missing = self.world.gather_columns({name: value.float() for name, value in missing.items()}, number)
         try:
             total = combine(scores, self.weights, self.recipe.combine, groups)
         except ValueError as error:
@@ -223,20 +221,18 @@ class Trainer:
     def _evaluate(self, display: Display) -> None:
         e = self.recipe.evaluate
         before = self.policy.evaluations
-        found = self.micro_batch.fit(
-            lambda size: evaluate(
-                self.policy,
-                "ema",
-                self.test_prompts,
-                self.judges,
-                Sampler(e.solver, e.steps, e.guidance),
-                images=e.images,
-                column=e.rewards[0] if e.rewards else next(iter(self.judges)),
-                seed=self.recipe.seed,
-                samples=min(e.samples, e.images),
-                micro_batch=size,
-                world=self.world,
-            )
+        found = evaluate(
+            self.policy,
+            "ema",
+            self.test_prompts,
+            self.judges,
+            Sampler(e.solver, e.steps, e.guidance),
+            images=e.images,
+            column=e.rewards[0] if e.rewards else next(iter(self.judges)),
+            seed=self.recipe.seed,
+            samples=min(e.samples, e.images),
+            micro_batch=self.micro_batch,
+            world=self.world,
         )
         self.policy.evaluations = before  # what a run cost is what it trained
         if self.world.rank == 0:

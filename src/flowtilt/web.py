@@ -5,6 +5,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any
 
 from flowtilt.errors import UserError
@@ -84,7 +85,7 @@ def _told(error: urllib.error.HTTPError) -> str:
     """The server's own words, short."""
     try:
         text = error.read(2000).decode(errors="replace")
-    except OSError:
+    except (OSError, HTTPException):
         return ""
     try:
         found = json.loads(text)

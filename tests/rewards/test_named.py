@@ -7,7 +7,7 @@ from flowtilt import UserError
 from flowtilt.files import digest
 from flowtilt.rewards import PAPER, RewardOutput, reference
 from flowtilt.rewards.jpeg import incompressibility
-from flowtilt.rewards.named import load_named, parse
+from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 
 
@@ -23,13 +23,14 @@ def nowhere(tmp_path, monkeypatch):
 def test_a_word_is_a_name_a_file_or_a_name_with_its_source(nowhere):
     (nowhere / "mine.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
     source = f"{nowhere}/mine.py:f"
-    assert parse(["ocr", source, f"bright={source}"]) == [("ocr", "ocr", {}), ("f", source, {}), ("bright", source, {})]
-    found, left_out = load_named([source, f"bright={source}"])
+    assert parse(["ocr", source, f"bright={source}"]) == [Named("ocr", "ocr"), Named("f", source), Named("bright", source)]
+    assert parse(["http://host:1/geneval"]) == [Named("geneval", "http://host:1/geneval")]
+    found, left_out = load_named(parse([source, f"bright={source}"]))
     assert list(found) == ["f", "bright"] and not left_out
 
 
 def test_compat_goes_to_those_that_have_such_a_mode():
-    assert [(name, options) for name, _, options in parse(["geneval", "pickscore", "ocr"], compat=True)] == [
+    assert [(one.name, one.options) for one in map(with_compat, parse(["geneval", "pickscore", "ocr"]))] == [
         ("geneval", {"compat": True}),
         ("pickscore", {}),
         ("ocr", {"compat": True}),
@@ -37,16 +38,40 @@ def test_compat_goes_to_those_that_have_such_a_mode():
 
 
 def test_all_leaves_out_what_cannot_run_here_and_says_why(nowhere):
-    found, left_out = load_named(["all"])
+    found, left_out = load_named(parse(["all"]))
     assert list(found) == ["ocr"] and set(left_out) == set(PAPER) - {"ocr"}
     assert "flowtilt download pickscore" in left_out["pickscore"] and "FLOWTILT_UNIFIEDREWARD_URL" in left_out["unifiedreward"]
 
 
 def test_what_was_named_itself_must_load():
     with pytest.raises(UserError, match="HPS_v2"):
-        load_named(["ocr", "hpsv2"])
+        load_named(parse(["ocr", "hpsv2"]))
     with pytest.raises(UserError, match="name at least one"):
         load_named([])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["http://host:8765"], "needs a name, as in geneval=http://host:8765"),
+        (["mine.py:reward", "other.py:reward"], "two are called reward; write another name before one, as in other=other.py:reward"),
+        (["a/b=ocr"], "needs a name"),
+    ],
+)
+def test_a_reward_has_a_name_of_its_own(words, said):
+    with pytest.raises(UserError, match=said):
+        parse(words)
+
+
+def test_what_is_named_itself_replaces_one_of_all():
+    for words in (["all", "geneval=http://h:1"], ["geneval=http://h:1", "all"]):
+        (found,) = [one for one in parse(words) if one.name == "geneval"]
+        assert found.source == "http://h:1" and not found.optional and len(parse(words)) == len(PAPER)
+
+
+def test_a_server_decides_for_itself_whose_numbers_it_gives():
+    with pytest.raises(UserError, match="geneval is a server's; start that with --compat"):
+        with_compat(Named("geneval", "http://h:1"))
 
 
 def test_a_version_tells_the_weights_and_what_the_reward_says_of_itself(nowhere):
@@ -66,7 +91,8 @@ def test_a_version_tells_the_weights_and_what_the_reward_says_of_itself(nowhere)
     (nowhere / "weights" / "sac+logos+ava1-l14-linearMSE.pth").write_text("head")
     unbuilt = object.__new__(Aesthetic)
     found = versions_of({"mine": Judge(), "size": incompressibility, "beauty": unbuilt})
-    assert found["mine"] == {"version": {"model": "seven"}}
+    assert found["mine"]["version"] == {"model": "seven"}
+    assert found["mine"]["file"] == "test_named.py" and len(found["mine"]["sha256"]) == 64
     assert found["size"] == {"reward": "jpeg_incompressibility"}
     assert found["beauty"]["reward"] == "aesthetic"
     assert found["beauty"]["weights"]["clip-l"]["model.safetensors"] == digest(folder / "model.safetensors")

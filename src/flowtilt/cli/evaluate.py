@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--rewards", type=words, default=[], help=REWARDS)
     evaluate.add_argument("--images-per-prompt", type=count, metavar="N", help="images of every prompt (1)")
     evaluate.add_argument("--images", type=count, metavar="N", help="instead: this many in all, spread over tags and prompts")
+    evaluate.add_argument("--resolution", type=count, metavar="PIXELS", help="height and width (the run's, else the pipeline's own)")
     evaluate.add_argument("--solver", choices=("euler", "ddim", "dpm1", "dpm2", "heun"), help="(the recipe's evaluation)")
     evaluate.add_argument("--steps", type=count, help="solver steps (the recipe's evaluation)")
     evaluate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none (the recipe's evaluation)")
@@ -48,11 +49,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     quieten()
     if args.images and args.images_per_prompt:
         raise UserError("evaluate: --images and --images-per-prompt exclude each other")
-    if args.guidance is not None and args.guidance < 1:
+    if args.guidance is not None and not 1 <= args.guidance < float("inf"):
         raise UserError(f"evaluate: --guidance must be at least 1, which is none, not {args.guidance:g}")
     from flowtilt import distributed
-    from flowtilt.assess import assess
-    from flowtilt.report.terminal import table
+    from flowtilt.evaluate.assess import assess
+    from flowtilt.report.evaluation.terminal import table
 
     try:
         results = assess(
@@ -63,6 +64,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             rewards=args.rewards,
             images=args.images,
             images_per_prompt=args.images_per_prompt,
+            resolution=args.resolution,
             solver=args.solver,
             steps=args.steps,
             guidance=args.guidance,
@@ -87,13 +89,12 @@ def _score(args: argparse.Namespace) -> int:
         raise UserError(f"score: -o {args.output}: give a .jsonl or .csv file")
     import torch
 
+    from flowtilt.evaluate.images import find_pairs, judge_images, save_scores, with_columns
+    from flowtilt.evaluate.results import results_of
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
-    from flowtilt.report.terminal import table
-    from flowtilt.results import results_of
-    from flowtilt.rewards.named import load_named
-    from flowtilt.rewards.versions import versions_of
-    from flowtilt.score_images import find_pairs, save_scores, score_images
+    from flowtilt.report.evaluation.terminal import table
+    from flowtilt.rewards.named import load_named, parse, with_compat
     from flowtilt.setup import load_prompts
 
     prompts = None
@@ -101,17 +102,26 @@ def _score(args: argparse.Namespace) -> int:
         prompts = read_prompts(args.prompts) if is_path(args.prompts) else load_prompts(args.prompts)
     pairs = find_pairs(args.images, prompts, args.images_per_prompt)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rewards, left_out = load_named(args.rewards, device=device, compat=args.compat)
+    named = parse(args.rewards)
+    rewards, left_out = load_named([with_compat(one) for one in named] if args.compat else named, device=device)
     for name, why in left_out.items():
         _say(f"left out: {name}: {why}")
-    records = score_images(pairs, rewards, device=device)
-    unread = [record for record in records if record["scores"] and all(v is None for v in record["scores"].values()) and record["note"]]
+    if args.output:
+        save_scores(args.output, [])  # now, not after an hour: can it be written?
+    records = []
+    try:
+        for record in judge_images(pairs, rewards, device=device):
+            records.append(record)
+    finally:
+        records = with_columns(records, rewards)
+        if args.output:
+            save_scores(args.output, records)
+    unread = [record for record in records if all(value is None for value in record["scores"].values()) and record["note"]]
     for record in unread[:5]:
         _say(f"no score: {record['note']}")
-    named = [{**record, "set": "images", "variant": "tuned"} for record in records]
-    print(table(results_of(named, ["tuned"], {"rewards": versions_of(rewards)})))
+    variants = [variant for variant in ("tuned", "base") if any(record["variant"] == variant for record in records)]
+    print(table(results_of(records, variants, {})))
     if args.output:
-        save_scores(args.output, records)
         print(f"scores   {args.output}")
     return 0
 

@@ -46,12 +46,17 @@ def _serve(args: argparse.Namespace) -> int:
     quieten()
     import torch
 
-    from flowtilt.rewards.named import parse
+    from flowtilt.rewards.named import parse, with_compat
     from flowtilt.rewards.server import serve
     from flowtilt.rewards.wire import key_from_environment
 
-    named = {name: {"source": source, "options": options} for name, source, options in parse(args.rewards, compat=args.compat)}
+    rewards = [with_compat(one) if args.compat else one for one in parse(args.rewards)]
+    named = {one.name: {"source": one.source, "options": one.options} for one in rewards}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UserError(f"serve-rewards: --device {device}: no such device; cpu, cuda or cuda:0") from None
     serve(named, host=args.host, port=args.port, key=key_from_environment(), device=device, max_batch=args.max_batch, tell=_say)
     return 0
 

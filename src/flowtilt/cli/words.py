@@ -4,8 +4,11 @@ import argparse
 
 
 def words(text: str) -> list[str]:
-    """What stands between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """What stands between commas; something must."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("names nothing")
+    return found
 
 
 def count(text: str) -> int:

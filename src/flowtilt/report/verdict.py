@@ -139,6 +139,7 @@ def _big(name: str, score: Score | None, decimals: int) -> str:
 
 def _protocol(run: Run) -> str:
     rewards = next((list(r["rewards"]) for r in run.evaluations if isinstance(r.get("rewards"), dict) and r["rewards"]), [])
-    what = f"Score: <b>{escape(str(rewards[0]))}</b>. " if rewards else ""
+    judged = next((r["column"] for r in run.evaluations if r.get("column")), rewards[0] if rewards else None)
+    what = f"Score: <b>{escape(str(judged))}</b>. " if judged else ""
     told = run.summary.get("protocol")
     return what + (f"Protocol: {escape(str(told))}." if told else "The protocol is written down when the run ends.")

@@ -1,7 +1,8 @@
 """Rewards as they are named on a command line: "pickscore,ocr", "mine.py:brightness", "geneval=http://host:8765", "all"."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,45 +12,69 @@ from flowtilt.errors import UserError
 from flowtilt.rewards import PAPER, Reward, find_reward, load_reward
 
 
-def parse(named: Sequence[str], *, compat: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, source and options of each word; "all" is the eight of DiffusionNFT's table.
+@dataclass(frozen=True)
+class Named:
+    """A reward to load.
 
     Args:
-        named: names, "name=source" or "file.py:function".
-        compat: upstream's numbers, of the rewards that have such a mode.
+        name, source, options: see `load_reward`.
+        optional: one of "all", which is left out where it can't run.
     """
-    found = []
-    for word in (name for given in named for name in (PAPER if given == "all" else (given,))):
+
+    name: str
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
+
+
+def parse(words: Sequence[str]) -> list[Named]:
+    """The rewards of names, "name=source", "file.py:function" and addresses; "all" is the eight of DiffusionNFT's table.
+
+    Raises:
+        UserError: a reward has no name, or two have the same; of "all" one is replaced by another of its name.
+    """
+    found: dict[str, Named] = {name: Named(name, name, optional=True) for name in PAPER if "all" in words}
+    for word in (word for word in words if word != "all"):
         name, sign, source = word.partition("=")
         if not sign:
             source = word
             name = urlsplit(word).path.rpartition("/")[2] if "://" in word else word.rpartition(":")[2]
         if not name or "/" in name:
             raise UserError(f"rewards: {word!r} needs a name, as in geneval={source}")
-        if compat and "://" in source:
-            raise UserError(f"rewards: {name} is a server's; start that with --compat")
-        modes = inspect.signature(find_reward(name, source)).parameters if compat else {}
-        found.append((name, source, {"compat": True} if "compat" in modes else {}))
-    return found
+        if name in found and not found[name].optional:
+            raise UserError(f"rewards: two are called {name}; write another name before one, as in other={source}")
+        found[name] = Named(name, source)
+    return list(found.values())
 
 
-def load_named(
-    named: Sequence[str], *, device: torch.device | str = "cpu", compat: bool = False
-) -> tuple[dict[str, Reward], dict[str, str]]:
-    """Rewards by name, and why each of "all" that can't run here is left out; see `parse`.
+def with_compat(named: Named) -> Named:
+    """The reward in its `compat` mode, or as it is where it has none.
 
     Raises:
-        UserError: a reward that was named itself can't be loaded, or none of "all" can.
+        UserError: it is a server's, which decides for itself.
+    """
+    if "://" in named.source:
+        raise UserError(f"rewards: {named.name} is a server's; start that with --compat")
+    if "compat" not in inspect.signature(find_reward(named.name, named.source)).parameters:
+        return named
+    return Named(named.name, named.source, {**named.options, "compat": True}, named.optional)
+
+
+def load_named(named: Sequence[Named], *, device: torch.device | str = "cpu") -> tuple[dict[str, Reward], dict[str, str]]:
+    """Rewards by name, and why each optional one that can't run here is left out.
+
+    Raises:
+        UserError: a reward that is not optional can't be loaded, or none can.
     """
     found: dict[str, Reward] = {}
     left_out: dict[str, str] = {}
-    for name, source, options in parse(named, compat=compat):
+    for one in named:
         try:
-            found[name] = load_reward(name, source, device=device, options=options)
+            found[one.name] = load_reward(one.name, one.source, device=device, options=one.options)
         except UserError as error:
-            if name in named or source != name:
+            if not one.optional:
                 raise
-            left_out[name] = str(error)
+            left_out[one.name] = str(error)
     if not found:
         raise UserError("rewards: " + ("; ".join(f"{name}: {why}" for name, why in left_out.items()) or "name at least one"))
     return found, left_out

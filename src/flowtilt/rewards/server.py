@@ -87,6 +87,8 @@ def serve(
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that has its port and does not listen yet, so that nobody waits for models that still load."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"serve-rewards: --port {port}: ports go up to 65535")
     listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from flowtilt.errors import UserError
 from flowtilt.files import write_atomic
-from flowtilt.report import extremes, score_tables
 from flowtilt.report.document import document, section
-from flowtilt.report.evaluation_headline import headline, subject
+from flowtilt.report.evaluation import extremes, tables
+from flowtilt.report.evaluation.headline import headline, subject
+from flowtilt.report.evaluation.loading import Results, Scored, load_scores, parse, read_object
 from flowtilt.report.markup import flat_table, folded, none_yet
-from flowtilt.report.results import Results, Scored, load_scores, parse, read_object
 
 
 def write_evaluation_page(folder: Path) -> Path:
@@ -36,12 +36,12 @@ def page(results: Results, images: Sequence[Scored]) -> str:
 
 def _sections(results: Results, images: Sequence[Scored]) -> str:
     """Every section, each saying so in a sentence where it has nothing to show."""
-    tags = "".join(score_tables.tags(one, results) for one in results.sets)
+    tags = "".join(tables.tags(one, results) for one in results.sets)
     chosen = "".join(extremes.extremes(one, images, results, unfolded=place == 0) for place, one in enumerate(results.sets))
     unscored = "".join(extremes.unscored(one, images, results) for one in results.sets)
     parts = [
-        ("scores", "Scores", score_tables.means(results)),
-        ("differences", "Tuned minus base", score_tables.differences(results) if results.compares else ""),
+        ("scores", "Scores", tables.means(results)),
+        ("differences", "Tuned minus base", tables.differences(results) if results.compares else ""),
         ("tags", "By tag", tags),
         ("images", "Lowest and highest", chosen or none_yet("There are no scores to choose images by.")),
         ("missing", "Images without a score", unscored or none_yet(_none_missing(results, images))),

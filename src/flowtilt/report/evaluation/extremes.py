@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from flowtilt.report.estimates import column_decimals, written
+from flowtilt.report.evaluation.estimates import column_decimals, written
+from flowtilt.report.evaluation.loading import Column, PromptSet, Results, Scored
 from flowtilt.report.images import embed
 from flowtilt.report.markup import folded, none_yet
 from flowtilt.report.numbers import counted
-from flowtilt.report.results import Column, PromptSet, Results, Scored
 
 SHOWN = 12
 """Pictures of each kind."""

@@ -18,21 +18,25 @@ from flowtilt.files import read_lines, write_atomic
 from flowtilt.pictures import LARGEST, read_image
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.files import read_prompts
-from flowtilt.rewards import Reward, score
+from flowtilt.rewards import PAPER, Reward, score
+from flowtilt.rewards.versions import built_in_name
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-PROMPT_FREE = ("aesthetic", "jpeg_compressibility", "jpeg_incompressibility")
+READ_PROMPTS = (*PAPER, "playground", "playground_strict", "playground_partial")
+PROMPT_FREE = ("aesthetic",)
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file, its prompt, which prompt that is and which image of it."""
+    """An image file, its prompt, which prompt that is of which set, which image of it, and who drew it."""
 
     file: Path
     prompt: Prompt
     index: int
     copy: int
+    set: str = "images"
+    variant: str = "tuned"
 
 
 def find_pairs(places: Sequence[Path], prompts: Sequence[Prompt] | None, images_per_prompt: int = 1) -> list[Pair]:
@@ -51,7 +55,8 @@ def find_pairs(places: Sequence[Path], prompts: Sequence[Prompt] | None, images_
         known = _geneval_layout(places[0]) or _evaluation_layout(places[0])
         if known:
             return known
-    files = [file for place in places for file in _images(place)]
+    files = sorted((place for place in places if place.is_file()), key=_by_number)
+    files += [file for place in places if not place.is_file() for file in _images(place)]
     if prompts is None:
         return [Pair(file, Prompt(""), k, 0) for k, file in enumerate(files)]
     if len(files) != len(prompts) * images_per_prompt:
@@ -61,8 +66,6 @@ def find_pairs(places: Sequence[Path], prompts: Sequence[Prompt] | None, images_
 
 
 def _images(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
     found = [file for file in place.rglob("*") if file.suffix.lower() in ENDINGS]
     if not found:
         raise UserError(f"score: no images in {place}; they end in {', '.join(ENDINGS)}")
@@ -71,7 +74,7 @@ def _images(place: Path) -> list[Path]:
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
     """2.png before 10.png."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _geneval_layout(folder: Path) -> list[Pair]:
@@ -85,47 +88,61 @@ def _geneval_layout(folder: Path) -> list[Pair]:
 
 def _evaluation_layout(folder: Path) -> list[Pair]:
     found = []
-    for record in read_lines(folder / "scores.jsonl"):
+    records = read_lines(folder / "scores.jsonl") if folder.is_dir() else []
+    for record in records:
         file = folder / "images" / record["set"] / record["variant"] / f"{record['index']:05d}-{record['copy']:02d}.png"
-        if file.is_file():
-            prompt = Prompt(record["prompt"], record["tag"], record.get("metadata", {}))
-            found.append(Pair(file, prompt, record["index"], record["copy"]))
+        if not file.is_file():
+            raise UserError(f"score: {folder} is an evaluation without its images; make it with --save-images")
+        prompt = Prompt(record["prompt"], record["tag"], record.get("metadata", {}))
+        found.append(Pair(file, prompt, record["index"], record["copy"], record["set"], record["variant"]))
     return found
 
 
 def score_images(pairs: Sequence[Pair], rewards: Mapping[str, Reward], *, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
-    """One record an image: {"image", "prompt", "tag", "index", "copy", "scores": {column: number or null}, "note"}.
+    """`judge_images`, whole."""
+    return with_columns(list(judge_images(pairs, rewards, device=device)), rewards)
+
+
+def judge_images(pairs: Sequence[Pair], rewards: Mapping[str, Reward], *, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
+    """One record an image: {"image", "set", "variant", "prompt", "tag", "index", "copy", "scores": {column: number or null}, "note"}.
 
     An image that can't be read has no scores and says why in its note.
 
     Raises:
         UserError: a reward fails, or needs prompts where there are none.
     """
-    needing = [name for name in rewards if name not in PROMPT_FREE]
+    needing = [name for name, reward in rewards.items() if _reads_prompts(reward)]
     if needing and not any(pair.prompt.text for pair in pairs):
         raise UserError(f"score: {', '.join(needing)} need the prompts of the images; give them with --prompts")
-    records: list[dict[str, Any]] = []
-    columns: dict[str, None] = dict.fromkeys(rewards)
     with tqdm(total=len(pairs), unit="image", dynamic_ncols=True) as bar:
         for batch, images, faults in _batches(pairs):
             scores: dict[str, Tensor] = {}
             notes = faults
             if len(images):
                 scores, notes = score(rewards, images.to(device), [pair.prompt for pair in batch])
-                columns |= dict.fromkeys(scores)
             for k, pair in enumerate(batch):
-                values = {column: None if value[k].isnan() else float(value[k]) for column, value in scores.items()}
-                records.append(_record(pair, values, notes[k]))
+                yield _record(pair, {column: None if value[k].isnan() else float(value[k]) for column, value in scores.items()}, notes[k])
             bar.update(len(batch))
-    ordered = [column for name in rewards for column in columns if column.partition("/")[0] == name]
-    for record in records:
-        record["scores"] = {column: record["scores"].get(column) for column in ordered}
-    return records
+
+
+def with_columns(records: list[dict[str, Any]], rewards: Mapping[str, Reward]) -> list[dict[str, Any]]:
+    """The records, each with every column, in the order of the rewards; null where it has no score."""
+    known = dict.fromkeys([*rewards, *(column for record in records for column in record["scores"])])
+    ordered = [column for name in rewards for column in known if column.partition("/")[0] == name]
+    return [{**record, "scores": {column: record["scores"].get(column) for column in ordered}} for record in records]
+
+
+def _reads_prompts(reward: Reward) -> bool:
+    """Whether it would judge the empty prompt, which nobody means. Of a reward of the user's we can't tell."""
+    name = getattr(reward, "reward", None) or built_in_name(reward)
+    return name in READ_PROMPTS and name not in PROMPT_FREE
 
 
 def _record(pair: Pair, scores: dict[str, float | None], note: str) -> dict[str, Any]:
     return {
         "image": str(pair.file),
+        "set": pair.set,
+        "variant": pair.variant,
         "prompt": pair.prompt.text,
         "tag": pair.prompt.tag,
         "index": pair.index,
@@ -163,7 +180,7 @@ def save_scores(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
         return
     text = StringIO()
-    columns = list(records[0]["scores"])
+    columns = list(records[0]["scores"]) if records else []
     writer = csv.writer(text)
     writer.writerow(["image", "prompt", "tag", *columns, "note"])
     for record in records:

@@ -4,8 +4,10 @@ The folder: protocol.json (what is done, fixed at the start), scores-<rank>.json
 done), pictures/, and in the end scores.jsonl, results.json and report.html.
 """
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,21 +17,19 @@ from tqdm import tqdm
 
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
-from flowtilt.evaluate import Row, draw
+from flowtilt.evaluate import BLOCK, Row, draw
+from flowtilt.evaluate.results import results_of
 from flowtilt.files import append_line, clean, disk_errors, read_lines, write_atomic, write_json
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Drawing
 from flowtilt.pictures import to_pil, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
-from flowtilt.results import results_of
 from flowtilt.rewards import Reward, applies, score
 from flowtilt.rollout import Sampler
 
 THUMBNAIL = 256
 """Pixels of the pictures that the report is made of."""
-BLOCK = 32
-"""Images that are drawn together, and what a kill can cost each process."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +62,57 @@ def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tupl
     return able, {name: why[name][0] for name in rewards if name not in able}
 
 
-def open_folder(folder: Path, protocol: Mapping[str, Any], world: World) -> None:
+def open_folder(folder: Path, protocol: Mapping[str, Any]) -> None:
     """Makes the folder of an evaluation, or finds the one that was interrupted.
 
     Raises:
         UserError: the folder holds something else, or an evaluation by another protocol.
     """
-    if world.rank == 0:
-        plain = json.loads(json.dumps(protocol))
-        place = folder / "protocol.json"
-        if folder.is_dir():
-            clean(folder)
-        if place.is_file():
-            kept = json.loads(place.read_text(encoding="utf-8"))
-            differing = [key for key in {**kept, **plain} if kept.get(key) != plain.get(key)]
-            if differing:
-                raise UserError(f"{folder}: holds an evaluation whose {', '.join(differing)} differ; choose another folder with -o")
-            _gather_parts(folder)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: not empty and no evaluation; choose another folder with -o")
-        else:
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_json(place, plain)
-    world.barrier()
+    plain = json.loads(json.dumps(protocol))
+    place = folder / "protocol.json"
+    if folder.is_dir():
+        clean(folder)
+    if place.is_file():
+        kept = _protocol_of(place)
+        differing = [key for key in {**kept, **plain} if kept.get(key) != plain.get(key)]
+        if differing:
+            raise UserError(f"{folder}: holds an evaluation whose {', '.join(differing)} differ; choose another folder with -o")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not empty and no evaluation; choose another folder with -o")
+    else:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(place, plain)
+
+
+def _protocol_of(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{place}: damaged; choose another folder with -o")
+    return found
+
+
+@contextmanager
+def held(folder: Path, world: World) -> Iterator[None]:
+    """Nobody else works on the folder inside the block: the first rank has a lock that the system takes back from a killed one.
+
+    Raises:
+        UserError: somebody does.
+    """
+    with (folder / "protocol.json").open() as file:
+
+        def lock() -> None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{folder}: another evaluation is at work there; choose another folder with -o") from None
+            _save_records(folder, _records(folder))  # whole lines alone: a line that a kill tore is not written on
+
+        world.first(lock)
+        yield
 
 
 def run(
@@ -119,11 +146,11 @@ def run(
     todo = [block for block in blocks if not done.issuperset(block.names())]
     world.barrier()  # nobody writes before everybody has read
     mine = [todo[k] for k in world.share(len(todo))]
-    total = sum(len(block.rows) for block in mine)
+    total = sum(len(block.rows) for block in todo)
     with tqdm(total=total, unit="image", disable=bool(world.rank), dynamic_ncols=True, smoothing=0.1) as bar:
         for block in mine:
             _judge(folder, drawing, block, sampler, seed, micro_batch, world.rank, save_images)
-            bar.update(len(block.rows))
+            bar.update(min(len(block.rows) * world.size, total - bar.n))  # the others have come as far, near enough
     world.barrier()
     results = _finish(folder, blocks, variants) if world.rank == 0 else {}
     world.barrier()
@@ -134,7 +161,7 @@ def _judge(
     folder: Path, drawing: Drawing, block: Block, sampler: Sampler, seed: int, micro_batch: MicroBatch, rank: int, save_images: bool
 ) -> None:
     one, variant, rows = block.of, block.variant, block.rows
-    images = micro_batch.fit(lambda size: draw(drawing, variant, one.prompts, rows, sampler, seed, size))
+    images = draw(drawing, variant, one.prompts, rows, sampler, seed, micro_batch)
     scores, notes = score(one.rewards, images, [one.prompts[index] for index, _ in rows])
     pictures = to_pil(images)
     for k, (index, copy) in enumerate(rows):
@@ -181,11 +208,6 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return [record for file in (folder / "scores.jsonl", *sorted(folder.glob("scores-*.jsonl"))) for record in read_lines(file)]
 
 
-def _gather_parts(folder: Path) -> None:
-    """All lines into scores.jsonl: a line that a kill tore is not written on."""
-    _save_records(folder, _records(folder))
-
-
 def _save_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(folder / "scores.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for part in folder.glob("scores-*.jsonl"):
@@ -196,7 +218,7 @@ def _finish(folder: Path, blocks: Sequence[Block], variants: Sequence[str]) -> d
     """scores.jsonl in the order of the blocks, results.json and the report."""
     found = {_key(record): record for record in _records(folder)}
     records = [found[key] for block in blocks for key in block.names()]
-    results = results_of(records, variants, json.loads((folder / "protocol.json").read_text(encoding="utf-8")))
+    results = results_of(records, variants, _protocol_of(folder / "protocol.json"))
     _save_records(folder, records)
     write_json(folder / "results.json", results)
     write_evaluation_page(folder)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flowtilt.report.results import Estimate
+from flowtilt.report.evaluation.loading import Estimate
 
 LANE = 12  # px of a bar and the space below it
 

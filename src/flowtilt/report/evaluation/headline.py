@@ -3,9 +3,9 @@
 import math
 from html import escape
 
-from flowtilt.report.estimates import column_decimals, missing, rows_of, verdict, written
+from flowtilt.report.evaluation.estimates import column_decimals, missing, rows_of, verdict, written
+from flowtilt.report.evaluation.loading import Estimate, Record, Results
 from flowtilt.report.numbers import counted, duration
-from flowtilt.report.results import Estimate, Record, Results
 
 GENERIC = {"lora", "pytorch_lora_weights.safetensors", ""}
 """Parts of a LoRA's path that don't tell it from others."""

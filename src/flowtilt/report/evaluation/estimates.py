@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from flowtilt.report.evaluation.loading import Column, Estimate, PromptSet
 from flowtilt.report.numbers import counted
-from flowtilt.report.results import Column, Estimate, PromptSet
 
 KNOWN = {"pickscore/raw": "what papers print"}
 """What a reader should know of a score."""

@@ -9,9 +9,10 @@ from PIL import Image
 from test_cli import run
 
 from flowtilt import UserError
+from flowtilt.evaluate.images import find_pairs, score_images
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
-from flowtilt.score_images import find_pairs, score_images
+from flowtilt.rewards.playground import playground_partial
 
 
 def brightness(images, prompts):
@@ -50,11 +51,12 @@ def test_genevals_own_layout_brings_its_prompts(tmp_path):
 
 
 def test_what_evaluate_kept_can_be_judged_by_something_else(tmp_path):
-    from flowtilt.assess import assess
+    from flowtilt.evaluate.assess import assess
 
     assess(tmp_path / "e", images=12, steps=2, save_images=True)
     pairs = find_pairs([tmp_path / "e"], None)
     records = score_images(pairs, {"brightness": brightness})
+    assert {(r["set"], r["variant"]) for r in records} == {("playground", "base")}
     assert len(records) == 12 and {r["tag"] for r in records} >= {"counting", "position"}
     assert pairs[0].prompt.metadata["include"]
 
@@ -75,7 +77,7 @@ def test_images_of_all_sizes_and_one_that_is_torn(tmp_path):
 def test_a_reward_that_reads_prompts_is_refused_without_them(tmp_path):
     grey(tmp_path / "1.png", 0)
     with pytest.raises(UserError, match="mine need the prompts"):
-        score_images(find_pairs([tmp_path], None), {"mine": brightness})
+        score_images(find_pairs([tmp_path], None), {"mine": playground_partial, "theirs": brightness})
 
 
 def test_the_command_prints_means_and_writes_every_score(tmp_path):
@@ -112,3 +114,27 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, words, said):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("flowtilt: ") and said in last
+
+
+def test_an_evaluation_without_its_images_is_not_scored_by_its_small_pictures(tmp_path):
+    from flowtilt.evaluate.assess import assess
+
+    assess(tmp_path / "e", images=6, steps=2)
+    with pytest.raises(UserError, match="make it with --save-images"):
+        find_pairs([tmp_path / "e"], None)
+
+
+def test_files_given_one_by_one_stand_in_the_same_order_as_their_folder(tmp_path):
+    for k in (1, 2, 10):
+        grey(tmp_path / f"{k}.png", k)
+    files = sorted(tmp_path.iterdir())  # as a shell gives them: 1, 10, 2
+    assert [p.file for p in find_pairs(files, None)] == [p.file for p in find_pairs([tmp_path], None)]
+
+
+def test_what_was_judged_before_a_judge_failed_is_kept(tmp_path):
+    for k in range(40):
+        grey(tmp_path / "images" / f"{k}.png", k, (8, 8 + k // 20))
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    assert images.shape[2] == 8\n    return images.mean((1, 2, 3))\n")
+    done = run("score", "images", "--rewards", "mine.py:f", "-o", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "reward f failed" in done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20

@@ -10,10 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
+from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, score
@@ -24,19 +26,25 @@ Row = tuple[int, int]
 """An image of an evaluation: the place of its prompt, and how many images of this prompt come before it."""
 
 
+BLOCK = 32
+"""Images that are drawn together: fixed, so that no batch depends on who draws it or how often it was interrupted."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What came out, over all ranks.
 
     Args:
-        score: mean of the judged column over the images that have it.
+        column: the reward, or "reward/detail", that is the score.
+        score: its mean over the images that have it.
         by_tag: the same for each tag; empty where prompts have none.
-        rewards: mean of each reward and detail.
+        rewards: mean of each reward and detail that has any score.
         missing: images without a score, of each column that misses any.
         images: how many were judged.
         samples: images [M, 3, H, W] for the report, with their prompts, scores and notes beside them.
     """
 
+    column: str
     score: float
     by_tag: dict[str, float]
     rewards: dict[str, float]
@@ -76,14 +84,16 @@ def _stride(length: int) -> int:
 
 
 def draw(
-    drawing: Drawing, role: str, prompts: Sequence[Prompt], rows: Sequence[Row], sampler: Sampler, seed: int, micro_batch: int
+    drawing: Drawing, role: str, prompts: Sequence[Prompt], rows: Sequence[Row], sampler: Sampler, seed: int, micro_batch: MicroBatch
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] of N rows."""
     texts = [prompts[index].text for index, _ in rows]
     keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") for text in texts]
     positions = [(key, copy) for key, (_, copy) in zip(keys, rows, strict=True)]
     start = noise(seed, "evaluate", positions, drawing.model.latent_shape).to(drawing.model.device)
-    return decode(drawing, sampler(drawing, role, start, drawing.model.encode(texts), micro_batch), micro_batch)
+    conditioning = drawing.model.encode(texts)
+    latents = micro_batch.fit(lambda size: sampler(drawing, role, start, conditioning, size))
+    return micro_batch.fit(lambda size: decode(drawing, latents, size))
 
 
 def evaluate(
@@ -97,35 +107,38 @@ def evaluate(
     column: str,
     seed: int,
     samples: int,
-    micro_batch: int,
+    micro_batch: MicroBatch,
     world: World,
 ) -> Evaluation:
-    """Draws and judges `images` images, spread over the prompts.
+    """Draws and judges `images` images, spread over the prompts, in the blocks of which `flowtilt evaluate` draws them.
 
     Args:
         column: the reward, or "reward/detail", that is the score.
 
     Raises:
-        UserError: a reward fails, applies to none of the images, or there is no such column.
+        UserError: a reward fails, the score applies to none of the images, or there is no such column.
     """
     rows = spread(prompts, images)
-    mine = list(world.share(images))
-    pictures = draw(drawing, role, prompts, [rows[k] for k in mine], sampler, seed, micro_batch)
-    scores, notes = score(rewards, pictures, [prompts[rows[k][0]] for k in mine])
-
-    everything = {name: world.gather(value.to(world.device), images).cpu() for name, value in scores.items()}
+    blocks = [rows[start : start + BLOCK] for start in range(0, images, BLOCK)]
+    parts: list[dict[str, Tensor]] = []
+    notes: list[str] = []
+    kept: dict[int, Tensor] = {}
+    for number in world.share(len(blocks)):
+        pictures = draw(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
+        scores, said = score(rewards, pictures, [prompts[index] for index, _ in blocks[number]])
+        parts.append({name: _padded(value) for name, value in scores.items()})
+        notes += said
+        kept |= {number * BLOCK + k: picture.cpu() for k, picture in enumerate(pictures) if number * BLOCK + k < samples}
+    names = dict.fromkeys(name for part in parts for name in part)
+    joined = {name: torch.stack([part.get(name, _padded(torch.empty(0))) for part in parts]) for name in names}
+    everything = {name: value.flatten()[:images] for name, value in world.gather_columns(joined, len(blocks), (BLOCK,)).items()}
     notes = world.gather_json(notes)
-    kept = pictures.new_zeros(samples, *pictures.shape[1:])
-    for place, k in enumerate(mine):
-        if k < samples:
-            kept[k] = pictures[place]
-    world.sum_([kept])
-
     if column not in everything:
         raise UserError(f"evaluate.rewards: no score {column!r}; there are {', '.join(everything)}")
     judged = everything[column]
     tags = [prompts[index].tag for index, _ in rows]
     of_tag = {tag: judged[[t == tag for t in tags]] for tag in dict.fromkeys(tags) if tag}
+    by_tag = {tag: value for tag, values in of_tag.items() if (value := _mean(values)) is not None}
     told = [
         {
             "prompt": prompts[rows[k][0]].text,
@@ -135,19 +148,38 @@ def evaluate(
         }
         for k in range(min(samples, images))
     ]
+    mean = _mean(judged)
+    if mean is None:
+        raise UserError(f"reward {column}: gives none of the evaluation's images a score")
     return Evaluation(
-        _mean(column, judged),
-        {tag: _mean(tag, values) for tag, values in of_tag.items() if not values.isnan().all()},
-        {name: _mean(name, value) for name, value in everything.items()},
-        {name: count for name, value in everything.items() if (count := int(value.isnan().sum()))},
+        column,
+        mean,
+        by_tag,
+        {name: value for name, values in everything.items() if (value := _mean(values)) is not None},
+        {name: count for name, values in everything.items() if (count := int(values.isnan().sum()))},
         images,
-        kept[: len(told)].cpu(),
+        _collected(kept, len(told), world),
         told,
     )
 
 
-def _mean(name: str, values: Tensor) -> float:
+def _padded(values: Tensor) -> Tensor:
+    """A block's scores, NaN where the last block is short."""
+    return torch.cat([values, torch.full((BLOCK - len(values),), torch.nan)])
+
+
+def _collected(kept: Mapping[int, Tensor], number: int, world: World) -> Tensor:
+    """The first images, on whichever rank each of them was drawn."""
+    if not number:
+        return torch.empty(0)
+    shape = next(iter(world.gather_json([list(image.shape) for image in kept.values()])))
+    samples = torch.zeros(number, *shape, device=world.device)
+    for k, image in kept.items():
+        samples[k] = image
+    world.sum_([samples])
+    return samples.cpu()
+
+
+def _mean(values: Tensor) -> float | None:
     known = values[~values.isnan()]
-    if not len(known):
-        raise UserError(f"reward {name}: gives none of the evaluation's images a score")
-    return float(known.double().mean())
+    return float(known.double().mean()) if len(known) else None

@@ -3,8 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
-from flowtilt.report.estimates import KNOWN, bracketed, column_decimals, difference_decimals, extent, missing, rows_of, verdict, written
-from flowtilt.report.results import PromptSet, Results, parse
+from flowtilt.report.evaluation.estimates import (
+    KNOWN,
+    bracketed,
+    column_decimals,
+    difference_decimals,
+    extent,
+    missing,
+    rows_of,
+    verdict,
+    written,
+)
+from flowtilt.report.evaluation.loading import PromptSet, Results, parse
 
 WIDTH = 110
 

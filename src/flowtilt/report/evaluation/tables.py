@@ -3,10 +3,20 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from flowtilt.report.estimates import KNOWN, bracketed, column_decimals, difference_decimals, extent, missing, rows_of, verdict, written
-from flowtilt.report.interval_bars import forest, rows, scale_of
+from flowtilt.report.evaluation.bars import forest, rows, scale_of
+from flowtilt.report.evaluation.estimates import (
+    KNOWN,
+    bracketed,
+    column_decimals,
+    difference_decimals,
+    extent,
+    missing,
+    rows_of,
+    verdict,
+    written,
+)
+from flowtilt.report.evaluation.loading import Column, Estimate, PromptSet, Results
 from flowtilt.report.markup import none_yet, scrolling
-from flowtilt.report.results import Column, Estimate, PromptSet, Results
 
 LOOKS = {"base": "before", "tuned": "after"}
 

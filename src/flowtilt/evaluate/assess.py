@@ -1,0 +1,159 @@
+"""`flowtilt evaluate` as one call: a model and its LoRAs, sets of prompts, rewards; a folder with results."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowtilt import distributed
+from flowtilt.config import ModelSettings, Recipe, load_recipe
+from flowtilt.environment import versions
+from flowtilt.errors import UserError
+from flowtilt.evaluate import each, spread
+from flowtilt.evaluate.folder import PromptSet, applicable, held, open_folder, run
+from flowtilt.files import digest
+from flowtilt.memory import MicroBatch
+from flowtilt.models.sd3 import SD3, fingerprint
+from flowtilt.prompts import Prompt
+from flowtilt.prompts.sets import is_path
+from flowtilt.rewards import Reward
+from flowtilt.rewards.named import Named, load_named, parse, with_compat
+from flowtilt.rewards.versions import versions_of
+from flowtilt.rollout import Sampler
+from flowtilt.setup import judges_of, load_prompts
+from flowtilt.stack import Stack, default_evaluation, find_lora, model_settings, open_model, recipe_of
+
+
+def assess(
+    folder: Path,
+    *,
+    model: str | None = None,
+    loras: Sequence[Path] = (),
+    prompts: Sequence[str] = (),
+    rewards: Sequence[str] = (),
+    images: int | None = None,
+    images_per_prompt: int | None = None,
+    resolution: int | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    compare_base: bool = False,
+    compat: bool = False,
+    save_images: bool = False,
+    micro_batch: int | str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Draws, judges and writes `folder`; goes on where it was interrupted. Returns results.json's content on the first rank.
+
+    What is none or empty comes from the recipe of the run that the first LoRA lies in, which then gives the
+    run's own score again; for the playground from its recipe, for another model from DiffusionNFT's evaluation.
+
+    Args:
+        prompts: files or names of sets.
+        rewards: see `rewards.named.parse`.
+        images: spread over the prompts; or else `images_per_prompt` of each.
+        compare_base: also draw the model without LoRAs, from the same noise, and give paired differences.
+        compat: upstream's numbers, of the rewards that have such a mode.
+        say: told in a line what is left out.
+
+    Raises:
+        UserError: something can't be loaded, the folder holds another evaluation, or a reward fails.
+    """
+    world = distributed.start()
+    files = [find_lora(place) for place in loras]
+    own = recipe_of(loras[0]) if loras else None
+    recipe = own or (load_recipe("playground") if model in (None, "playground") else None)
+    if recipe is None and not (prompts and rewards):
+        raise UserError("evaluate: --prompts and --rewards must be named for a model that is no run of ours")
+    if compare_base and not files:
+        raise UserError("evaluate: --compare base needs a --lora to compare with it")
+    e = recipe.evaluate if recipe else default_evaluation(model)
+    named = parse(rewards) if rewards or recipe is None else judges_of(recipe)
+    named = [with_compat(one) for one in named] if compat else named
+    loaded = _load_sets(prompts or _own_prompts(recipe))
+    if not prompts and images is None and images_per_prompt is None:
+        images = e.images
+    judges, left_out = load_named(named, device=world.device)
+    dropped = [{"set": "all", "reward": name, "why": why} for name, why in left_out.items()]
+    sets = []
+    for name, members in loaded.items():
+        able, why = applicable(members, judges)
+        dropped += [{"set": name, "reward": reward, "why": reason} for reward, reason in why.items()]
+        rows = each(members, images_per_prompt or 1) if images is None else spread(members, images)
+        sets.append(PromptSet(name, members, rows, able))
+    if say and world.rank == 0:
+        for line in dropped:
+            say(f"left out: {line['reward']} for {line['set']}: {line['why']}")
+    for one in sets:
+        if not one.rewards:
+            reasons = "; ".join(f"{line['reward']}: {line['why']}" for line in dropped if line["set"] == one.name)
+            raise UserError(f"evaluate: none of the rewards can judge {one.name}: {reasons}")
+    settings = model_settings(model, recipe, resolution)
+    stack = Stack(open_model(settings, world.device), files)
+    sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
+    chosen_seed = seed if seed is not None else recipe.seed if recipe else 0
+    variants = ("tuned", "base") if compare_base else ("tuned",) if files else ("base",)
+
+    def protocol() -> dict[str, Any]:
+        return {
+            **_model_protocol(stack.model, settings, files, sampler),
+            "prompts": {name: {"prompts": len(members), "sha256": _digest_of(members)} for name, members in loaded.items()},
+            "images": images,
+            "images_per_prompt": None if images else images_per_prompt or 1,
+            "seed": chosen_seed,
+            "variants": list(variants),
+            "rewards": _reward_protocol(named, judges),
+            "left_out": dropped,
+            "flowtilt": versions()["flowtilt"],
+        }
+
+    world.first(lambda: open_folder(folder, protocol()))
+    with held(folder, world):
+        size = MicroBatch(micro_batch, world.device.type)
+        return run(folder, stack, sets, variants, sampler, seed=chosen_seed, micro_batch=size, world=world, save_images=save_images)
+
+
+def _own_prompts(recipe: Recipe | None) -> list[str]:
+    return [recipe.evaluate.prompts or recipe.prompts] if recipe else []
+
+
+def _load_sets(sources: Sequence[str]) -> dict[str, list[Prompt]]:
+    """Prompts by the set's own name, or the file's without its ending."""
+    found: dict[str, list[Prompt]] = {}
+    for source in sources:
+        name = (Path(source).stem if is_path(source) else source) or "prompts"
+        if name in found:
+            raise UserError(f"evaluate: two sets of prompts are called {name}; rename a file")
+        found[name] = load_prompts(source)
+    return found
+
+
+def _digest_of(prompts: Sequence[Prompt]) -> str:
+    told = json.dumps([[p.text, p.tag, dict(p.metadata)] for p in prompts], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _model_protocol(model: SD3, settings: ModelSettings, files: Sequence[Path], sampler: Sampler) -> dict[str, Any]:
+    """All that an image depends on but its prompt and noise."""
+    return {
+        "model": settings.path,
+        "revision": settings.revision,
+        "model_files": fingerprint(settings.path, settings.revision),
+        "lora": [{"path": str(file.resolve()), "sha256": digest(file)} for file in files],
+        "solver": sampler.solver,
+        "steps": sampler.steps,
+        "guidance": sampler.guidance,
+        "shift": model.shift,
+        "resolution": model.latent_shape[-1] * model.pipeline.vae_scale_factor,
+        "t5_length": model.t5_length,
+        "dtype": str(model.network.dtype).removeprefix("torch."),
+        "vae_dtype": str(model.pipeline.vae.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+
+
+def _reward_protocol(named: Sequence[Named], judges: Mapping[str, Reward]) -> dict[str, Any]:
+    told = versions_of(judges)
+    return {one.name: {"source": one.source, "options": dict(one.options), **told[one.name]} for one in named if one.name in judges}
