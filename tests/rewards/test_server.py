@@ -279,11 +279,11 @@ def behind_the_gate(gate, url, bodies):
         first = pool.submit(ask, url, asking("gate", [grey(1)], ["first"]))
         assert gate.entered.wait(20)
         rest = []
-        before = 1
+        queued = 0
         for body in bodies:
             rest.append(pool.submit(ask, url, body))
-            before += len(body["images"])
-            wait_until(lambda: ask(url, None, path="/health", method="GET")[1]["waiting_images"] == before)  # noqa: B023
+            queued += len(body["images"])
+            wait_until(lambda: ask(url, None, path="/health", method="GET")[1]["queued_images"] == queued)  # noqa: B023
         gate.open.set()
         assert first.result(20)[0] == 200
         return [future.result(20) for future in rest]

@@ -58,6 +58,12 @@ class Batcher:
             self._changed.notify()
         return job.future
 
+    @property
+    def queued(self) -> int:
+        """Images whose batch has not begun."""
+        with self._changed:
+            return sum(len(job.images) for jobs in self._jobs.values() for job in jobs)
+
     def close(self) -> None:
         """Finishes what was submitted."""
         with self._changed:

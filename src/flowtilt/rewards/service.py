@@ -69,7 +69,7 @@ class _Service:
             self.decoders.shutdown()
 
     async def get_health(self, _: Request) -> Response:
-        return _json({"status": "ok", "rewards": self.versions, "waiting_images": self.images})
+        return _json({"status": "ok", "rewards": self.versions, "waiting_images": self.images, "queued_images": self.batcher.queued})
 
     async def get_metrics(self, _: Request) -> Response:
         return PlainTextResponse(self.metrics.text(self.images), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
