@@ -107,8 +107,10 @@ def held(folder: Path, world: World) -> Iterator[None]:
         def lock() -> None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(f"{folder}: another evaluation is at work there; choose another folder with -o") from None
+            except OSError:  # a file system without locks
+                pass
             _save_records(folder, _records(folder))  # whole lines alone: a line that a kill tore is not written on
 
         world.first(lock)
