@@ -202,6 +202,16 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monke
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
+def test_a_run_can_start_from_another_runs_lora(finished, tmp_path):
+    Trainer(quick(tmp_path / "run", "steps=1", f"lora.init={finished}")).run()
+    began = read_lines(tmp_path / "run" / "evaluations.jsonl")[0]
+    ended = read_lines(finished / "evaluations.jsonl")[-1]
+    assert began["score"] == ended["score"] and began["by_tag"] == ended["by_tag"]
+    with pytest.raises(UserError, match=r"rank|alpha"):
+        Trainer(quick(tmp_path / "other", "lora.rank=4", f"lora.init={finished}"))
+    assert not (tmp_path / "other").exists()
+
+
 # rewards of every kind ---------------------------------------------------------------------------------
 
 REWARD = """

@@ -40,6 +40,8 @@ class LoraSettings(Settings):
     """Rank r of the LoRA update."""
     alpha: float = Field(default=64.0, gt=0)
     """The update is alpha / r times B A."""
+    init: str | None = Field(default=None, min_length=1)
+    """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the bare base."""
 
 
 class NFTSettings(Settings):

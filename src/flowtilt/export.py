@@ -1,10 +1,30 @@
-"""The result of a run: a LoRA that plain diffusers loads, and the card that says what it is."""
+"""The result of a run: a LoRA that plain diffusers loads, and the card that says what it is; and LoRAs in others' formats."""
 
+import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowtilt.config import Recipe
+from flowtilt.errors import UserError
 from flowtilt.files import read_lines, whole_folder
+from flowtilt.lora import Lora, join
+from flowtilt.lora.fit import check
+from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
+from flowtilt.lora.read import read_lora
+from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy import Policy
+from flowtilt.stack import model_settings, recipe_of
+
+FORMATS = {
+    "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
+    "peft": 'in diffusers: pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "{folder}")',
+    "generator_ema": "in RTDMD: {folder}/generator_ema.pt with rank {rank} and alpha {alpha:g}, which the file does not tell",
+    "pipeline": 'in diffusers: DiffusionPipeline.from_pretrained("{folder}"); here: --model {folder}',
+}
+"""What a LoRA is written as, and how it is loaded again."""
+
+BESIDE, WITHIN = "beside this folder", "in this folder"
 
 CARD = """---
 base_model: {base}
@@ -28,7 +48,7 @@ sigmas = [1 - k / {solver_steps} for k in range({solver_steps})]
 image = pipe({prompt!r}, sigmas=sigmas, guidance_scale={guidance:.1f}{options}).images[0]
 ```
 
-The recipe is in `recipe.toml` beside this folder; `flowtilt train recipe.toml` repeats the run.
+The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run.
 """
 
 LOAD = """import torch
@@ -74,8 +94,63 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         folder=run / "lora",
+        recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         solver_steps=recipe.evaluate.steps,
         guidance=recipe.evaluate.guidance,
         options="".join(f", {name}={value!r}" for name, value in policy.model.call_options.items()),
     )
+
+
+def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | None = None) -> str:
+    """Writes one LoRA, or several joined exactly, into a new folder; returns a line that says how it is loaded.
+
+    Args:
+        places: runs, checkpoints, folders or files, as `read_lora` takes them.
+        to: one of `FORMATS`.
+        model: hub id or folder of the base; none is that of the first one's run. A base that is on disk is checked to fit.
+
+    Raises:
+        UserError: nothing to read, no base to merge into or another one than the LoRA's, a target that is taken, or no space.
+    """
+    loras = [read_lora(place) for place in places]
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"export: {output} is there already; choose a new folder with -o")
+    recipe = recipe_of(Path(places[0]))
+    base = model_settings(model, recipe) if model or recipe else None
+    lora = join(loras)
+    if to == "pipeline":
+        if base is None:
+            raise UserError(f"export: {lora.source} does not tell its base; name the pipeline to merge into with --model")
+        source = pipeline_folder(base.path, base.revision)
+        with whole_folder(output) as temporary:
+            to_pipeline(loras, source, temporary)
+        return FORMATS[to].format(folder=output)
+    if base and (folder := local_folder(base.path)):
+        check(lora, shapes_in(folder))
+    name = base.path if base and base.path != "playground" else None
+    with whole_folder(output) as temporary:
+        if to == "diffusers":
+            to_diffusers(lora, temporary)
+        elif to == "peft":
+            to_peft(lora, temporary, name)
+        else:
+            to_generator_ema(lora, temporary, name)
+        if to != "generator_ema" and len(loras) == 1:
+            _take_card(lora, temporary, output, to)
+    return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=max(lora.alphas.values()))
+
+
+def _take_card(lora: Lora, folder: Path, output: Path, to: str) -> None:
+    """Puts the card and the recipe of a run, whose newest LoRA this is, beside its export."""
+    own = Path(lora.source).parent
+    card, recipe = own / "README.md", own.parent / "recipe.toml"
+    if own.name != "lora" or not card.is_file() or not recipe.is_file():
+        return
+    load = {
+        "diffusers": f'pipe.load_lora_weights("{output}")',
+        "peft": f'from peft import PeftModel\n\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}")',
+    }[to]
+    text = re.sub(r"^pipe\.load_lora_weights\(.*\)$", lambda _: load, card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    (folder / "README.md").write_text(text.replace(BESIDE, WITHIN), encoding="utf-8")
+    shutil.copy(recipe, folder / "recipe.toml")

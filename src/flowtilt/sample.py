@@ -9,10 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from flowtilt.files import write_atomic
+from flowtilt.lora.read import read_lora
 from flowtilt.pictures import to_pil
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise
-from flowtilt.stack import Stack, default_evaluation, find_lora, model_settings, open_model, recipe_of
+from flowtilt.stack import Stack, default_evaluation, model_settings, open_model, recipe_of
 
 
 def sample(
@@ -36,16 +37,16 @@ def sample(
     Raises:
         UserError: a model or LoRA that can't be loaded, or a file that can't be written.
     """
-    files = [find_lora(place) for place in loras]
+    added = [read_lora(place) for place in loras]
     recipe = recipe_of(loras[0]) if loras else None
     e = recipe.evaluate if recipe else default_evaluation(model)
     settings = model_settings(model, recipe)
-    stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), files)
+    stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), added)
     sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
     places = [(0 if same_noise else k,) for k in range(len(prompts))]
     start = noise(seed, "sample", places, stack.model.latent_shape).to(stack.model.device)
     given = stack.model.encode(prompts)
-    roles = (["base"] if base_too or not files else []) + (["tuned"] if files else [])
+    roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
     columns = [decode(stack, sampler(stack, role, start, given, len(prompts)), len(prompts)) for role in roles]
     picture = BytesIO()
     _sheet(columns).save(picture, format="PNG")

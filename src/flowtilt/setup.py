@@ -6,6 +6,8 @@ import torch
 
 from flowtilt.config import NFTSettings, Recipe
 from flowtilt.errors import UserError
+from flowtilt.lora.fit import load_lora
+from flowtilt.lora.read import read_lora
 from flowtilt.models.sd3 import SD3, load_pipeline
 from flowtilt.objectives.nft import NFT
 from flowtilt.playground import world as playground
@@ -20,7 +22,10 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     m = recipe.model
     pipeline = load_pipeline(m.path, revision=m.revision, dtype=m.dtype, device=device)
     model = SD3(pipeline, t5_length=m.t5_length, resolution=m.resolution)
-    return Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+    if recipe.lora.init:
+        load_lora(policy, read_lora(recipe.lora.init))
+    return policy
 
 
 def build_objective(settings: NFTSettings) -> NFT:

@@ -17,7 +17,12 @@ def add(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="draw sets of prompts and judge them, with intervals; goes on where it was interrupted")
     evaluate.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
     evaluate.add_argument(
-        "--lora", type=Path, action="append", default=[], metavar="RUN", help="a run, a lora folder or a .safetensors file; several add up"
+        "--lora",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a run, a checkpoint, a LoRA folder or file, PATH@64 telling its alpha; several add up",
     )
     evaluate.add_argument("--prompts", type=words, default=[], help="sets or files, comma-separated (default: the run's own evaluation)")
     evaluate.add_argument("--rewards", type=words, default=[], help=REWARDS)

@@ -24,7 +24,12 @@ def add(commands: Any) -> None:
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
     sample.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
     sample.add_argument(
-        "--lora", type=Path, action="append", default=[], metavar="RUN", help="a run, a lora folder or a .safetensors file; several add up"
+        "--lora",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a run, a checkpoint, a LoRA folder or file, PATH@64 telling its alpha; several add up",
     )
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's evaluation)")
     sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")

@@ -13,6 +13,8 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import each, spread
 from flowtilt.evaluate.folder import PromptSet, applicable, held, open_folder, run
 from flowtilt.files import digest
+from flowtilt.lora import Lora
+from flowtilt.lora.read import read_lora
 from flowtilt.memory import MicroBatch
 from flowtilt.models.sd3 import SD3, fingerprint
 from flowtilt.prompts import Prompt
@@ -22,7 +24,7 @@ from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rollout import Sampler
 from flowtilt.setup import judges_of, load_prompts
-from flowtilt.stack import Stack, default_evaluation, find_lora, model_settings, open_model, recipe_of
+from flowtilt.stack import Stack, default_evaluation, model_settings, open_model, recipe_of
 
 
 def assess(
@@ -62,12 +64,12 @@ def assess(
         UserError: something can't be loaded, the folder holds another evaluation, or a reward fails.
     """
     world = distributed.start()
-    files = [find_lora(place) for place in loras]
+    added = [read_lora(place) for place in loras]
     own = recipe_of(loras[0]) if loras else None
     recipe = own or (load_recipe("playground") if model in (None, "playground") else None)
     if recipe is None and not (prompts and rewards):
         raise UserError("evaluate: --prompts and --rewards must be named for a model that is no run of ours")
-    if compare_base and not files:
+    if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
     e = recipe.evaluate if recipe else default_evaluation(model)
     named = parse(rewards) if rewards or recipe is None else judges_of(recipe)
@@ -91,14 +93,14 @@ def assess(
             reasons = "; ".join(f"{line['reward']}: {line['why']}" for line in dropped if line["set"] == one.name)
             raise UserError(f"evaluate: none of the rewards can judge {one.name}: {reasons}")
     settings = model_settings(model, recipe, resolution)
-    stack = Stack(open_model(settings, world.device), files)
+    stack = Stack(open_model(settings, world.device), added)
     sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
     chosen_seed = seed if seed is not None else recipe.seed if recipe else 0
-    variants = ("tuned", "base") if compare_base else ("tuned",) if files else ("base",)
+    variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
 
     def protocol() -> dict[str, Any]:
         return {
-            **_model_protocol(stack.model, settings, files, sampler),
+            **_model_protocol(stack.model, settings, added, sampler),
             "prompts": {name: {"prompts": len(members), "sha256": _digest_of(members)} for name, members in loaded.items()},
             "images": images,
             "images_per_prompt": None if images else images_per_prompt or 1,
@@ -135,13 +137,15 @@ def _digest_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _model_protocol(model: SD3, settings: ModelSettings, files: Sequence[Path], sampler: Sampler) -> dict[str, Any]:
+def _model_protocol(model: SD3, settings: ModelSettings, loras: Sequence[Lora], sampler: Sampler) -> dict[str, Any]:
     """All that an image depends on but its prompt and noise."""
     return {
         "model": settings.path,
         "revision": settings.revision,
         "model_files": fingerprint(settings.path, settings.revision),
-        "lora": [{"path": str(file.resolve()), "sha256": digest(file)} for file in files],
+        "lora": [
+            {"path": str(Path(lora.source).resolve()), "sha256": digest(Path(lora.source)), "scales": lora.scales()} for lora in loras
+        ],
         "solver": sampler.solver,
         "steps": sampler.steps,
         "guidance": sampler.guidance,

@@ -94,7 +94,10 @@ class SD3:
         resolution: height and width in pixels; none takes the pipeline's own.
     """
 
-    lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    # of the joint attention alone, as in the public checkpoints: SD3.5-Medium's second attention (attn2) stays as it is
+    lora_targets: Sequence[str] = tuple(
+        f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    )
 
     def __init__(self, pipeline: Any, *, t5_length: int | None = None, resolution: int | None = None):
         if t5_length is None:

@@ -7,7 +7,7 @@ from flowtilt.report.evaluation.estimates import column_decimals, missing, rows_
 from flowtilt.report.evaluation.loading import Estimate, Record, Results
 from flowtilt.report.numbers import counted, duration
 
-GENERIC = {"lora", "pytorch_lora_weights.safetensors", ""}
+GENERIC = {"lora", "transformer", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "generator_ema.pt", ""}
 """Parts of a LoRA's path that don't tell it from others."""
 FORMS = {
     "steps": "{} steps",

@@ -1,0 +1,87 @@
+"""What a `--lora` means: a run, one of its checkpoints, a folder of diffusers, PEFT or RTDMD, or a file, each also as PATH@ALPHA."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowtilt.errors import UserError
+
+CONFIG = "adapter_config.json"
+FILES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "generator_ema.pt",
+    "generator.pt",
+    "ema.safetensors",
+)
+"""Names of weights files, in the order in which they are looked for: diffusers', PEFT's, RTDMD's, our checkpoints'."""
+FOLDERS = ("", "lora", "transformer")
+"""Where they lie in a place: a run of ours and Flow-GRPO's checkpoints have lora/, RTDMD's checkpoints transformer/."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A LoRA's files.
+
+    Args:
+        weights: the tensors.
+        alpha: as PATH@ALPHA says, or none.
+        config: the PEFT configuration beside the weights, or none.
+        run: the run of which the weights are a checkpoint, or none.
+    """
+
+    weights: Path
+    alpha: float | None
+    config: Path | None
+    run: Path | None
+
+
+def split_alpha(place: Path | str) -> tuple[Path, float | None]:
+    """PATH@ALPHA as its parts; a path that exists is never split.
+
+    Raises:
+        UserError: what follows the @ is not a positive number, and what precedes it exists.
+    """
+    text = str(place)
+    before, at, after = text.rpartition("@")
+    if not at or Path(text).exists() or not Path(before).exists():
+        return Path(text), None
+    try:
+        alpha = float(after)
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise UserError(f"lora {text}: what follows the @ is alpha, a positive number such as 64, not {after!r}")
+    return Path(before), alpha
+
+
+def find(place: Path | str) -> Found:
+    """The files of a place.
+
+    Raises:
+        UserError: there is no LoRA.
+    """
+    path, alpha = split_alpha(place)
+    weights = path if path.is_file() else _inside(path)
+    beside = (weights.parent / CONFIG, weights.parent / "transformer" / CONFIG)
+    return Found(weights, alpha, next((file for file in beside if file.is_file()), None), run_of_checkpoint(weights.parent))
+
+
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """The run that a folder is a checkpoint of, or none."""
+    run = folder.resolve().parent.parent
+    return run if (folder / "state.json").is_file() and (run / "recipe.toml").is_file() else None
+
+
+def _inside(path: Path) -> Path:
+    if (path / "model_index.json").is_file():
+        raise UserError(f"lora {path}: this is a whole pipeline; give it as --model")
+    for file in (path / folder / name for folder in FOLDERS for name in FILES):
+        if file.is_file():
+            return file
+    if path.exists():
+        raise UserError(f"lora {path}: no LoRA there; give a run, a checkpoint, a folder of diffusers or PEFT, or the file itself")
+    hub = f"; if it is on the hub, give the folder that `hf download {path}` prints" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+    raise UserError(f"lora {path}: no such file or folder{hub}")

@@ -1,0 +1,72 @@
+"""Writing a LoRA for others: diffusers' file, a PEFT folder, RTDMD's flat state dict. Each comes with its alpha."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from flowtilt.errors import UserError
+from flowtilt.lora import Lora
+
+
+def peft_config(lora: Lora, base: str | None = None) -> LoraConfig:
+    """PEFT's description: the commonest rank and alpha, and patterns for layers with others."""
+    ranks = {layer: lora.rank(layer) for layer in lora.layers}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(lora.alphas.values()).most_common(1)[0][0]
+    settings: dict[str, Any] = {  # PEFT types alpha as an int and computes with any number
+        "r": rank,
+        "lora_alpha": _short(alpha),
+        "rank_pattern": {_pattern(layer): own for layer, own in ranks.items() if own != rank},
+        "alpha_pattern": {_pattern(layer): _short(own) for layer, own in lora.alphas.items() if own != alpha},
+        "base_model_name_or_path": base,
+    }
+    return LoraConfig(**settings, target_modules=list(lora.layers), inference_mode=True)
+
+
+def to_diffusers(lora: Lora, folder: Path) -> None:
+    """Writes pytorch_lora_weights.safetensors with alpha in its metadata, for `pipeline.load_lora_weights`."""
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in peft_config(lora).to_dict().items()}
+    layers: dict[str, Any] = dict(_named(lora, "{}.lora_{}.weight"))
+    # of every pipeline whose network is its `transformer`, the file is the same
+    StableDiffusion3Pipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
+
+
+def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(pipeline.transformer, folder)`.
+
+    Args:
+        base: the model's hub id or folder, which the configuration names.
+    """
+    peft_config(lora, base).save_pretrained(str(folder))
+    save_file(_named(lora, "base_model.model.{}.lora_{}.weight"), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def to_generator_ema(lora: Lora, folder: Path, base: str | None = None) -> None:
+    """Writes generator_ema.pt, RTDMD's flat state dict, and beside it an adapter_config.json, since that tells no alpha.
+
+    Raises:
+        UserError: its layers differ in rank or alpha; RTDMD reads one of each from its own settings.
+    """
+    alphas = set(lora.alphas.values())
+    if len(lora.ranks()) > 1 or len(alphas) > 1:
+        raise UserError(f"lora {lora.source}: its layers differ in rank or alpha, and generator_ema.pt has one of each; choose --to peft")
+    peft_config(lora, base).save_pretrained(str(folder))
+    torch.save({name: x.clone() for name, x in _named(lora, "{}.lora_{}.default.weight").items()}, folder / "generator_ema.pt")
+
+
+def _named(lora: Lora, pattern: str) -> dict[str, torch.Tensor]:
+    return {pattern.format(layer, side): x for layer, pair in lora.layers.items() for side, x in zip("AB", pair, strict=True)}
+
+
+def _pattern(layer: str) -> str:
+    """PEFT reads patterns as expressions that match the end of a name; this one is the whole name alone."""
+    return f"^{re.escape(layer)}$"
+
+
+def _short(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha
