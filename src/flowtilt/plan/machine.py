@@ -1,0 +1,78 @@
+"""GPUs that can be rented, by what their makers promise."""
+
+from dataclasses import dataclass
+
+from flowtilt.errors import UserError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Published figures, without sparsity.
+
+    Args:
+        memory: GiB.
+        half, tf32, single: TFLOP/s of products in bf16 or fp16, in TF32, in fp32.
+    """
+
+    memory: float
+    half: float
+    tf32: float
+    single: float
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of "half", "tf32" or "single"."""
+        return 1e12 * {"half": self.half, "tf32": self.tf32, "single": self.single}[precision]
+
+
+GPUS = {
+    "h100": GPU(80, 989.4, 494.7, 66.9),  # SXM; H100 datasheet
+    "h200": GPU(141e9 / 2**30, 989.4, 494.7, 66.9),  # H200 datasheet; the memory is in decimal units there
+    "a100": GPU(80, 312, 156, 19.5),  # A100 datasheet
+    "l40s": GPU(48, 362, 183, 91.6),  # L40S datasheet
+    "4090": GPU(24, 165.2, 82.6, 82.6),  # Ada architecture whitepaper, accumulated in fp32
+    "3090": GPU(24, 71, 35.6, 35.6),  # GA102 architecture whitepaper, accumulated in fp32
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for.
+
+    Args:
+        gpu: a name of `GPUS`.
+        gpus: how many, on however many nodes.
+        memory: GiB of each; none is what the GPU has.
+        utilisation: the share of each precision's peak that a run is assumed to reach, in (0, 1].
+
+    Raises:
+        UserError: no such GPU, or a number out of range.
+    """
+
+    gpu: str = "h100"
+    gpus: int = 1
+    memory: float | None = None
+    utilisation: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"plan: no figures for the GPU {self.gpu!r}; there are {', '.join(GPUS)}; --gpu-memory sets its memory alone")
+        if self.gpus < 1:
+            raise UserError(f"plan: --gpus must be at least 1, not {self.gpus}")
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise UserError(f"plan: --gpu-memory must be more than 0 GiB, not {self.memory:g}")
+        if not 0 < self.utilisation <= 1:
+            raise UserError(f"plan: --utilisation must be above 0 and at most 1, not {self.utilisation:g}")
+
+    @property
+    def gib(self) -> float:
+        """Memory of one GPU."""
+        return GPUS[self.gpu].memory if self.memory is None else self.memory
+
+    def share(self, rows: int) -> int:
+        """The most of `rows` that one GPU gets; see `distributed.World.share`."""
+        return -(-rows // self.gpus)
+
+    def hours(self, flops: dict[str, float]) -> float:
+        """Hours that work takes, each precision at its own peak; twice the GPUs take half the time."""
+        seconds = sum(count / GPUS[self.gpu].rate(precision) for precision, count in flops.items())
+        return seconds / (self.gpus * self.utilisation) / 3600

@@ -1,0 +1,185 @@
+"""Counts what a piece of code does to tensors: floating-point operations, and bytes that live at once.
+
+It works on any device. On the meta device nothing is computed, so that a model of any size is counted in
+seconds. Attention, whose kernel torch chooses by device, is counted as the fused one that saves no matrix of
+probabilities: torch itself would take the plain one on meta tensors.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten: Any = torch.ops.aten
+_FUSED = aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+_CONVOLUTIONS = (aten.convolution, aten._convolution, aten.convolution_backward)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What was done.
+
+    Args:
+        flops: floating-point operations of products and convolutions, a multiplication and an addition being two, by precision:
+            "half" (bf16, fp16), "tf32" (fp32 convolutions, which cuDNN rounds to it) and "single" (other fp32).
+        alive: bytes that lived at once, after each tensor that was made.
+        saved: bytes that the forward pass keeps for the backward one, weights and inputs left out.
+    """
+
+    flops: Mapping[str, float]
+    alive: np.ndarray
+    saved: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes that lived at once, at most."""
+        return float(self.alive.max(initial=0))
+
+
+def scaled(flops: Mapping[str, float], factor: float) -> dict[str, float]:
+    """Operations times a number."""
+    return {precision: factor * count for precision, count in flops.items()}
+
+
+def added(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Operations of several."""
+    precisions = dict.fromkeys(precision for part in parts for precision in part)
+    return {precision: sum(part.get(precision, 0) for part in parts) for precision in precisions}
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Work that grows by the same amount with every row: `fixed` for none, `each` more for a row.
+
+    It is so at every instant of the work, so that its peak is known even where it comes from another instant for
+    many rows than for few.
+    """
+
+    fixed: Work
+    each: Work
+
+    def at(self, rows: int) -> Work:
+        """Work of `rows` rows."""
+        a, b = self.fixed, self.each
+        return Work(added(a.flops, scaled(b.flops, rows)), a.alive + rows * b.alive, a.saved + rows * b.saved)
+
+
+def through(measured: Callable[[int], Work], low: int = 2, high: int = 4) -> Line:
+    """The line through two measured numbers of rows; not through one row, where broadcasting can save a copy."""
+    a, b = measured(low), measured(high)
+    step = high - low
+    each = Work(scaled(added(b.flops, scaled(a.flops, -1)), 1 / step), (b.alive - a.alive) / step, (b.saved - a.saved) / step)
+    return Line(Work(added(a.flops, scaled(each.flops, -low)), a.alive - low * each.alive, a.saved - low * each.saved), each)
+
+
+def measure(forward: Callable[[], object]) -> Work:
+    """What `forward` does and, where it returns a scalar with a gradient, its backward pass; tensors from before are not counted."""
+    meter = _Meter()
+    saved: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata in meter.alive:
+            saved[storage._cdata] = storage.nbytes()  # what is saved lives on, so that no other has its address
+        return x.detach()  # the tensor itself would hold its own graph, and never die
+
+    with meter, _FusedAttention():
+        with saved_tensors_hooks(keep, lambda x: x):
+            loss = forward()
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+    return Work(dict(meter.flops), np.array(meter.history, dtype=np.float64), sum(saved.values()))
+
+
+class _Meter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.alive: dict[int, tuple[Any, int]] = {}
+        """Storages that were made here, by address."""
+        self.bytes = 0
+        self.history: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = _tensors((*args, *kwargs.values()))
+        operation = func._overloadpacket
+        if operation in flop_registry or operation in (_FUSED, _FUSED_BACKWARD):
+            self.flops[_precision(operation, given[0].dtype)] += _flops(operation, args, kwargs, out)
+        before = {x.untyped_storage()._cdata for x in given}
+        for x in _tensors((out,)):
+            if x.untyped_storage()._cdata not in before:
+                self._born(x)
+        return out
+
+    def _born(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+
+        def died(_: Any) -> None:
+            self.bytes -= self.alive.pop(key)[1]
+
+        self.alive[key] = (weakref.ref(storage, died), size)
+        self.bytes += size
+        self.history.append(self.bytes)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among an operation's arguments or results, in lists too; torch's own walk through them takes ten times as long."""
+    found = []
+    for x in values:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, list | tuple):
+            found += _tensors(x)
+    return found
+
+
+def _flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    if operation is _FUSED:
+        return sdpa_flop_count(*(x.shape for x in args[:3]))
+    if operation is _FUSED_BACKWARD:
+        return sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+    return flop_registry[operation](*args, **kwargs, out_val=out)
+
+
+def _precision(operation: Any, dtype: torch.dtype) -> str:
+    if dtype in (torch.bfloat16, torch.float16):
+        return "half"
+    return "tf32" if operation in _CONVOLUTIONS else "single"
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On meta tensors, and on no others, attention is the fused kernel."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        query = kwargs["query"] if "query" in kwargs else args[0] if args else None
+        attends = func is torch.nn.functional.scaled_dot_product_attention and isinstance(query, Tensor) and query.is_meta
+        return _fused(*args, **kwargs) if attends else func(*args, **kwargs)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return _FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

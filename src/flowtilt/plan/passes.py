@@ -1,0 +1,66 @@
+"""How often a run calls its network, in closed form; `network_evaluations` of metrics.jsonl counts the same."""
+
+from dataclasses import dataclass
+
+from flowtilt.config import Recipe
+from flowtilt.objectives.nft import old_policy_decay
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Rows through the network.
+
+    Args:
+        sample: of the rollout.
+        pairs: of image and time, each forward and backward.
+        old: forward, of the old policy, while training; not where it equals the current one.
+        reference: forward, of the network without an adapter.
+    """
+
+    sample: int
+    pairs: int
+    old: int
+    reference: int
+
+    @property
+    def evaluations(self) -> int:
+        """As a run logs them, a backward counting as two forwards."""
+        return self.sample + 3 * self.pairs + self.old + self.reference
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.sample + other.sample, self.pairs + other.pairs, self.old + other.old, self.reference + other.reference)
+
+
+def evaluations_per_image(solver: str, steps: int, guidance: float) -> int:
+    """Of one image: Heun's method asks twice in every step but the last, guidance doubles each."""
+    return (2 * steps - 1 if solver == "heun" else steps) * (2 if guidance != 1 else 1)
+
+
+def passes_of(recipe: Recipe, step: int) -> Passes:
+    """Of rollout `step`, counted from 1, where every image has a score and every update is made."""
+    r, updates = recipe.rollout, recipe.optimizer.steps_per_rollout
+    images = r.prompts * r.images_per_prompt
+    times = recipe.objective.times_per_image
+    # the rollout before left the old policy equal to the current one, which the first update moves
+    equal = step == 1 or old_policy_decay(recipe.objective.old_policy, (step - 1) * updates) == 0
+    pairs = images * times
+    return Passes(
+        sample=images * evaluations_per_image(r.solver, r.steps, r.guidance),
+        pairs=pairs,
+        old=pairs - (images // updates * times if equal else 0),
+        reference=pairs if recipe.objective.kl else 0,
+    )
+
+
+def passes_in_all(recipe: Recipe) -> Passes:
+    """Of the whole run."""
+    total = Passes(0, 0, 0, 0)
+    for step in range(1, recipe.steps + 1):
+        total += passes_of(recipe, step)
+    return total
+
+
+def evaluations_in_all(recipe: Recipe) -> int:
+    """How often a run is evaluated: before, every so many rollouts, and after."""
+    every = recipe.evaluate.every
+    return 1 + (recipe.steps // every + (recipe.steps % every > 0) if every else 1)

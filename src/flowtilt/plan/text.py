@@ -1,0 +1,145 @@
+"""A plan as a table for people, at most 110 columns wide."""
+
+from collections.abc import Sequence
+
+from flowtilt.plan.memory import CONTEXT, GIB, SPARE
+from flowtilt.plan.meter import added
+from flowtilt.plan.plan import Plan
+
+PRECISIONS = {"half": "16-bit products", "tf32": "fp32 convolutions, as TF32", "single": "other fp32 products"}
+
+
+def table(plan: Plan) -> str:
+    """Parameters, memory, work and hours; the last line says the whole."""
+    m = plan.machine
+    head = f"{plan.recipe.name} on {m.gpus} x {m.gpu} of {m.gib:.4g} GiB: every figure is computed, none is measured"
+    shapes = f"shapes: {plan.costs.source}; images of {plan.costs.resolution} pixels; base in {plan.costs.dtype}"
+    return "\n\n".join(
+        [
+            "\n".join([head, *_wrapped(shapes, "")]),
+            _parameters(plan),
+            _memory(plan),
+            _work(plan),
+            "\n".join(_notes(plan)),
+            "\n".join(_wrapped(summary(plan), "")),
+        ]
+    )
+
+
+def summary(plan: Plan) -> str:
+    """The plan in one sentence."""
+    r, m, peak = plan.recipe.rollout, plan.machine, plan.peak
+    evaluations = sum(effort.evaluations for effort in plan.work.values())
+    flops = sum(sum(effort.flops.values()) for effort in plan.work.values())
+    fit = f"peak {peak.total / GIB:.1f} GiB in {peak.name} with micro-batch {plan.micro_batch}"
+    if not plan.fits:
+        over = peak.total / GIB - (1 - SPARE) * m.gib
+        needs = f"{peak.name} needs {peak.total / GIB:.1f} GiB with micro-batch {plan.micro_batch}"
+        fit = f"DOES NOT FIT: {needs}, {over:.1f} more than {100 * (1 - SPARE):.0f} % of {m.gib:.4g} GiB"
+    return (
+        f"{plan.recipe.name}: {plan.recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images = "
+        f"{amount(evaluations)} network evaluations, {operations(flops)}, about {duration(plan.hours)} on {m.gpus} {m.gpu} "
+        f"at {100 * m.utilisation:.3g} % ({_rounded(plan.hours * m.gpus)} GPU-hours); {fit}"
+    )
+
+
+def _parameters(plan: Plan) -> str:
+    rows = [["parameters", "millions", "GiB"]]
+    rows += [[name, f"{found.number / 1e6:,.1f}", f"{found.bytes / GIB:.2f}"] for name, found in plan.weights.items()]
+    return _aligned(rows)
+
+
+def _memory(plan: Plan) -> str:
+    kept = sum(plan.resident.values())
+    rows = [["memory of one GPU, GiB", "resident", "held", "activations", "total"]]
+    for phase in plan.phases:
+        cells = (kept, sum(phase.held.values()), phase.activations, phase.total)
+        rows.append([phase.name, *(f"{cell / GIB:.2f}" for cell in cells)])
+    said = "resident: " + ", ".join(f"{what} {count / GIB:.2f}" for what, count in plan.resident.items() if count >= 0.005 * GIB)
+    held = [f"{what} {_bytes(count)}" for what, count in plan.peak.held.items()]
+    lines = _wrapped(said) + _wrapped(f"held in {plan.peak.name}: {', '.join(held)}")
+    chosen = "given" if isinstance(plan.recipe.micro_batch, int) else "auto"
+    spare = f"{100 * SPARE:.0f} % of {plan.machine.gib:.4g} GiB are left to what is not modelled"
+    saved = f"training keeps {_bytes(plan.costs.train.each.saved)} of a row until its backward pass"
+    lines += _wrapped(f"micro-batch {plan.micro_batch} ({chosen}); {saved}; {spare}")
+    return "\n".join([_aligned(rows), *lines])
+
+
+def _work(plan: Plan) -> str:
+    steps = plan.recipe.steps
+    rows = [["work", "network evaluations", "of them a rollout", "operations", "time", "share"]]
+    for name, effort in plan.work.items():
+        calls = [f"{effort.evaluations:,}", f"{effort.evaluations / steps:,.0f}"] if effort.evaluations else ["", ""]
+        time = [duration(effort.hours), f"{100 * effort.hours / plan.hours:.0f} %"]
+        rows.append([name, calls[0], "" if name == "evaluate" else calls[1], operations(sum(effort.flops.values())), *time])
+    flops = added(*(effort.flops for effort in plan.work.values()))
+    calls = sum(effort.evaluations for effort in plan.work.values())
+    rows.append(["all", f"{calls:,}", "", operations(sum(flops.values())), duration(plan.hours), ""])
+    training = [effort for name, effort in plan.work.items() if name != "evaluate"]
+    one = operations(sum(sum(effort.flops.values()) for effort in training) / steps)
+    time = duration(sum(effort.hours for effort in training) / steps)
+    shares = {PRECISIONS[p]: plan.machine.hours({p: count}) / plan.hours for p, count in flops.items() if count}
+    spent = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+    said = [
+        f"a rollout: {one}, {time}; {plan.evaluations} evaluations of {plan.recipe.evaluate.images} images",
+        f"time by precision: {spent}",
+    ]
+    return "\n".join([_aligned(rows), *(line for text in said for line in _wrapped(text))])
+
+
+def _notes(plan: Plan) -> Sequence[str]:
+    assumed = (
+        f"assumed: {100 * plan.machine.utilisation:.3g} % of each precision's peak, twice the GPUs in half the time, every image scored, "
+        f"{CONTEXT / GIB:g} GiB for the CUDA context"
+    )
+    beside = [f"not counted, reward {name}: {why}" for name, why in plan.beside.items()]
+    return [line for note in (assumed, *beside) for line in _wrapped(note, "")]
+
+
+def amount(number: float) -> str:
+    """1234567 as 1.23 million."""
+    for unit, name in ((1e9, " billion"), (1e6, " million")):
+        if number >= unit:
+            return _rounded(number / unit) + name
+    return f"{number:,.0f}"
+
+
+def operations(flops: float) -> str:
+    """Floating-point operations with their unit."""
+    for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
+        if flops >= unit:
+            return f"{_rounded(flops / unit)} {name}"
+    return f"{_rounded(flops / 1e9)} GFLOP" if flops else "0"
+
+
+def duration(hours: float) -> str:
+    """Hours with their unit, or minutes, seconds, milliseconds."""
+    for unit, name in ((1, "h"), (1 / 60, "min"), (1 / 3600, "s")):
+        if hours >= unit:
+            return f"{_rounded(hours / unit)} {name}"
+    return f"{_rounded(3.6e6 * hours)} ms" if hours else ""
+
+
+def _rounded(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.2f} MiB"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, the first to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str = "  ") -> list[str]:
+    from textwrap import wrap
+
+    return wrap(text, 110, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
