@@ -122,7 +122,7 @@ def test_the_page_lies_in_the_folder_and_says_what_was_evaluated_and_how(two: Pa
     page = report(two)
     assert page.says("stable-diffusion-3.5-medium with nft-geneval")
     assert page.says("euler, 40 steps, guidance 1, 512 px, 2 images per prompt, seed 0, float32")
-    assert page.says("geneval on geneval · mean over prompts") and page.says("geneval 24 prompts, 48 images")
+    assert page.says("geneval on geneval · mean over images") and page.says("geneval 24 prompts, 48 images")
     assert page.says("rewards.pickscore.revision abc123") and page.says("lora.0.sha256 9f9f")
     assert page.says("ocr on drawbench: its prompts quote no text") and page.says("what papers print")
 
@@ -138,7 +138,7 @@ def test_every_mean_stands_with_its_interval(two: Path) -> None:
 
 def test_both_means_of_geneval_are_named_and_each_tag_is_listed(two: Path) -> None:
     page, of = report(two), results(two)["sets"]["geneval"]["columns"]["geneval"]
-    assert page.says(f"mean over prompts {of['base']['mean']:.3f} [") and page.says(
+    assert page.says(f"mean over images {of['base']['mean']:.3f} [") and page.says(
         f"mean over tags {of['base']['mean_of_tags']['mean']:.3f} ["
     )
     for tag in TAGS:

@@ -32,7 +32,7 @@ class Elsewhere:
 def scored(rewards):
     with Scoring(rewards) as scoring:
         for rows in scoring.parts(20):
-            scoring.add(IMAGES[rows], [PROMPTS[k] for k in rows])
+            scoring.add(IMAGES[rows].clone(), [PROMPTS[k] for k in rows])
         return len(scoring.parts(20)), *scoring.finish()
 
 
@@ -159,3 +159,11 @@ def test_what_was_not_begun_when_the_background_closed_is_not_done():
     background.close()
     release.set()
     assert future.result(20) == "first" and not done
+
+
+def test_a_reward_that_changes_the_images_is_refused():
+    def careless(images, prompts):
+        return images.sub_(0.5).mean((1, 2, 3))
+
+    with pytest.raises(UserError, match="reward careless: changes the images in place"):
+        scored({"careless": careless, "here": brightness})

@@ -77,7 +77,13 @@ def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", o
         return found(url=source, reward=name, **options)
     if inspect.isclass(found):
         build = cast(Callable[..., Reward], found)
-        return build(device=torch.device(device), **options)
+        try:
+            return build(device=torch.device(device), **options)
+        except UserError:
+            raise
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise UserError(f"rewards.{name}: building {source} failed: {type(error).__name__}: {cause} (--debug shows where)") from error
     return partial(found, **options) if options else found
 
 
@@ -145,12 +151,15 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
     # 8 bits would make a number of a NaN, and a judge a score of it
     broken = ~images.flatten(1).sum(1).isfinite().cpu()
     for name, reward in rewards.items():
+        before = images._version
         try:
             output = reward(images, list(prompts))
         except Exception as error:
             cause = " ".join(str(error).split())
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             raise UserError(f'reward {name} failed: {kind}{cause} (prompts from "{prompts[0].text}" on); nothing was scored') from error
+        if images._version != before:
+            raise UserError(f"reward {name}: changes the images in place, which every later reward would see; work on a copy")
         output = output if isinstance(output, RewardOutput) else RewardOutput(output)
         for column, values in {name: output.scores, **{f"{name}/{key}": value for key, value in output.details.items()}}.items():
             scores[column] = _checked(column, values, prompts).masked_fill(broken, torch.nan)

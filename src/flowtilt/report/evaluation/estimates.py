@@ -75,14 +75,14 @@ def extent(prompts: int, images: int) -> str:
 
 
 def rows_of(one: PromptSet, column: Column) -> list[tuple[str, dict[str, Estimate]]]:
-    """(which mean, variant -> estimate): one row, with an empty name for the mean over prompts, or one for each of the two means.
+    """(which mean, variant -> estimate): one row, with an empty name for the mean over images, or one for each of the two means.
 
     GenEval's scores have two, as its papers print either; so has what a set is judged by first. Of other scores
-    only the mean over prompts is ever printed.
+    only the mean over images is ever printed.
     """
     overall = {variant: summary.overall for variant, summary in column.of.items()}
     of_tags = {variant: summary.of_tags for variant, summary in column.of.items() if summary.of_tags}
     is_first = column.reward == one.columns[0].reward
     if of_tags and (is_first or "geneval" in column.reward.lower()):
-        return [("mean over prompts", overall), ("mean over tags", of_tags)]
+        return [("mean over images", overall), ("mean over tags", of_tags)]
     return [("", overall)]

@@ -36,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """One score of one variant: the mean over prompts; where prompts have tags also that over tags, and each tag's."""
+    """One score of one variant: the mean over images; where prompts have tags also that over tags, and each tag's."""
 
     overall: Estimate
     of_tags: Estimate | None

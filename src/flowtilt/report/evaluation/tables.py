@@ -83,7 +83,7 @@ def _reading(results: Results) -> str:
     ]
     if any(which for which, _ in found):
         said.append(
-            "The mean over tags counts every tag once, as GenEval's overall score does; the mean over prompts counts every prompt once. "
+            "The mean over tags counts every tag once, as GenEval's overall score does; the mean over images counts every image once. "
             "Where one mean is given, it is over prompts."
         )
     if any(e.has_interval and e.low == e.high for _, of in found for e in of.values()):
@@ -157,7 +157,7 @@ def _tags_of(one: PromptSet, column: Column, results: Results) -> str:
 
     body = [row(tag.replace("_", " "), of, rows([(LOOKS[v], e) for v, e in of.items() if e], scale)) for tag, of in by_tag.items()]
     foot = row("mean over tags", {v: s.of_tags for v, s in column.of.items()}, "")
-    foot += row("mean over prompts", {v: s.overall for v, s in column.of.items()}, "")
+    foot += row("mean over images", {v: s.overall for v, s in column.of.items()}, "")
     span = f"{written(scale.low, digits)} to {written(scale.high, digits)}".replace("-", "−")
     titles = "".join(f'<th scope="col">{v if results.compares else "mean"}</th>' for v in results.variants)
     head = f'<tr><th scope="col">tag</th><th scope="col" class="bar-cell">{span}</th>{titles}</tr>'
