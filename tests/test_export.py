@@ -17,7 +17,8 @@ from flowtilt.export import FORMATS, export
 from flowtilt.lora.fit import shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers, to_peft
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.opening import load_pipeline
+from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise

@@ -15,7 +15,8 @@ from flowtilt.lora.find import split_alpha
 from flowtilt.lora.fit import check, load_lora, shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.opening import load_pipeline
+from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
 from flowtilt.policy import ROLES, Policy
 from flowtilt.stack import Stack, recipe_of
@@ -246,20 +247,21 @@ def test_on_a_half_precision_base_a_stack_is_what_the_policy_is_and_two_add_up(s
     stack = Stack(model("bfloat16"), [lora])
     assert torch.equal(drawn(stack, "tuned"), drawn(policy, "ema")) and torch.equal(drawn(stack, "base"), drawn(policy, "reference"))
     adapters = [p for name, p in stack.model.network.named_parameters() if ".lora_" in name]
-    assert len(adapters) == 2 * len(lora.layers) and all(p.dtype == torch.float32 for p in adapters)
+    assert len(adapters) == 2 * len(lora.layers) and all(p.dtype == torch.bfloat16 for p in adapters)
     parts = [
         Lora({name: (a[k::2], b[:, k::2]) for name, (a, b) in lora.layers.items()}, dict.fromkeys(lora.layers, 5.0), str(k)) for k in (0, 1)
     ]
-    apart = drawn(Stack(model("bfloat16"), parts), "tuned") - drawn(stack, "tuned")
-    assert apart.norm() < 0.01 * (drawn(stack, "tuned") - drawn(stack, "base")).norm()
+    whole = drawn(stack, "tuned")
+    assert (drawn(Stack(model("bfloat16"), parts), "tuned") - whole).norm() < (drawn(Stack(model(), [lora]), "tuned") - whole).norm()
 
 
 def test_on_a_half_precision_base_each_layer_has_its_own_rank_and_alpha(shapes):
     lora = random_lora(shapes, mixed=True)
     folded = {name: (a, b * lora.scale(name)) for name, (a, b) in lora.layers.items()}
     plain = Lora(folded, {name: float(lora.rank(name)) for name in folded}, "folded")
-    one, other, base = (drawn(Stack(model("bfloat16"), given), "tuned") for given in ([lora], [plain], []))
-    assert plain.scales() == [1.0] and (one - other).norm() < 0.01 * (one - base).norm()
+    one, other = (drawn(Stack(model("bfloat16"), [given]), "tuned") for given in (lora, plain))
+    # the two round differently, and by less than either is from fp32
+    assert plain.scales() == [1.0] and (one - other).norm() < (one - drawn(Stack(model(), [lora]), "tuned")).norm()
 
 
 # for training ----------------------------------------------------------------------------------------

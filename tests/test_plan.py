@@ -16,7 +16,8 @@ from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import Parser, plan
 from flowtilt.config import recipe_names
 from flowtilt.models.base import Conditioning
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.opening import load_pipeline
+from flowtilt.models.sd3 import SD3
 from flowtilt.plan import GPUS, Machine, make_plan
 from flowtilt.plan.geometry import KNOWN, find_geometry
 from flowtilt.plan.judges import judging
@@ -144,7 +145,7 @@ def test_a_caption_is_as_large_as_the_pipeline_makes_it(tmp_path):
         real = SD3(pipeline).encode(["two crosses"])
         geometry = find_geometry(str(tmp_path / folder))
         given = conditioning(geometry, SD3(build_pipeline(geometry, "float32")))
-        assert {k: (x.shape, x.dtype) for k, x in real.tensors.items()} == {k: (x.shape, x.dtype) for k, x in given.tensors.items()}
+        assert {k: (x.shape, x.dtype) for k, x in real.distinct.items()} == {k: (x.shape, x.dtype) for k, x in given.distinct.items()}
 
 
 def without_numbers(dtype, rows):
@@ -159,7 +160,7 @@ def without_numbers(dtype, rows):
 def with_numbers(dtype, shapes):
     """The playground's policy, and a batch of the same shapes."""
     policy = build_policy(load_recipe("playground", [f"model.dtype={dtype}"]), CPU)
-    given = Conditioning({k: torch.rand(x.shape).to(x.dtype) for k, x in shapes.conditioning.tensors.items()})
+    given = Conditioning({k: torch.rand(x.shape).to(x.dtype) for k, x in shapes.conditioning.distinct.items()}, shapes.conditioning.rows)
     return ready(policy, TrainingBatch(*(torch.rand(x.shape) for x in (shapes.x0, shapes.eps, shapes.t, shapes.advantages)), given))
 
 
@@ -179,7 +180,7 @@ def test_training_saves_and_costs_on_the_meta_device_what_it_does_on_a_cpu():
     def own_hooks():
         """Bytes of all storages that autograd is handed, but those of weights and of the batch."""
         known = {x.untyped_storage().data_ptr() for x in real.model.network.state_dict().values()}
-        known |= {x.untyped_storage().data_ptr() for x in (numbers.x0, numbers.eps, numbers.t, *numbers.conditioning.tensors.values())}
+        known |= {x.untyped_storage().data_ptr() for x in (numbers.x0, numbers.eps, numbers.t, *numbers.conditioning.distinct.values())}
         kept = {}
 
         def pack(x):

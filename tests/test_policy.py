@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flowtilt.errors import UserError
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.opening import load_pipeline
+from flowtilt.models.sd3 import SD3
 from flowtilt.policy import ROLES, Policy
 
 
@@ -68,21 +69,37 @@ def test_only_the_current_role_is_ever_trained(inputs, merge):
     for role in ("old", "ema", "reference"):
         assert not policy.velocity(role, x, t, given).requires_grad
     gradients(policy, x, t, texts)
-    with policy.role("old"):
-        pass
     trained = {id(p) for p in policy.parameters}
     assert all(p.requires_grad == (id(p) in trained) for p in policy.model.network.parameters())
     assert all(p.grad is None for role in ("old", "ema") for p in policy._weights[role].values())
 
 
-def test_the_network_itself_has_a_roles_weights_inside_its_block(inputs):
+@pytest.mark.parametrize(("dtype", "merge"), [("float32", True), ("float32", False), ("bfloat16", False)])
+def test_recomputing_activations_changes_no_bit_whatever_other_roles_do_meanwhile(inputs, dtype, merge):
     x, t, texts = inputs
-    policy = build()
+    policy = build(merge=merge, dtype=dtype)
     given = policy.model.encode(texts)
-    with torch.no_grad(), policy.role("ema"):
-        inside = policy.model.velocity(x, t, given)
-    with torch.no_grad():
-        torch.testing.assert_close(inside, policy.velocity("ema", x, t, given), atol=2e-5, rtol=1e-4)
+    found = []
+    for on in (False, True):
+        policy.recompute(on)
+        for p in policy.parameters:
+            p.grad = None
+        saved = 0
+
+        def count(tensor):
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            v = policy.velocity("current", x, t, given)
+        with torch.no_grad():  # between forward and backward, as in every objective
+            policy.velocity("old", x, t, given)
+            policy.velocity("reference", x, t, given)
+        v.square().mean().backward()
+        found.append(([p.grad.clone() for p in policy.parameters], saved))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert found[1][1] < found[0][1] / 2
 
 
 def test_averages_follow_the_current_weights():
@@ -128,6 +145,17 @@ def test_weights_of_another_rank_are_refused():
     policy, other = build(rank=4), build(rank=8)
     with pytest.raises(UserError, match="another model or rank"):
         policy.load_state("current", other.state("current"))
+
+
+def test_a_half_precision_base_computes_the_bits_of_diffusers_with_the_same_lora(inputs, tmp_path):
+    x, t, texts = inputs
+    policy = build(dtype="bfloat16", alpha=4.0)
+    given = policy.model.encode(texts)
+    policy.save_lora(str(tmp_path), "ema")
+    stock = load_pipeline("playground", revision=None, dtype="bfloat16", device=torch.device("cpu"))
+    stock.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(policy.velocity("ema", x, t, given), SD3(stock).velocity(x, t, given))
 
 
 def test_on_a_half_precision_base_adapters_gradients_and_velocities_stay_fp32(inputs):

@@ -187,7 +187,8 @@ def test_a_kill_in_the_midst_of_a_write_is_put_right(finished, tmp_path):
 
 
 def test_captions_are_encoded_alike_whatever_was_encoded_before():
-    from flowtilt.models.sd3 import SD3, load_pipeline
+    from flowtilt.models.opening import load_pipeline
+    from flowtilt.models.sd3 import SD3
 
     texts = ["a cross", "two red triangles", "a red circle left of a green square", "a blue square"]
 
@@ -195,9 +196,9 @@ def test_captions_are_encoded_alike_whatever_was_encoded_before():
         return SD3(load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu")))
 
     together, apart = model(), model()
-    whole = together.encode(texts).tensors["encoder_hidden_states"]
+    whole = together.encode(texts).tensors()["encoder_hidden_states"]
     for k, text in reversed(list(enumerate(texts))):
-        assert torch.equal(apart.encode([text]).tensors["encoder_hidden_states"][0], whole[k])
+        assert torch.equal(apart.encode([text]).tensors()["encoder_hidden_states"][0], whole[k])
 
 
 def test_nothing_temporary_is_left_behind(finished):

@@ -8,7 +8,8 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.files import read_lines
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.opening import load_pipeline
+from flowtilt.models.sd3 import SD3
 from flowtilt.playground.pretrain import build_text_encoder, tokenizer
 
 
@@ -90,21 +91,22 @@ def test_each_distinct_caption_is_encoded_once_at_the_t5_length_that_was_asked_f
 
     monkeypatch.setattr(model.pipeline, "encode_prompt", counted)
     given = model.encode(["a cat", "a dog", "a cat", "a cat"])
-    again = model.encode(["a dog"])
+    again = model.encode(["a dog"]).tensors()["encoder_hidden_states"]
     assert seen == [(["a cat"], 20), (["a dog"], 20)]
-    assert given.tensors["encoder_hidden_states"].shape == (4, 10 + 20, 160)
-    assert torch.equal(given.tensors["encoder_hidden_states"][0], given.tensors["encoder_hidden_states"][2])
-    assert torch.equal(given.tensors["encoder_hidden_states"][1], again.tensors["encoder_hidden_states"][0])
-    longer = load(folder, t5_length=40).encode(["a cat"]).tensors["encoder_hidden_states"]
-    assert longer.shape[1] == 50
+    assert given.distinct["encoder_hidden_states"].shape == (2, 10 + 20, 160)
+    embeds = given.tensors()["encoder_hidden_states"]
+    assert torch.equal(embeds[0], embeds[2]) and torch.equal(embeds[1], again[0]) and not torch.equal(embeds[0], embeds[1])
+    assert load(folder, t5_length=40).encode(["a cat"]).distinct["encoder_hidden_states"].shape[1] == 50
 
 
-def test_the_cache_of_captions_is_bounded(folder, monkeypatch):
-    model = load(folder)
-    one = sum(x[0].nbytes for x in model.encode(["x"]).tensors.values())
-    monkeypatch.setattr("flowtilt.models.sd3.CACHED_BYTES", 3 * one)
-    texts = [f"thing {k}" for k in range(40)]
-    assert len(model.encode(texts)) == 40 and len(model._cache) == 3
+def test_a_pipeline_whose_t5_was_left_out_opens_and_draws(folder, tmp_path):
+    whole = StableDiffusion3Pipeline.from_pretrained(folder)
+    whole.register_modules(text_encoder_3=None, tokenizer_3=None)
+    whole.save_pretrained(tmp_path)
+    model = SD3(load_pipeline(str(tmp_path), revision=None, dtype="float32", device=torch.device("cpu")))
+    assert model.t5_length == 0
+    with torch.no_grad():
+        assert model.velocity(torch.zeros(1, 16, 8, 8), torch.tensor(0.5), model.encode(["a cat"])).isfinite().all()
 
 
 def test_the_timestep_is_exactly_1000_sigma(folder, monkeypatch):

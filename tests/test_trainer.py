@@ -15,7 +15,7 @@ from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.rollout import Sampler, TrainingBatch, decode
+from flowtilt.rollout import Pairs, Sampler, decode
 from flowtilt.seeding import noise
 from flowtilt.solvers import solve
 from flowtilt.stack import Stack
@@ -116,7 +116,8 @@ def test_the_micro_batch_is_a_matter_of_memory_only(finished, tmp_path):
     rng = torch.Generator().manual_seed(0)
     given = small.policy.model.encode(["a red circle", "two crosses"] * 6)
     x0, eps = (torch.randn(12, 8, 8, 8, generator=rng) for _ in range(2))
-    batch = TrainingBatch(x0, eps, torch.rand(12, generator=rng), torch.randn(12, generator=rng), given)
+    advantages, t = torch.randn(12, generator=rng), torch.rand(12, generator=rng)
+    batch = Pairs(x0, advantages, given, torch.arange(12), t, eps)
     found = []
     for size in (1, 5, 12):
         sums = small.learner._gradients(batch, 12, size)

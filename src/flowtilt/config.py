@@ -33,6 +33,16 @@ class ModelSettings(Settings):
     """Tokens of the T5 prompt; none takes DiffusionNFT's 128, or fewer where the T5 reads no more, or 0 where there is no T5."""
     resolution: int | None = Field(default=None, ge=8)
     """Height and width of the images in pixels; none takes the pipeline's own."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """The class "file.py:Class" that adapts a family which flowtilt does not know (docs/add-a-model.md)."""
+    offload: Literal["auto"] | bool = "auto"
+    """Text encoders and reward models are on the GPU only while they work; "auto" does so below 40 GiB of memory."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Gradient checkpointing: less memory for a third more forward work; "auto" begins where fewer than 4 rows would fit."""
+    compile: bool = False
+    """Compile the network's repeated blocks with torch.compile; where that fails they run as they are."""
+    attention: str | None = Field(default=None, min_length=1)
+    """A diffusers attention backend, "flash", "_flash_3", "sage", "native", …; none takes torch's own choice."""
 
 
 class LoraSettings(Settings):

@@ -34,6 +34,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where what can be made or fetched anew is kept: flowtilt's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowtilt"
+
+
 def write_json(path: Path, value: Any) -> None:
     """As `write_atomic`; keys keep their order."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -15,7 +15,7 @@ from flowtilt.objectives import ema_decay
 from flowtilt.objectives.nft import NFT
 from flowtilt.phases import Phases
 from flowtilt.policy import Policy
-from flowtilt.rollout import TrainingBatch, draw_times
+from flowtilt.rollout import Pairs, draw_times
 from flowtilt.seeding import generator
 
 
@@ -41,6 +41,9 @@ class Learner:
         self.recipe, self.policy, self.objective, self.world, self.micro_batch = recipe, policy, objective, world, micro_batch
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.optimizer_step = 0
+        self._recompute = False
+        if recipe.model.recompute is True:
+            self.recompute = True
 
     def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
@@ -52,16 +55,33 @@ class Learner:
         skipped = 0
         for k in range(per_rollout):
             chunk = order[number * k // per_rollout : number * (k + 1) // per_rollout]
-            batch = self._noised(step, rollout, [i for i in chunk if i in rollout.indices])
+            own = self._pairs(step, rollout, [i for i in chunk if i in rollout.indices])
             pairs = max(1, len(chunk)) * self.recipe.objective.times_per_image
-            sums = self.micro_batch.fit(lambda size, batch=batch, pairs=pairs: self._gradients(batch, pairs, size))
+            sums = self.micro_batch.fit("train", lambda size, own=own, pairs=pairs: self._gradients(own, pairs, size), self._save_memory)
             norm = self._update(sums, phases)
             skipped += not norm < float("inf")
             for name, value in {**{name: float(value) / pairs for name, value in sums.items()}, "grad_norm": norm}.items():
                 means[name] = means.get(name, 0.0) + value / per_rollout
         return {**means, "skipped_updates": skipped, "lr": self.rate()}
 
-    def _noised(self, step: int, rollout: Scored, own: list[int]) -> TrainingBatch:
+    def _save_memory(self) -> bool:
+        """Turns gradient checkpointing on; false where it is on already or was not left to us."""
+        if self.recompute or self.recipe.model.recompute != "auto":
+            return False
+        self.recompute = True
+        return True
+
+    @property
+    def recompute(self) -> bool:
+        """Whether activations are computed anew in the backward pass: slower, in less memory, to the same bits."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self._recompute = on
+        self.policy.recompute(on)
+
+    def _pairs(self, step: int, rollout: Scored, own: list[int]) -> Pairs:
         """Pairs of image and time; an image's times and noises come from its own generator."""
         settings, shape = self.recipe.objective, self.policy.model.latent_shape
         sigmas = sigma_schedule(self.recipe.rollout.steps, self.policy.model.shift)
@@ -70,22 +90,15 @@ class Learner:
             rng = generator(self.recipe.seed, "train", step, i)
             times.append(draw_times(settings.times, settings.times_per_image, sigmas, self.policy.model.shift, rng))
             eps.append(torch.randn(settings.times_per_image, *shape, generator=rng))
-        rows = torch.tensor([i - rollout.indices.start for i in own], dtype=torch.long).repeat_interleave(settings.times_per_image)
-        at = rows.to(rollout.x0.device)
-        return TrainingBatch(
-            rollout.x0[at],
-            torch.cat(eps).to(at.device),
-            torch.cat(times).to(at.device),
-            rollout.advantages[at],
-            rollout.conditioning.select(rows),
-        )
+        image = torch.tensor([i - rollout.indices.start for i in own], dtype=torch.long).repeat_interleave(settings.times_per_image)
+        return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, torch.cat(times), torch.cat(eps))
 
-    def _gradients(self, batch: TrainingBatch, pairs: int, size: int) -> dict[str, Tensor]:
+    def _gradients(self, own: Pairs, pairs: int, size: int) -> dict[str, Tensor]:
         """Puts this rank's part of the gradient of the mean over all `pairs` into .grad; returns sums of the metrics."""
         for p in self.policy.parameters:
             p.grad = torch.zeros_like(p)
-        sums = {name: torch.zeros((), device=batch.x0.device) for name in self.objective.metrics}
-        for micro in batch.micro_batches(size):
+        sums = {name: torch.zeros((), device=own.x0.device) for name in self.objective.metrics}
+        for micro in own.micro_batches(size):
             loss, metrics = self.objective.loss(self.policy, micro)
             (loss.sum() / pairs).backward()
             for name, value in metrics.items():

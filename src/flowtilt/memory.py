@@ -1,6 +1,6 @@
 """The micro-batch: how many rows pass through the network at once, found by trying where it is left to us."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -10,10 +10,12 @@ from flowtilt.errors import UserError
 T = TypeVar("T")
 START = {"cpu": 96, "cuda": 1152}
 """Where "auto" begins. On a CPU larger batches no longer fit its caches; a GPU's memory ends the search."""
+FEWEST = 4
+"""Rows below which a way to need less memory is preferred to a smaller micro-batch, which would leave a GPU idle."""
 
 
 class MicroBatch:
-    """The size, and work that is done with it.
+    """Work that is done in parts, each kind of work with a size of its own.
 
     Args:
         size: rows, or "auto", which halves for good whenever memory runs out.
@@ -22,19 +24,39 @@ class MicroBatch:
 
     def __init__(self, size: int | str, device: str):
         self.auto = size == "auto"
-        self.size = START[device] if isinstance(size, str) else size
+        self._first = START[device] if isinstance(size, str) else size
+        self.sizes: dict[str, int] = {}
+        """What was found so far, by kind of work."""
 
-    def fit(self, work: Callable[[int], T]) -> T:
+    def size(self, kind: str) -> int:
+        """Rows that work of this kind takes at once."""
+        return self.sizes.get(kind, self._first)
+
+    def fit(self, kind: str, work: Callable[[int], T], save_memory: Callable[[], bool] = lambda: False) -> T:
         """`work(size)`, begun anew with half the size where it did not fit.
+
+        Args:
+            save_memory: asked before a size that is small already is halved, or a fixed one given up; true where
+                it found a way, and the same size is tried again.
 
         Raises:
             UserError: a fixed size, or a single row, does not fit.
         """
         while True:
+            size = self.size(kind)
             try:
-                return work(self.size)
+                return work(size)
             except torch.OutOfMemoryError:
-                if not self.auto or self.size == 1:
-                    raise UserError(f"out of memory with micro_batch = {self.size}; lower it or model.resolution") from None
-                self.size //= 2
+                pass  # the traceback holds the tensors of what failed: go on after it is gone
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if (size < 2 * FEWEST or not self.auto) and save_memory():
+                continue
+            if not self.auto or size == 1:
+                raise UserError(f"out of memory with micro_batch = {size} ({kind}); lower it or model.resolution, or see `flowtilt plan`")
+            self.sizes[kind] = size // 2
+
+    def restore(self, sizes: Mapping[str, int]) -> None:
+        """Goes on with sizes that were found before."""
+        if self.auto:
+            self.sizes = dict(sizes)

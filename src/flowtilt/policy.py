@@ -1,33 +1,36 @@
 """One frozen base and its LoRA adapters in roles: current (trained), old (collects), ema (kept), reference (none).
 
-A role's forward is exact in one of two ways. On an fp32 base the update is merged, W + (alpha / r) B A,
-which costs one small product a layer instead of two a token, and base weights are never written. On a
-half-precision base merging would round the update away, so PEFT's layers add it to each activation.
+A role is a set of fp32 tensors, and each forward brings the weights of its role along: base weights are
+never written, no adapter is switched. On an fp32 base the update comes merged, W + (alpha / r) B A, which
+costs one small product a layer instead of two a token. On a half-precision base merging would round the
+update away; there PEFT's layers add it to each activation, A and B cast to the base's precision, which is
+what diffusers computes with the same LoRA.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from flowtilt.errors import UserError
 from flowtilt.models.base import Conditioning, Model
 from flowtilt.seeding import generator
 
 ROLES: tuple[str, ...] = ("current", "old", "ema")
+_SLOT = "current"
+"""PEFT's one adapter. Its parameters are the trained ones; other roles take their place in a forward."""
 
 
 class Policy:
     """The trained network.
 
     Args:
-        model: its network gets three adapters.
+        model: its network gets an adapter.
         rank, alpha: of LoRA; A starts normal with std 1/rank, B at zero, so every role starts as the reference.
         seed: of A.
         merge: forward by merged weights; none chooses them for an fp32 base.
@@ -39,78 +42,84 @@ class Policy:
         network: Any = model.network  # a diffusers model, whose adapters PEFT manages
         settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha}  # PEFT types alpha as an int and computes with any number
         self.config = LoraConfig(**settings, init_lora_weights="gaussian", target_modules=list(model.lora_targets))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
-            for role in ROLES:
-                network.add_adapter(self.config, adapter_name=role)
+        network.add_adapter(self.config, adapter_name=_SLOT)
         # PEFT types its layers as bare modules
         self._layers: dict[str, Any] = {name: m for name, m in model.network.named_modules() if isinstance(m, LoraLayer)}
-        self._weights = {role: self._weights_of(role) for role in ROLES}
-        for number, (name, a) in enumerate(self._weights["current"].items()):
-            if ".lora_A" in name:
-                a.data = torch.randn(a.shape, generator=generator(seed, "lora", number)).to(a.device) / rank
-        self.parameters: list[Tensor] = list(self._weights["current"].values())
+        self._weights: dict[str, dict[str, Tensor]] = {_SLOT: {}}
+        for number, (name, layer) in enumerate(self._layers.items()):
+            for part, module in (("lora_A", layer.lora_A[_SLOT]), ("lora_B", layer.lora_B[_SLOT])):
+                module.weight.data = module.weight.data.float()
+                self._weights[_SLOT][f"{name}.{part}.weight"] = module.weight
+            a = layer.lora_A[_SLOT].weight
+            a.data = torch.randn(a.shape, generator=generator(seed, "lora", 2 * number)).to(a.device) / rank
+        self.parameters: list[Tensor] = list(self._weights[_SLOT].values())
         self._version = dict.fromkeys(ROLES, 0)
         self._clock = 0
-        self._merged: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        self._kept: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        self._brought: dict[str, Tensor] = {}
         self.evaluations = 0
         """Network evaluations so far: samples times forwards, a backward counting as two."""
         for role in ("old", "ema"):
-            self.average(role, 0.0)
-        self._activate("reference" if self.merge else "current")
-
-    def _weights_of(self, role: str) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            for part in ("lora_A", "lora_B"):
-                weight = getattr(layer, part)[role].weight
-                weight.data = weight.data.float()
-                weight.requires_grad_(role == "current")
-                found[f"{name}.{part}.weight"] = weight
-        return found
+            self._weights[role] = {name: weight.detach().clone() for name, weight in self._weights[_SLOT].items()}
+        self._adapt(not self.merge)
 
     def velocity(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """v [N, ...] of a role ("reference" too); a gradient reaches the LoRA weights of "current" where it is recorded."""
         self.evaluations += len(x_t) * (3 if torch.is_grad_enabled() and role == "current" else 1)
-        if self.merge:
-            return self.model.velocity(x_t, t, conditioning, self._merged_weights(role))
-        with self.role(role):
-            return self.model.velocity(x_t, t, conditioning)
-
-    def _merged_weights(self, role: str) -> dict[str, Tensor]:
         if role == "reference":
-            return {}
+            return self._bare(x_t, t, conditioning)
+        self._brought = self._weights_for(role)
+        return self.model.velocity(x_t, t, conditioning, self._brought)
+
+    def _bare(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self._brought = {}
+        self._adapt(False)
+        try:
+            return self.model.velocity(x_t, t, conditioning)
+        finally:
+            # a backward pass may still recompute the current role's forward, and wants its layers
+            self._adapt(not self.merge)
+
+    def _adapt(self, on: bool) -> None:
+        for layer in self._layers.values():
+            layer.enable_adapters(on)
+        # PEFT couples what is active with what is trained
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    def _weights_for(self, role: str) -> dict[str, Tensor]:
+        """What takes the place of the network's own weights, by name; kept until the role changes, but for a recorded one."""
         recording = torch.is_grad_enabled() and role == "current"
-        kept = self._merged.get(role)
+        kept = self._kept.get(role)
         if kept and kept[0] == self._version[role] and not recording:
             return kept[1]
-        merged = {}
+        found, weights = {}, self._weights[role]
         for name, layer in self._layers.items():
-            a, b = layer.lora_A[role].weight, layer.lora_B[role].weight
-            merged[f"{name}.base_layer.weight"] = torch.addmm(layer.base_layer.weight, b, a, alpha=layer.scaling[role])
+            a, b = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
+            base = layer.base_layer.weight
+            if self.merge:
+                found[f"{name}.base_layer.weight"] = torch.addmm(base, b, a, alpha=layer.scaling[_SLOT])
+            else:
+                found[f"{name}.lora_A.{_SLOT}.weight"], found[f"{name}.lora_B.{_SLOT}.weight"] = a.to(base.dtype), b.to(base.dtype)
         if not recording:
-            self._merged[role] = (self._version[role], merged)
-        return merged
+            self._kept[role] = (self._version[role], found)
+        return found
 
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        """The network itself, called by anybody, has the weights of a role inside this block."""
-        before = "reference" if self.merge else "current"
-        self._activate(name)
-        try:
-            yield
-        finally:
-            self._activate(before)
+    def recompute(self, on: bool = True) -> None:
+        """Gradient checkpointing: the network keeps only what enters its blocks, and computes them anew in the backward pass."""
+        network: Any = self.model.network
+        if not on:
+            network.disable_gradient_checkpointing()
+            return
+        prefixes = {id(module): f"{name}." for name, module in network.named_modules()}
 
-    def _activate(self, role: str) -> None:
-        for layer in self._layers.values():
-            layer.enable_adapters(role != "reference")
-            if role != "reference":
-                layer.set_adapter(role)
-        # PEFT couples the active adapter with what is trained; here only "current" ever is
-        for name, weights in self._weights.items():
-            for weight in weights.values():
-                weight.requires_grad_(name == "current")
+        def block_of(module: nn.Module, *args: object) -> object:
+            # by then the network has its own weights again: the block brings the role's along
+            prefix = prefixes[id(module)]
+            own = {name.removeprefix(prefix): weight for name, weight in self._brought.items() if name.startswith(prefix)}
+            return checkpoint(functional_call, module, own, args, use_reentrant=False, preserve_rng_state=False)
+
+        network.enable_gradient_checkpointing(block_of)
 
     @torch.no_grad()
     def average(self, role: str, decay: float) -> None:
@@ -161,6 +170,5 @@ class Policy:
 
     def save_lora(self, folder: str, role: str = "ema") -> None:
         """Writes a role as `pytorch_lora_weights.safetensors` with its alpha; plain diffusers loads it."""
-        state = get_peft_model_state_dict(self.model.network, adapter_name=role)
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
-        self.model.save_lora(folder, {k: v.detach().cpu().contiguous() for k, v in state.items()}, config)
+        self.model.save_lora(folder, self.state(role), config)

@@ -41,8 +41,8 @@ class Sampler:
 
 @torch.no_grad()
 def decode(drawing: Drawing, latents: Tensor, micro_batch: int) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] of latents [N, ...]."""
-    return torch.cat([drawing.model.decode(part) for part in latents.split(micro_batch)])
+    """Images [N, 3, H, W] in [0, 1], on the CPU, of latents [N, ...]."""
+    return torch.cat([drawing.model.decode(part).cpu() for part in latents.split(micro_batch)])
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,39 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
-        """Consecutive parts of at most `size` rows."""
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of an image and a time, M rows that become a `TrainingBatch` part by part.
+
+    Args:
+        x0, advantages, conditioning: of the images, whose first axis is n.
+        image: which of the n each row is, [M] on the CPU.
+        t: [M] on the CPU.
+        eps: [M, ...] on the CPU, where a whole rollout's noise has room.
+    """
+
+    x0: Tensor
+    advantages: Tensor
+    conditioning: Conditioning
+    image: Tensor
+    t: Tensor
+    eps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def micro_batches(self, size: int) -> Iterator[TrainingBatch]:
+        """Consecutive parts of at most `size` rows, on the device of the images."""
         for rows in torch.arange(len(self)).split(size) if len(self) else ():
-            index = rows.to(self.x0.device)
-            yield TrainingBatch(self.x0[index], self.eps[index], self.t[index], self.advantages[index], self.conditioning.select(rows))
+            image, device = self.image[rows], self.x0.device
+            yield TrainingBatch(
+                self.x0[image.to(device)],
+                self.eps[rows].to(device),
+                self.t[rows].to(device),
+                self.advantages[image.to(device)],
+                self.conditioning.select(image),
+            )
 
 
 def draw_times(kind: str, number: int, sigmas: Tensor, shift: float, rng: torch.Generator) -> Tensor:

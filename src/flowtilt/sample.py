@@ -10,10 +10,11 @@ from torch import Tensor
 
 from flowtilt.files import write_atomic
 from flowtilt.lora.read import read_lora
+from flowtilt.models.opening import open_model
 from flowtilt.pictures import to_pil
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise
-from flowtilt.stack import Stack, default_evaluation, model_settings, open_model, recipe_of
+from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
 
 
 def sample(

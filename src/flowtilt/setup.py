@@ -8,7 +8,7 @@ from flowtilt.config import NFTSettings, Recipe
 from flowtilt.errors import UserError
 from flowtilt.lora.fit import load_lora
 from flowtilt.lora.read import read_lora
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.opening import open_model
 from flowtilt.objectives.nft import NFT
 from flowtilt.playground import world as playground
 from flowtilt.policy import Policy
@@ -19,10 +19,7 @@ from flowtilt.rewards.named import Named, load_named
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     """The recipe's model with fresh adapters."""
-    m = recipe.model
-    pipeline = load_pipeline(m.path, revision=m.revision, dtype=m.dtype, device=device)
-    model = SD3(pipeline, t5_length=m.t5_length, resolution=m.resolution)
-    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+    policy = Policy(open_model(recipe.model, device), rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
     if recipe.lora.init:
         load_lora(policy, read_lora(recipe.lora.init))
     return policy

@@ -13,8 +13,7 @@ from flowtilt.lora import Lora, join
 from flowtilt.lora.find import run_of_checkpoint, split_alpha
 from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
-from flowtilt.models.base import Conditioning
-from flowtilt.models.sd3 import SD3, load_pipeline
+from flowtilt.models.base import Conditioning, Model
 
 
 def recipe_of(place: Path) -> Recipe | None:
@@ -39,12 +38,6 @@ def model_settings(path: str | None, recipe: Recipe | None, resolution: int | No
     return settings if resolution is None else settings.model_copy(update={"resolution": resolution})
 
 
-def open_model(settings: ModelSettings, device: torch.device) -> SD3:
-    """Loads a model."""
-    pipeline = load_pipeline(settings.path, revision=settings.revision, dtype=settings.dtype, device=device)
-    return SD3(pipeline, t5_length=settings.t5_length, resolution=settings.resolution)
-
-
 def default_evaluation(path: str | None) -> EvaluateSettings:
     """How a model without a recipe is evaluated: the playground as its recipe says, any other as DiffusionNFT does."""
     return load_recipe("playground").evaluate if path in (None, "playground") else EvaluateSettings()
@@ -54,7 +47,8 @@ class Stack:
     """A model with LoRAs.
 
     On an fp32 base the sum is merged exactly as `Policy` merges, so that a run's LoRA draws the same bits
-    here as in training; on a half-precision base PEFT's layers add it to each activation, in fp32.
+    here as in training; on a half-precision base PEFT's layers add it to each activation, in the base's
+    precision, as `Policy` does.
 
     Args:
         model: on a half-precision base its network gets an adapter.
@@ -64,7 +58,7 @@ class Stack:
         UserError: a LoRA changes a layer that this model lacks, or that has another shape here.
     """
 
-    def __init__(self, model: SD3, loras: Sequence[Lora]):
+    def __init__(self, model: Model, loras: Sequence[Lora]):
         self.model = model
         shapes = shapes_of(model.network)
         for lora in loras:
@@ -92,8 +86,8 @@ class Stack:
         network.add_adapter(peft_config(lora), adapter_name="stack")
         adapted: dict[str, Any] = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         for name, (a, b) in lora.layers.items():
-            adapted[name].lora_A["stack"].weight.data = a.to(network.device)
-            adapted[name].lora_B["stack"].weight.data = b.to(network.device)
+            adapted[name].lora_A["stack"].weight.data = a.to(network.device, network.dtype)
+            adapted[name].lora_B["stack"].weight.data = b.to(network.device, network.dtype)
         return adapted
 
     def _activate(self, on: bool) -> None:

@@ -179,9 +179,9 @@ class Trainer:
                 with phases("sample"):
                     start = noise(self.recipe.seed, "rollout", [positions[k] for k in rows], policy.model.latent_shape)
                     start, given = start.to(policy.model.device), conditioning.select(rows)
-                    x0 = self.micro_batch.fit(lambda size, start=start, given=given: sampler(policy, "old", start, given, size))
+                    x0 = self.micro_batch.fit("sample", lambda size, start=start, given=given: sampler(policy, "old", start, given, size))
                 with phases("decode"):
-                    images = self.micro_batch.fit(lambda size, x0=x0: decode(policy, x0, size))
+                    images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
                 scoring.add(images, [own[k] for k in rows])
                 parts.append(x0)
             with phases("reward"):
@@ -247,7 +247,8 @@ class Trainer:
                 "clock": asdict(self.clock),
                 "optimizer_step": self.learner.optimizer_step,
                 "guards": self.guards.state,
-                "micro_batch": self.micro_batch.size,
+                "micro_batch": self.micro_batch.sizes,
+                "recompute": self.learner.recompute,
             }
             tensors = {role: self.policy.state(role) for role in ROLES} | {
                 "optimizer": checkpoint.optimizer_tensors(self.learner.optimizer)
@@ -260,8 +261,9 @@ class Trainer:
         self.clock = Clock(**found.state["clock"])
         self.learner.optimizer_step = found.state["optimizer_step"]
         self.guards = Guards(dict(found.state["guards"]))
-        if self.recipe.micro_batch == "auto":
-            self.micro_batch.size = found.state["micro_batch"]
+        self.micro_batch.restore(found.state["micro_batch"])
+        if self.recipe.model.recompute == "auto" and found.state["recompute"]:
+            self.learner.recompute = True
         for role in ROLES:
             self.policy.load_state(role, found.tensors[role])
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"])

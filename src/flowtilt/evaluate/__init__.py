@@ -92,8 +92,8 @@ def draw(
     positions = [(key, copy) for key, (_, copy) in zip(keys, rows, strict=True)]
     start = noise(seed, "evaluate", positions, drawing.model.latent_shape).to(drawing.model.device)
     conditioning = drawing.model.encode(texts)
-    latents = micro_batch.fit(lambda size: sampler(drawing, role, start, conditioning, size))
-    return micro_batch.fit(lambda size: decode(drawing, latents, size))
+    latents = micro_batch.fit("sample", lambda size: sampler(drawing, role, start, conditioning, size))
+    return micro_batch.fit("decode", lambda size: decode(drawing, latents, size))
 
 
 def evaluate(
@@ -123,6 +123,7 @@ def evaluate(
     parts: list[dict[str, Tensor]] = []
     notes: list[str] = []
     kept: dict[int, Tensor] = {}
+    drawing.model.encode.prepare(prompts[index].text for number in world.share(len(blocks)) for index, _ in blocks[number])
     for number in world.share(len(blocks)):
         pictures = draw(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
         scores, said = score(rewards, pictures, [prompts[index] for index, _ in blocks[number]])

@@ -16,7 +16,8 @@ from flowtilt.files import digest
 from flowtilt.lora import Lora
 from flowtilt.lora.read import read_lora
 from flowtilt.memory import MicroBatch
-from flowtilt.models.sd3 import SD3, fingerprint
+from flowtilt.models.base import Model
+from flowtilt.models.opening import fingerprint, open_model
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
 from flowtilt.rewards import Reward
@@ -24,7 +25,7 @@ from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rollout import Sampler
 from flowtilt.setup import judges_of, load_prompts
-from flowtilt.stack import Stack, default_evaluation, model_settings, open_model, recipe_of
+from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
 
 
 def assess(
@@ -137,7 +138,7 @@ def _digest_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _model_protocol(model: SD3, settings: ModelSettings, loras: Sequence[Lora], sampler: Sampler) -> dict[str, Any]:
+def _model_protocol(model: Model, settings: ModelSettings, loras: Sequence[Lora], sampler: Sampler) -> dict[str, Any]:
     """All that an image depends on but its prompt and noise."""
     return {
         "model": settings.path,
@@ -149,9 +150,7 @@ def _model_protocol(model: SD3, settings: ModelSettings, loras: Sequence[Lora], 
         "solver": sampler.solver,
         "steps": sampler.steps,
         "guidance": sampler.guidance,
-        "shift": model.shift,
-        "resolution": model.latent_shape[-1] * model.pipeline.vae_scale_factor,
-        "t5_length": model.t5_length,
+        **model.protocol,
         "dtype": str(model.network.dtype).removeprefix("torch."),
         "vae_dtype": str(model.pipeline.vae.dtype).removeprefix("torch."),
         "device": model.device.type,

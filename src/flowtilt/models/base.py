@@ -2,34 +2,49 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flowtilt.models.captions import Captions
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network reads of N captions: named tensors, each with first axis N."""
+    """What a network reads of N captions, a caption that many images share being held once.
 
-    tensors: Mapping[str, Tensor]
+    Args:
+        distinct: named tensors, the first axis of each going over distinct captions.
+        rows: which of them each of the N is, [N] on the CPU.
+    """
+
+    distinct: Mapping[str, Tensor]
+    rows: Tensor
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(self.rows)
 
     def select(self, index: Tensor) -> "Conditioning":
         """The rows `index` [M], repeats allowed."""
-        return Conditioning({name: x[index.to(x.device)] for name, x in self.tensors.items()})
+        return Conditioning(self.distinct, self.rows[index])
 
     def join(self, other: "Conditioning") -> "Conditioning":
         """These rows, then the other's."""
-        return Conditioning({name: torch.cat([x, other.tensors[name]]) for name, x in self.tensors.items()})
+        number = len(next(iter(self.distinct.values())))
+        distinct = {name: torch.cat([x, other.distinct[name]]) for name, x in self.distinct.items()}
+        return Conditioning(distinct, torch.cat([self.rows, number + other.rows]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The N rows, each repeated wherever it occurs."""
+        return {name: x[self.rows.to(x.device)] for name, x in self.distinct.items()}
 
 
 class Model(Protocol):
     """A frozen pipeline around the one network that is trained."""
 
-    network: nn.Module
+    network: Any
     """The network that predicts velocities; adapters are put on it, everything else stays as it was loaded."""
     latent_shape: tuple[int, ...]
     """Shape of one image's latents, without the batch."""
@@ -38,12 +53,14 @@ class Model(Protocol):
     lora_targets: Sequence[str]
     """Ends of the names of the layers that LoRA adapts."""
     device: torch.device
+    encode: "Captions"
+    """Conditioning of N captions, `encode(texts)`; see `models.captions`."""
+    pipeline: Any
+    """The diffusers pipeline, with its `vae`."""
+    protocol: Mapping[str, object]
+    """What besides weights and sampler decides an image, by name: shift, resolution, lengths of prompts, …"""
     call_options: Mapping[str, object]
     """What a call of the diffusers pipeline must be told to draw what this model draws."""
-
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Conditioning of N captions; a caption that occurs twice is encoded once."""
-        ...
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """v [N, ...] fp32 at x [N, ...] fp32 and t [] or [N] in (0, 1]; `weights` replace the network's own by name."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from flowtilt.config import Recipe
 from flowtilt.evaluate import BLOCK
 from flowtilt.memory import START
-from flowtilt.models.sd3 import CACHED_BYTES
 from flowtilt.plan.judges import Judging
 from flowtilt.plan.machine import Machine
 from flowtilt.plan.network import Costs
@@ -43,7 +42,6 @@ class Phase:
 
 def resident(recipe: Recipe, costs: Costs, models: Judging) -> dict[str, float]:
     """Bytes that stay on a GPU from the first optimizer step on, by what they are."""
-    seen = recipe.steps * recipe.rollout.prompts + recipe.evaluate.images
     return {
         "network": costs.network.bytes,
         "text encoders": costs.encoders.bytes,
@@ -53,7 +51,6 @@ def resident(recipe: Recipe, costs: Costs, models: Judging) -> dict[str, float]:
         "gradient and AdamW": 3 * costs.lora.bytes,
         # of the roles that draw, kept until they change
         "merged weights (old, ema)": 2 * costs.merged,
-        "caption cache": min(CACHED_BYTES // costs.caption, seen) * costs.caption,
         "CUDA context": CONTEXT,
     }
 

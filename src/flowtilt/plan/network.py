@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flowtilt.config import ModelSettings, NFTSettings
 from flowtilt.models.base import Conditioning
-from flowtilt.models.sd3 import DTYPES, SD3
+from flowtilt.models.opening import DTYPES
+from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import Config, Geometry, find_geometry
 from flowtilt.plan.meter import Line, Work, measure, through
@@ -78,12 +79,14 @@ def build_pipeline(geometry: Geometry, dtype: str) -> Any:
         transformer: Any = SD3Transformer2DModel.from_config(dict(geometry.transformer))
         vae: Any = AutoencoderKL.from_config(dict(geometry.vae))
         encoders = [None if config is None else _encoder(config, dtype) for config in geometry.text_encoders]
+    modules = {"transformer": transformer.to(DTYPES[dtype]), "vae": vae}
+    modules |= {name: encoder for name, encoder in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), encoders, strict=True)}
+    for module in modules.values():
+        if module is not None:
+            module.requires_grad_(False)
     return SimpleNamespace(
-        transformer=transformer.to(DTYPES[dtype]),
-        vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        text_encoder_3=encoders[2],
+        **modules,
+        components=modules,
         tokenizer_3=SimpleNamespace(model_max_length=geometry.tokens[1]),
         vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
         scheduler=SimpleNamespace(config=SimpleNamespace(shift=geometry.shift)),
@@ -145,7 +148,7 @@ def _costs(
         merged=sum(weight.nbytes for weight in merged),
         merging={"single": float(sum(2 * rank * weight.numel() for weight in merged))},
         latent=one.x0.nbytes,
-        caption=sum(x.nbytes for x in given.tensors.values()),
+        caption=sum(x.nbytes for x in given.distinct.values()),
         image=3 * side * side * 4,
         resolution=side,
         encode=_encode(geometry, model, encoders),
@@ -164,7 +167,8 @@ def conditioning(geometry: Geometry, model: SD3) -> Conditioning:
         {
             "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype, device="meta"),
             "pooled_projections": torch.empty(1, config.pooled_projection_dim, dtype=dtype, device="meta"),
-        }
+        },
+        torch.zeros(1, dtype=torch.long),
     )
 
 
@@ -172,7 +176,7 @@ def batch(model: SD3, given: Conditioning, rows: int) -> TrainingBatch:
     """A batch to train on, of shapes alone."""
     x0, eps = (torch.empty(rows, *model.latent_shape, device="meta") for _ in range(2))
     t, advantages = (torch.empty(rows, device="meta") for _ in range(2))
-    return TrainingBatch(x0, eps, t, advantages, Conditioning({k: x.expand(rows, *x.shape[1:]).clone() for k, x in given.tensors.items()}))
+    return TrainingBatch(x0, eps, t, advantages, given.select(torch.zeros(rows, dtype=torch.long)))
 
 
 def train_work(policy: Policy, rows: TrainingBatch, reference: bool) -> Work:

@@ -1,0 +1,129 @@
+"""Captions: each distinct one is encoded once, by itself, and kept in memory and, where asked, on disk."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from flowtilt.errors import UserError
+from flowtilt.files import cache_folder, write_atomic
+from flowtilt.models.base import Conditioning
+from flowtilt.placement import visiting
+
+IN_MEMORY = 2 * 2**30
+"""Bytes of embeddings kept in the computer's memory; the least recently used go first."""
+ON_DISK = 16 * 2**30
+"""Bytes of embeddings kept on disk for each set of encoders; the oldest go first."""
+
+
+class Captions:
+    """Embeddings by caption.
+
+    Args:
+        encode: what the network reads of one caption: named tensors without a batch axis. One caption at a time, since in
+            a batch roundings would depend on which captions happened to be new together.
+        encoders: modules that `encode` needs on `device`; those that are elsewhere come while they work.
+        folder: where embeddings stay between runs; none keeps them in memory alone.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], Mapping[str, Tensor]],
+        encoders: Sequence[nn.Module],
+        device: torch.device,
+        folder: Path | None = None,
+    ):
+        self._encode, self._encoders, self._device, self._folder = encode, encoders, device, folder
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str]) -> Conditioning:
+        """Conditioning of N captions."""
+        distinct = list(dict.fromkeys(texts))
+        found = self._find(distinct)
+        place = {text: k for k, text in enumerate(distinct)}
+        rows = torch.tensor([place[text] for text in texts], dtype=torch.long)
+        return Conditioning({name: torch.stack([one[name] for one in found]).to(self._device) for name in found[0]}, rows)
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Encodes what is not known yet in one visit of the encoders, as far as memory or disk keep it."""
+        self._find(list(dict.fromkeys(texts)))
+
+    @torch.no_grad()
+    def _find(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        found = {text: known for text in texts if (known := self._known(text)) is not None}
+        new = [text for text in texts if text not in found]
+        if new:
+            with visiting(self._encoders, self._device):
+                for text in new:
+                    found[text] = {name: x.to("cpu") for name, x in self._encode(text).items()}
+                    self._keep(text, found[text])
+            if self._folder:
+                self._store({text: found[text] for text in new})
+        return [found[text] for text in texts]
+
+    def _known(self, text: str) -> dict[str, Tensor] | None:
+        if text not in self._kept and self._folder and (path := self._path(text)).is_file():
+            try:
+                self._keep(text, load_file(path))
+            except (OSError, SafetensorError):
+                return None  # cut short, or cleared away by another run: it is encoded anew
+        if text in self._kept:
+            self._kept.move_to_end(text)
+        return self._kept.get(text)
+
+    def _keep(self, text: str, one: dict[str, Tensor]) -> None:
+        self._kept[text] = one
+        while len(self._kept) > 1 and len(self._kept) * sum(x.nbytes for x in one.values()) > IN_MEMORY:
+            self._kept.popitem(last=False)
+
+    def _path(self, text: str) -> Path:
+        assert self._folder
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+    def _store(self, new: Mapping[str, dict[str, Tensor]]) -> None:
+        assert self._folder
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for text, one in new.items():
+                write_atomic(self._path(text), save(one))
+        except (OSError, UserError):
+            self._folder = None  # no room, or not ours to write to: a cache can be done without
+            return
+        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in self._folder.glob("*.safetensors"))
+        beyond = sum(size for _, size, _ in files) - ON_DISK
+        for _, size, file in files:
+            if beyond <= 0:
+                break
+            file.unlink(missing_ok=True)
+            beyond -= size
+
+
+def captions_of(
+    pipeline: Any, encode: Callable[[str], Mapping[str, Tensor]], device: torch.device, offload: bool, *said: object
+) -> Captions:
+    """The captions of a diffusers pipeline, whose encoders are called text_encoder, text_encoder_2, …
+
+    Args:
+        offload: keep embeddings on disk, since the encoders are not at hand.
+        said: what else decides an embedding.
+    """
+    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
+    folder = cache_folder() / "captions" / _fingerprint(encoders, device.type, torch.__version__, *said) if offload else None
+    return Captions(encode, encoders, device, folder)
+
+
+def _fingerprint(encoders: Iterable[nn.Module], *said: object) -> str:
+    """A name for what decides an embedding: names, shapes and first values of all weights, and whatever else is said."""
+    digest = hashlib.sha256(repr(said).encode())
+    for module in encoders:
+        for name, x in chain(module.named_parameters(), module.named_buffers()):
+            digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+            digest.update(bytes(x.detach().flatten()[:64].float().cpu().view(torch.uint8).tolist()))
+    return digest.hexdigest()[:24]

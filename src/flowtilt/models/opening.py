@@ -1,0 +1,142 @@
+"""Opening a model: a diffusers pipeline by folder or hub id, and the adapter of its family."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from flowtilt.config import ModelSettings
+from flowtilt.errors import UserError
+from flowtilt.files import digest
+from flowtilt.models.base import Model
+from flowtilt.placement import stay_away
+from flowtilt.plugins import from_file
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_model(settings: ModelSettings, device: torch.device) -> Model:
+    """Loads a model.
+
+    Raises:
+        UserError: nothing can be loaded from there, or there is no adapter for its family.
+    """
+    offload = stay_away(settings.offload, device)
+    pipeline = load_pipeline(settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload)
+    family = _family(settings, pipeline)
+    model = family(pipeline, t5_length=settings.t5_length, resolution=settings.resolution, offload=offload)
+    if settings.attention:
+        try:
+            model.network.set_attention_backend(settings.attention)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"model.attention: {settings.attention!r} can't be used here: {_first_line(error)}") from error
+    return model
+
+
+def _family(settings: ModelSettings, pipeline: Any) -> Any:
+    """The adapter of a pipeline's family: a class, called with the pipeline and the model's settings."""
+    if settings.adapter:
+        return from_file("model.adapter", settings.adapter)
+    match type(pipeline).__name__:
+        case "StableDiffusion3Pipeline":
+            from flowtilt.models.sd3 import SD3
+
+            return SD3
+    raise UserError(
+        f"model {settings.path}: a {type(pipeline).__name__}, for which flowtilt has no adapter; "
+        'write one and name it as model.adapter = "file.py:Class" (docs/add-a-model.md)'
+    )
+
+
+def load_pipeline(path: str, *, revision: str | None, dtype: str, device: torch.device, offload: bool = False) -> Any:
+    """Loads a folder or hub id; "playground" is the pipeline inside the package.
+
+    Components that the folder leaves empty, such as SD3's T5, stay empty. The VAE is always fp32.
+
+    Args:
+        dtype: of the other modules; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        offload: text encoders stay in the computer's memory, off the device.
+
+    Raises:
+        UserError: nothing can be loaded from there.
+    """
+    place = _folder_of(path)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if os.path.isdir(place) and not os.path.exists(os.path.join(place, "model_index.json")):
+        raise UserError(f"model {path}: no model_index.json there; give the folder that save_pretrained wrote")
+    loggers = [logging for logging in (diffusers_logging, transformers_logging) if logging.is_progress_bar_enabled()]
+    for logging in loggers:
+        logging.disable_progress_bar()
+    try:
+        index: Any = DiffusionPipeline.load_config(place, revision=revision)
+        empty = {name: None for name, value in index.items() if value == [None, None]}
+        pipeline: Any = DiffusionPipeline.from_pretrained(place, revision=revision, dtype=DTYPES[dtype], **empty)
+    except Exception as error:  # the hub, the disk and three libraries each raise their own
+        raise UserError(f"model {path}: {_why(path, error)}") from error
+    finally:
+        for logging in loggers:
+            logging.enable_progress_bar()
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+            if not (offload and name.startswith("text_encoder")):
+                module.to(device)
+    # eight bits of a bfloat16 are fewer than a picture's eight near white, and every score is of pictures
+    pipeline.vae.to(torch.float32)
+    return pipeline
+
+
+def _folder_of(path: str) -> str:
+    if path != "playground":
+        return path
+    from flowtilt.playground import pipeline_path
+
+    return str(pipeline_path())
+
+
+def _why(path: str, error: Exception) -> str:
+    """What to do about a pipeline that can't be loaded."""
+    kinds = tuple(type(one) for one in _chain(error))
+    if os.path.isdir(path):
+        return f"can't be loaded as a diffusers pipeline: {_first_line(error)}"
+    if path.startswith((".", "/", "~")):
+        return "no such folder"
+    if any(issubclass(kind, GatedRepoError) for kind in kinds):
+        return f"its licence has to be accepted at https://huggingface.co/{path}, then `hf auth login`; or give a folder that has it"
+    if any(issubclass(kind, RepositoryNotFoundError) for kind in kinds):
+        return "neither a folder here nor a model on the hub; a private one needs `hf auth login`"
+    if any(issubclass(kind, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for kind in kinds) or "offline" in str(error).lower():
+        how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
+        return f"not on this machine, and {how}; fetch it where there is a network with `hf download {path}`, or give a folder that has it"
+    if any(issubclass(kind, HfHubHTTPError) for kind in kinds):
+        return f"the hub refused: {_first_line(error)}"
+    return f"can't be loaded as a diffusers pipeline: {_first_line(error)}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fingerprint(path: str, revision: str | None) -> dict[str, str]:
+    """Which weights these are: a hub snapshot's commit, or the SHA-256 of each weights file of a folder."""
+    place = _folder_of(path)
+    if os.path.isdir(place):
+        return {str(file.relative_to(place)): digest(file) for file in sorted(Path(place).rglob("*.safetensors"))}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(place, "model_index.json", revision=revision)
+    return {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}

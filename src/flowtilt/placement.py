@@ -1,0 +1,34 @@
+"""Modules that come to the device while they are used and leave no copy there."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import nn
+
+SMALL = 40 * 2**30
+"""A GPU with less memory, in bytes, holds text encoders and reward models only while they work, unless told otherwise."""
+
+
+def stay_away(offload: bool | str, device: torch.device) -> bool:
+    """Whether those modules wait in the computer's memory: as told, or with "auto" on a GPU of less than 40 GiB."""
+    if isinstance(offload, bool):
+        return offload
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < SMALL
+
+
+@contextmanager
+def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the weights of `modules` are on `device`; afterwards they are where they were, the very same tensors."""
+    tensors = {id(x): x for module in modules for x in chain(module.parameters(), module.buffers())}.values()
+    away = [(x, x.data) for x in tensors if x.device != device]
+    for x, home in away:
+        x.data = home.to(device)
+    try:
+        yield
+    finally:
+        for x, home in away:
+            x.data = home
+        if away:
+            torch.cuda.empty_cache()
