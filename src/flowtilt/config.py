@@ -175,6 +175,8 @@ class Recipe(Settings):
     """Folder of the run; none makes runs/<name>, numbered if that is taken."""
     micro_batch: int | Literal["auto"] = "auto"
     """Images, or noised images, that pass through the network at once: a matter of memory, never of results."""
+    shard: Literal["none", "base"] = "none"
+    """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a single device."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     guards: Literal["warn", "stop", "off"] = "warn"

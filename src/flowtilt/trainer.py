@@ -4,6 +4,7 @@ What a step computes is a function of the recipe, the step's number and the weig
 the micro-batch, the number of processes, or how often the run was interrupted.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from flowtilt import checkpoint, distributed, runs
 from flowtilt.advantages import combine, group_advantages, group_stds
+from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, to_toml
 from flowtilt.display import Display
 from flowtilt.environment import describe
@@ -73,6 +75,8 @@ class Trainer:
         check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.policy = build_policy(recipe, self.world.device)
+        if recipe.model.compile and (why := compile_blocks(self.policy)) and self.world.rank == 0:
+            print(f"model.compile: not compiled, going on without ({why})", file=sys.stderr, flush=True)
         self.objective = build_objective(recipe.objective)
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
         self.learner = Learner(recipe, self.policy, self.objective, self.world, self.micro_batch)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from flowtilt.models.captions import Captions
@@ -46,6 +46,8 @@ class Model(Protocol):
 
     network: Any
     """The network that predicts velocities; adapters are put on it, everything else stays as it was loaded."""
+    blocks: Sequence[nn.Module]
+    """Its repeated blocks, in order: what is compiled, sharded and recomputed one at a time."""
     latent_shape: tuple[int, ...]
     """Shape of one image's latents, without the batch."""
     shift: float

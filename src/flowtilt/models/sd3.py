@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from flowtilt.errors import UserError
@@ -55,6 +55,7 @@ class SD3:
         self.pipeline = pipeline
         self.t5_length = t5_length
         self.network: Any = pipeline.transformer  # diffusers leaves its attributes untyped
+        self.blocks: Sequence[nn.Module] = list(self.network.transformer_blocks)
         self.device: torch.device = self.network.device
         scale = pipeline.vae_scale_factor
         size = resolution or self.network.config.sample_size * scale

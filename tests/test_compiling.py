@@ -1,0 +1,49 @@
+"""Compiled blocks compute the same with any role's weights, and where compiling fails the network is as it was."""
+
+import pytest
+import torch
+from test_policy import build, gradients
+
+from flowtilt.compiling import compile_blocks
+
+
+def velocities(policy, inputs):
+    x, t, texts = inputs
+    given = policy.model.encode(texts)
+    with torch.no_grad():
+        return [policy.velocity(role, x, t, given) for role in ("current", "old", "reference")]
+
+
+@pytest.fixture
+def inputs():
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(3, 8, 8, 8, generator=rng), torch.tensor([0.1, 0.5, 0.99]), ["a red circle", "two crosses", "a red circle"]
+
+
+@pytest.mark.parametrize(("dtype", "merge"), [("float32", True), ("bfloat16", False)])
+def test_traced_blocks_follow_the_roles(inputs, dtype, merge):
+    torch._dynamo.reset()
+    plain, compiled = build(merge=merge, dtype=dtype), build(merge=merge, dtype=dtype)
+    # "eager" traces, and leaves out the minutes of generating code
+    assert compile_blocks(compiled, backend="eager") == ""
+    assert compiled.evaluations == 0 and all(p.grad is None for p in compiled.parameters)
+    assert all(block._compiled_call_impl is not None for block in compiled.model.blocks)
+    assert all(torch.equal(a, b) for a, b in zip(velocities(plain, inputs), velocities(compiled, inputs), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(plain, *inputs), gradients(compiled, *inputs), strict=True))
+    compiled.average("old", 0.0)
+    after = velocities(compiled, inputs)
+    assert torch.equal(after[0], after[1])
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(inputs, monkeypatch):
+    torch._dynamo.reset()
+    policy = build()
+    before = velocities(policy, inputs)
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    why = compile_blocks(policy, backend=broken)
+    assert why and "\n" not in why
+    assert all(block._compiled_call_impl is None for block in policy.model.blocks)
+    assert all(torch.equal(a, b) for a, b in zip(before, velocities(policy, inputs), strict=True))
