@@ -64,6 +64,16 @@ def test_the_group_scale_divides_by_the_std_of_the_group():
     assert found.tolist() == pytest.approx([-1 / (1 + EPS), -3 / (3 + EPS), 1 / (1 + EPS), 3 / (3 + EPS)], rel=1e-6)
 
 
+@FEW
+@given(seed=st.integers(0, 999), factor=st.floats(0.1, 1000))
+def test_without_a_scale_advantages_keep_the_rewards_unit_and_sum_to_zero_in_each_group(seed, factor):
+    rewards, groups = rollout(seed)
+    found = group_advantages(rewards.double() * factor, groups, "none")
+    torch.testing.assert_close(found.double(), factor * (rewards.double() - group_means(rewards.double(), groups)), rtol=1e-5, atol=1e-5)
+    assert group_means(found, groups).abs().max() < 1e-5 * factor
+    assert group_advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]), "none").tolist() == [-1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_eps_is_added_to_the_std(scale):
     found = group_advantages(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), scale, eps=0.25)
@@ -126,7 +136,7 @@ def test_rewards_that_cannot_be_compared_are_refused(rewards, groups, message):
 
 
 def test_an_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match="'batch' is not 'global' or 'group'"):
+    with pytest.raises(ValueError, match="'batch' is not 'global', 'group' or 'none'"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), "batch")
 
 

@@ -4,46 +4,21 @@ The formula is written out once more here in the paper's form, with x_t and x0_h
 """
 
 import dataclasses
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from forward_cases import Case, N, draw, policy_and_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowtilt.flow import add_noise, predict_x0, sigma_schedule, velocity_target
-from flowtilt.models.base import Conditioning
+from flowtilt.flow import add_noise, predict_x0, sigma_schedule
 from flowtilt.objectives import ema_decay
 from flowtilt.objectives.nft import NFT, nft_loss, old_policy_decay, optimality, velocity_kl
-from flowtilt.rollout import TrainingBatch, draw_times
+from flowtilt.rollout import draw_times
 from flowtilt.seeding import generator
 
 FEW = settings(deadline=None, max_examples=25)
-N, SHAPE = 4, (2, 3, 3)
-
-
-@dataclass
-class Case:
-    """Random data, noise, times, advantages and two policies' velocities."""
-
-    x0: Tensor
-    eps: Tensor
-    t: Tensor
-    r: Tensor
-    v: Tensor
-    v_old: Tensor
-
-    @property
-    def v_target(self) -> Tensor:
-        return velocity_target(self.x0, self.eps)
-
-
-def draw(seed: int = 0) -> Case:
-    rng = torch.Generator().manual_seed(seed)
-    x0, eps, v, off = torch.randn(4, N, *SHAPE, generator=rng, dtype=torch.float64)
-    t, r = torch.rand(2, N, generator=rng, dtype=torch.float64)
-    return Case(x0, eps, 0.05 + 0.95 * t, r, v, v + 0.3 * off)
 
 
 def weight_of(x0_hat: Tensor, x0: Tensor) -> Tensor:
@@ -224,6 +199,7 @@ def test_optimality_is_a_half_at_the_mean_and_ends_where_the_advantage_is_clippe
     [
         ("copy", 0, 0), ("copy", 10**6, 0),
         ("linear", 0, 0), ("linear", 1, 0.001), ("linear", 499, 0.499), ("linear", 500, 0.5), ("linear", 501, 0.5), ("linear", 10**6, 0.5),
+        ("short", 0, 0), ("short", 299, 0.299), ("short", 301, 0.3), ("short", 10**6, 0.3),
         ("delayed", 0, 0), ("delayed", 74, 0), ("delayed", 75, 0), ("delayed", 76, 0.0075),
         ("delayed", 208, 0.9975), ("delayed", 209, 0.999), ("delayed", 10**6, 0.999),
     ],
@@ -233,7 +209,7 @@ def test_the_old_policys_decay_follows_its_schedule_to_the_corners(schedule, ste
 
 
 def test_an_unknown_schedule_is_refused_by_name():
-    with pytest.raises(ValueError, match="'cosine' is not one of copy, linear, delayed"):
+    with pytest.raises(ValueError, match="'cosine' is not one of copy, linear, short, delayed"):
         old_policy_decay("cosine", 3)
 
 
@@ -252,32 +228,6 @@ def test_the_pull_to_the_reference_is_the_mean_square_and_moves_only_the_policy(
     pull.sum().backward()
     assert case.v_old.grad is None
     torch.testing.assert_close(case.v.grad, 2 * (case.v - case.v_old).detach() / case.v[0].numel())
-
-
-@dataclass
-class LinearPolicy:
-    """A policy whose velocity is a weight times x_t + t, and which keeps what it was asked."""
-
-    weights: dict[str, Tensor]
-    asked: list[str] = field(default_factory=list)
-    averaged: list[tuple[str, float]] = field(default_factory=list)
-
-    def velocity(self, role: str, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        self.asked.append(role)
-        return self.weights[role] * x + t.view(-1, 1, 1, 1)
-
-    def equal(self, a: str, b: str) -> bool:
-        return torch.equal(self.weights[a], self.weights[b])
-
-    def average(self, role: str, decay: float) -> None:
-        self.averaged.append((role, decay))
-
-
-def policy_and_batch(**weights: float) -> tuple[LinearPolicy, TrainingBatch]:
-    case = draw()
-    policy = LinearPolicy({role: torch.tensor(w, dtype=torch.float64, requires_grad=role == "current") for role, w in weights.items()})
-    conditioning = Conditioning({"c": torch.zeros(N, 1)})
-    return policy, TrainingBatch(case.x0, case.eps, case.t, torch.linspace(-6, 6, N, dtype=torch.float64), conditioning)
 
 
 def test_the_objective_is_the_loss_at_x_t_and_the_weighted_pull_to_the_reference():

@@ -236,12 +236,49 @@ def test_a_level_per_sample_is_each_sample_alone(kind):
             torch.testing.assert_close(a[rows].squeeze(), b.squeeze(), rtol=1e-14, atol=1e-14)
 
 
-def marginal_after(kind: str, s: float, s_next: float, eta: float) -> tuple[float, float]:
+def marginal_after(kind: str, s: float, s_next: float, eta: float, sigma_max: float | None = None) -> tuple[float, float]:
     """Mean and variance after one step from the exact marginal: the step's mean is A x + B, linear in x."""
     points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    _, mean, std = sde_step(points, gaussian_velocity(points, s), s, s_next, torch.zeros_like(points), kind, eta)
+    _, mean, std = sde_step(points, gaussian_velocity(points, s), s, s_next, torch.zeros_like(points), kind, eta, sigma_max)
     constant, slope = float(mean[0]), float(mean[1] - mean[0])
     return slope * mean_at(s) + constant, slope**2 * variance_at(s) + float(std) ** 2
+
+
+def predictions_of_gaussian_data(s: float) -> tuple[float, float]:
+    """How E[x0 | x] and E[eps | x] grow with x."""
+    return (1 - s) * STD**2 / variance_at(s), s / variance_at(s)
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_marginal_after_a_step_is_known_in_closed_form_at_every_level_of_a_schedule(kind, shift, eta):
+    """The mean is linear in x: its slope from the score -(x - m) / V for the two SDEs, from the two predictions for cps."""
+    levels = sigma_schedule(10, shift).double().tolist()
+    for s, s_next in pairwise(levels):
+        of_x0, of_eps = predictions_of_gaussian_data(s)
+        dt = s_next - s
+        if kind == "cps":
+            slope = (1 - s_next) * of_x0 + s_next * math.cos(eta * math.pi / 2) * of_eps
+            noise = (s_next * math.sin(eta * math.pi / 2)) ** 2
+        else:
+            g2 = eta**2 * s / (1 - (s if s < 1 else levels[1])) if kind == "flow" else eta**2
+            slope = 1 + dt * (of_eps - of_x0) + dt * g2 / 2 / variance_at(s)
+            noise = g2 * -dt
+        mean, variance = marginal_after(kind, s, s_next, eta, sigma_max=levels[1])
+        assert mean == pytest.approx(mean_at(s_next), abs=1e-12)  # whatever the noise
+        assert variance == pytest.approx(slope**2 * variance_at(s) + noise, rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_eta_vanishes_the_marginal_becomes_eulers_at_every_level(kind, shift):
+    levels = sigma_schedule(10, shift).double().tolist()
+    for s, s_next in pairwise(levels):
+        of_x0, of_eps = predictions_of_gaussian_data(s)
+        euler = (1 + (s_next - s) * (of_eps - of_x0)) ** 2 * variance_at(s)
+        errors = [abs(marginal_after(kind, s, s_next, eta, sigma_max=levels[1])[1] - euler) for eta in (1e-2, 1e-3, 0.0)]
+        assert errors[1] == pytest.approx(errors[0] / 100, rel=0.05, abs=1e-13) and errors[2] < 1e-13
 
 
 @pytest.mark.parametrize("kind", ["flow", "dance"])

@@ -32,7 +32,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
         rewards: [N]; NaN is a missing value, compared with nobody: its advantage is NaN and its image is left out.
         groups: [N] integers, equal for the images of one prompt.
         scale: "global" divides by the std of all rewards of the rollout (around their common mean, the
-            reference's default), "group" by that of the group.
+            reference's default), "group" by that of the group, "none" leaves the reward's unit.
         eps: added to the std; a group without variance has advantage 0 either way.
 
     Raises:
@@ -42,14 +42,16 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
         raise ValueError(f"rewards and groups must both be [N], got {list(rewards.shape)} and {list(groups.shape)}")
     if rewards.isinf().any():
         raise ValueError("rewards must be finite")
-    if scale not in ("global", "group"):
-        raise ValueError(f"scale {scale!r} is not 'global' or 'group'")
+    if scale not in ("global", "group", "none"):
+        raise ValueError(f"scale {scale!r} is not 'global', 'group' or 'none'")
     # float64, or equal rewards differ from their own mean by a rounding that a small std would blow up
     rewards = rewards.double()
     centred = rewards - group_means(rewards, groups)
-    std = group_stds(rewards, groups) if scale == "group" else rewards[~rewards.isnan()].std(correction=0)
     flat = group_stds(rewards, groups) <= 1e-12 * group_means(rewards.abs(), groups).clamp_min(1)
     centred = torch.where(flat & ~rewards.isnan(), torch.zeros_like(centred), centred)
+    if scale == "none":
+        return centred.float()
+    std = group_stds(rewards, groups) if scale == "group" else rewards[~rewards.isnan()].std(correction=0)
     return (centred / (std + eps)).float()
 
 

@@ -12,14 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from flowtilt.config_errors import explain
+from flowtilt.config_keys import Key, keys_of
+from flowtilt.config_objectives import NFTSettings, ObjectiveSettings, Settings
 from flowtilt.errors import UserError
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -52,25 +50,6 @@ class LoraSettings(Settings):
     """The update is alpha / r times B A."""
     init: str | None = Field(default=None, min_length=1)
     """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the bare base."""
-
-
-class NFTSettings(Settings):
-    type: Literal["nft"] = "nft"
-    """The method; "nft" is DiffusionNFT, arXiv 2509.16117."""
-    beta: float = Field(default=1.0, gt=0)
-    """How far the implicit positive and negative velocities stand from the old policy's."""
-    advantage_clip: float = Field(default=5.0, gt=0)
-    """Advantages beyond this many standard deviations count as this many."""
-    consistency: float = Field(default=0.0, ge=0)
-    """Added to every advantage, in standard deviations: flow matching on the policy's own images, which keeps it from drifting."""
-    kl: float = Field(default=1e-4, ge=0)
-    """Weight of mean (v - v_ref)^2; 0 saves the reference's forward pass."""
-    old_policy: Literal["copy", "linear", "delayed"] = "linear"
-    """Schedule of the data-collecting policy's decay: 0, min(.001 s, .5), or 0 before optimizer step 75, then min(.0075 (s - 75), .999)."""
-    times: Literal["rollout", "stratified"] = "rollout"
-    """Training times of an image: the rollout's own noise levels in random order, or uniform in equal strata and shifted alike."""
-    times_per_image: int = Field(default=9, ge=1)
-    """Noise levels at which each image is trained a rollout."""
 
 
 class RolloutSettings(Settings):
@@ -138,7 +117,7 @@ class RewardSettings(Settings):
     """Its weight in the sum; 0 is measured and not trained on."""
     compat: bool = False
     """Give upstream's numbers also where upstream is wrong (docs/rewards.md says where)."""
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Further keywords for it."""
 
     def keywords(self) -> dict[str, Any]:
@@ -153,15 +132,16 @@ class Recipe(Settings):
     """The base model."""
     prompts: str = Field(min_length=1)
     """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
-    tags: dict[str, Annotated[int, Field(ge=0)]] = {}
+    tags: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out."""
     rewards: dict[str, float | str | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
     combine: Literal["sum", "normalized"] = "sum"
     """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""
-    advantage: Literal["global", "group"] = "global"
-    """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group."""
-    objective: NFTSettings = NFTSettings()
+    advantage: Literal["global", "group", "none"] = "global"
+    """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group, or nobody's."""
+    objective: ObjectiveSettings = NFTSettings()
+    """What is optimised; `type` chooses the method and with it the other keys."""
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
@@ -342,7 +322,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
             below[key] = value
         elif isinstance(value, dict) and isinstance(below.get(key), dict):
             # another variant starts from its own defaults, not from the old one's values
-            if key == "objective" and value.get("type", below[key].get("type")) != below[key].get("type"):
+            if key == "objective" and value.get("type", below[key].get("type", "nft")) != below[key].get("type", "nft"):
                 below[key] = {}
             _merge(below[key], value)
         else:
@@ -362,7 +342,7 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise UserError(f"override {item!r}: {part!r} is a value, not a table")
-    if parts == ["objective", "type"] and node.get("type") != value:
+    if parts == ["objective", "type"] and node.get("type", "nft") != value:
         node.clear()
     node[parts[-1]] = value
     return ".".join(parts)
@@ -375,12 +355,6 @@ def _value(text: str) -> Any:
         return text
 
 
-def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
-    """Every key of a recipe, dotted, with its pydantic field."""
-    found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = field
-    return found
+def known_keys() -> list[Key]:
+    """Every key of a recipe in order, those of all objectives among them."""
+    return list(keys_of(Recipe))

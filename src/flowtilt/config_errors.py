@@ -1,9 +1,11 @@
 """Turns pydantic's errors into lines that say what was wrong, where it was set, and what was meant."""
 
 from difflib import get_close_matches
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from flowtilt.config_keys import chosen, names, variants
 
 
 def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any], origins: dict[str, str], where: str) -> str:
@@ -14,14 +16,19 @@ def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any]
         origins: key -> where it was set.
         where: the recipe, for keys that were not set.
     """
-    keys = _keys(model)
+    keys = names(model, tree)
     found: dict[str, list[str]] = {}
     for problem in error.errors():
         key = _typed(problem["loc"], tree, problem["type"])
         if problem["type"] == "value_error":  # our own checks name their key
             key, _, text = problem["msg"].removeprefix("Value error, ").partition(": ")
+        elif problem["type"] == "union_tag_invalid":
+            text = f"must be {_or(problem.get('ctx', {})['expected_tags'].split(', '))}, not {problem['input']['type']!r}"
+            key += ".type"
+        elif problem["type"] == "extra_forbidden":
+            text = _owner(key, model, tree) or _unknown(key, keys)
         else:
-            text = _complaint(key, problem, keys)
+            text = _complaint(problem)
         found.setdefault(key, []).append(text)
     # a value that may be of several types failed as each: where it is a table, only what is wrong inside counts
     outer = [key for key in found if any(other.startswith(key + ".") for other in found)]
@@ -42,14 +49,41 @@ def _typed(loc: tuple[int | str, ...], tree: Any, kind: str) -> str:
     return ".".join(parts)
 
 
-def _complaint(key: str, problem: Any, keys: list[str]) -> str:
-    if problem["type"] == "extra_forbidden":
-        parts = key.split(".")
-        known = [k.replace("*", ".".join(parts[1:2])) for k in keys if "*" not in k or len(parts) > 2]
-        same = [k for k in known if k.rpartition(".")[2] == parts[-1]]
-        close = get_close_matches(key, [k for k in known if not key.startswith(k + ".")], 1, 0.6)
-        near = same if len(same) == 1 else close or same
-        return f"unknown key; did you mean {near[0]!r}?" if near else "unknown key; `flowtilt keys` lists all"
+def _owner(key: str, model: type[BaseModel], tree: dict[str, Any]) -> str:
+    """Whose a key is, where its table has a `type` and another one has that key, or one much like it."""
+    name, _, inner = key.partition(".")
+    field = model.model_fields.get(name)
+    kinds = variants(field.annotation) if field else {}
+    if field is None or not kinds:
+        return ""
+    kind = chosen(tree.get(name), field)
+    here = get_close_matches(inner, kinds[kind].model_fields, 1)
+    meant = [inner] if any(inner in table.model_fields for table in kinds.values()) else []
+    if not meant and not here:
+        meant = get_close_matches(inner, {known for table in kinds.values() for known in table.model_fields}, 1)
+    if not meant:
+        return ""
+    owners = _or([repr(other) for other, table in kinds.items() if meant[0] in table.model_fields])
+    near = f"; did you mean {f'{name}.{here[0]}'!r}?" if here else ""
+    said = "" if meant[0] == inner else f"unknown key; {f'{name}.{meant[0]}'!r} "
+    return f"{said}belongs to {name}.type = {owners}, not {kind!r}{near}"
+
+
+def _or(words: list[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    parts = key.split(".")
+    known = [k.replace("*", ".".join(parts[1:2])) for k in keys if "*" not in k or len(parts) > 2]
+    same = [k for k in known if k.rpartition(".")[2] == parts[-1]]
+    close = get_close_matches(key, [k for k in known if not key.startswith(k + ".")], 1, 0.6)
+    near = same if len(same) == 1 else close or same
+    return f"unknown key; did you mean {near[0]!r}?" if near else "unknown key; `flowtilt keys` lists all"
+
+
+def _complaint(problem: Any) -> str:
     if problem["type"] == "missing":
         return "has too few values" if isinstance(problem["loc"][-1], int) else "is missing"
     return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r}"
@@ -70,21 +104,3 @@ def _origin(key: str, origins: dict[str, str], where: str) -> str:
             return origins[parent]
         parent = parent.rpartition(".")[0]
     return next((at for other, at in origins.items() if other.startswith(key + ".")), where)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key that a table or a value may have; a name of the user's own is "*"."""
-    found = []
-    for name, field in model.model_fields.items():
-        found.append(prefix + name)
-        own = "*." if get_origin(field.annotation) is dict else ""
-        for table in _tables(field.annotation):
-            found += _keys(table, f"{prefix}{name}.{own}")
-    return found
-
-
-def _tables(annotation: Any) -> list[type[BaseModel]]:
-    """The models inside a type."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [table for part in get_args(annotation) for table in _tables(part)]

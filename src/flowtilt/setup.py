@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from flowtilt.config import NFTSettings, Recipe
+from flowtilt.config import Recipe
+from flowtilt.config_objectives import ObjectiveSettings
 from flowtilt.errors import UserError
 from flowtilt.lora.fit import load_lora
 from flowtilt.lora.read import read_lora
 from flowtilt.models.opening import open_model
+from flowtilt.objectives.awm import AWM
+from flowtilt.objectives.elbo import EPG, PAR, PEPG
+from flowtilt.objectives.forward import ForwardProcess
 from flowtilt.objectives.nft import NFT
+from flowtilt.objectives.ram import RAM
 from flowtilt.playground import world as playground
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, sets
@@ -25,8 +30,12 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     return policy
 
 
-def build_objective(settings: NFTSettings) -> NFT:
-    return NFT(**settings.model_dump(exclude={"type", "times", "times_per_image"}))
+OBJECTIVES: dict[str, type[ForwardProcess]] = {"nft": NFT, "awm": AWM, "epg": EPG, "pepg": PEPG, "par": PAR, "ram": RAM}
+
+
+def build_objective(settings: ObjectiveSettings) -> ForwardProcess:
+    """The method of a recipe's `[objective]`; the training times are the learner's."""
+    return OBJECTIVES[settings.type](**settings.model_dump(exclude={"type", "times", "times_per_image"}))
 
 
 def training_prompts(recipe: Recipe) -> list[Prompt]:

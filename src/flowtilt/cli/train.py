@@ -132,7 +132,8 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _keys(args: argparse.Namespace) -> int:
-    for key, field in known_keys().items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        print(f"{key:32} {default:12} {field.description or ''}")
+    for key in known_keys():
+        default = "required" if key.field.is_required() else repr(key.field.get_default(call_default_factory=True))
+        of = f"{', '.join(key.types)}: " if key.types else ""
+        print(f"{key.name:32} {default:12} {of}{key.field.description or ''}")
     return 0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtilt.config import ModelSettings, NFTSettings
+from flowtilt.config import ModelSettings
+from flowtilt.config_objectives import ObjectiveSettings
 from flowtilt.models.base import Conditioning
 from flowtilt.models.opening import DTYPES
 from flowtilt.models.sd3 import SD3
@@ -109,7 +110,7 @@ def _encoder(config: Config, dtype: str) -> nn.Module:
     return encoder
 
 
-def costs_of(model: ModelSettings, rank: int, alpha: float, objective: NFTSettings) -> Costs:
+def costs_of(model: ModelSettings, rank: int, alpha: float, objective: ObjectiveSettings) -> Costs:
     """The costs of a recipe's model; measured once a process for what they depend on.
 
     Raises:
@@ -117,7 +118,7 @@ def costs_of(model: ModelSettings, rank: int, alpha: float, objective: NFTSettin
     """
     # a plan is for GPUs, where "auto" is bfloat16
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha, objective.kl > 0)
+    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha, objective.reference)
 
 
 @cache
@@ -180,7 +181,7 @@ def batch(model: SD3, given: Conditioning, rows: int) -> TrainingBatch:
 
 
 def train_work(policy: Policy, rows: TrainingBatch, reference: bool) -> Work:
-    """Loss and backward pass of one micro-batch, as `Learner` makes them."""
+    """Loss and backward pass of one micro-batch, as `Learner` makes them; DiffusionNFT's stands for every method on the forward process."""
     objective = NFT(beta=1.0, advantage_clip=5.0, kl=float(reference), old_policy="linear")
     for parameter in policy.parameters:
         parameter.grad = torch.zeros_like(parameter)

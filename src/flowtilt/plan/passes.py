@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flowtilt.config import Recipe
-from flowtilt.objectives.nft import old_policy_decay
+from flowtilt.objectives.forward import old_policy_decay
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def passes_of(recipe: Recipe, step: int) -> Passes:
         sample=images * evaluations_per_image(r.solver, r.steps, r.guidance),
         pairs=pairs,
         old=pairs - (images // updates * times if equal else 0),
-        reference=pairs if recipe.objective.kl else 0,
+        reference=pairs if recipe.objective.reference else 0,
     )
 
 

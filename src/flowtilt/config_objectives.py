@@ -1,0 +1,124 @@
+"""The `[objective]` tables of a recipe, one a method, and what all tables of a recipe share.
+
+Defaults are the published values. The method's file in `objectives/` says what a number does, and where
+the paper, its code and flowtilt differ.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """One table: unknown keys and NaN are errors, nothing changes once it was checked, field docs are what `flowtilt keys` shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class ForwardSettings(Settings):
+    """What the methods on the forward process share: clean samples, each trained at several noise levels."""
+
+    type: Any
+    """The method's own word; named here so that it comes first."""
+    norm_guard: float = Field(default=0.0, ge=0)
+    """Weight of NormGuard's hinge (arXiv 2606.27771): the mean square by which |v| exceeds |v_ref|."""
+    old_policy: Literal["copy", "linear", "short", "delayed"] = "linear"
+    """Decay of the collecting policy at optimizer step s: 0; min(.001 s, .5); min(.001 s, .3); 0, from 75 on min(.0075 (s - 75), .999)."""
+    times: Literal["rollout", "stratified"] = "rollout"
+    """Training times of an image: the rollout's own noise levels in random order, or uniform in equal strata and shifted alike."""
+    times_per_image: int = Field(default=9, ge=1)
+    """Noise levels at which each image is trained a rollout."""
+
+
+class AdvantageSettings(ForwardSettings):
+    """What the methods share that weigh an image's error by its advantage."""
+
+    kl: float = Field(default=1e-4, ge=0)
+    """Weight of mean (v - v_ref)^2; 0 saves the reference's forward pass."""
+    consistency: float = Field(default=0.0, ge=0)
+    """Added to every advantage, in its unit: flow matching on the policy's own images, which keeps it from drifting."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether the reference is asked, one forward pass a pair of image and time."""
+        return self.kl > 0 or self.norm_guard > 0
+
+
+class NFTSettings(AdvantageSettings):
+    type: Literal["nft"] = "nft"
+    """The method; "nft" is DiffusionNFT, arXiv 2509.16117."""
+    beta: float = Field(default=1.0, gt=0)
+    """How far the implicit positive and negative velocities stand from the old policy's."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantages beyond this many standard deviations count as this many."""
+
+
+class AWMSettings(AdvantageSettings):
+    type: Literal["awm"] = "awm"
+    """The method; "awm" is advantage weighted matching, arXiv 2509.25050."""
+    clip_range: float = Field(default=1.0, gt=0)
+    """The likelihood ratio counts up to 1 plus and minus this."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantages beyond this many standard deviations count as this many; what is left is divided by it."""
+    weighting: Literal["ghuber", "uniform"] = "ghuber"
+    """What stands for log p: a generalised Huber of the matching error, times t, or the error itself."""
+    anchor: float = Field(default=1.0, ge=0)
+    """Weight of mean (v - v_old)^2, the pull to the collecting policy."""
+    kl: float = Field(default=1e-3, ge=0)
+    """Weight of mean (v - v_ref)^2: .001 for GenEval, .003 for OCR, 1e-4 for PickScore; 0 saves the reference's forward pass."""
+    old_policy: Literal["copy", "linear", "short", "delayed"] = "short"
+    """As for "nft"; "short" is the published pace of the anchor."""
+    times_per_image: int = Field(default=6, ge=1)
+    """Noise levels at which each image is trained a rollout."""
+
+
+class ELBOSettings(AdvantageSettings):
+    """What the three policy gradients on the evidence lower bound share."""
+
+    scale: float = Field(default=0.1, gt=0)
+    """Multiplies advantages, which the authors' code takes without a standard deviation: `advantage = "none"`."""
+    ratio: bool = True
+    """Importance weights exp(elbo - elbo_old); false has 1."""
+
+
+class EPGSettings(ELBOSettings):
+    type: Literal["epg"] = "epg"
+    """The method; "epg" is the policy gradient on the evidence lower bound."""
+
+
+class PEPGSettings(ELBOSettings):
+    type: Literal["pepg"] = "pepg"
+    """The method; "pepg" is "epg" with advantages that pay for what the policy has moved."""
+
+
+class PARSettings(ELBOSettings):
+    type: Literal["par"] = "par"
+    """The method; "par" regresses the lower bound's gain on the advantage; "pepg" in another form."""
+
+
+class RAMSettings(ForwardSettings):
+    type: Literal["ram"] = "ram"
+    """The method; "ram" is reinforce adjoint matching, arXiv 2605.10759."""
+    multiplier: float = Field(default=50.0, gt=0)
+    """m: the reference is tilted by exp(m reward), for rewards in their own unit: `advantage = "none"`. One over the KL's temperature."""
+    old_policy: Literal["copy", "linear", "short", "delayed"] = "copy"
+    """As for "nft"; "copy" draws from the trained policy, as published."""
+
+    @property
+    def reference(self) -> bool:
+        """Always: it is in the target."""
+        return True
+
+
+def _nft_unless_said(value: Any) -> Any:
+    """A table without a type is DiffusionNFT's, as it was when there was no other."""
+    return {"type": "nft", **value} if isinstance(value, dict) else value
+
+
+ObjectiveSettings = Annotated[
+    Annotated[
+        NFTSettings | AWMSettings | EPGSettings | PEPGSettings | PARSettings | RAMSettings,
+        Field(discriminator="type"),
+    ],
+    BeforeValidator(_nft_unless_said),
+]

@@ -1,0 +1,137 @@
+"""What the forward-process methods share: clean samples noised afresh, velocities of several roles at one x_t.
+
+A method is a subclass with a loss of those velocities. Here are the rest: which roles are asked, the pull to
+the reference, NormGuard's hinge, the old policy's pace.
+
+Shapes   N samples; velocities [N, ...]; A and t [N]. Everything fp32, t in (0, 1].
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowtilt.flow import add_noise, per_sample, velocity_target
+
+if TYPE_CHECKING:
+    from flowtilt.policy import Policy
+    from flowtilt.rollout import TrainingBatch
+
+LEAST_ERROR = 1e-5
+"""The self-normalising weight is never smaller, in units of the latents."""
+
+
+def x0_error(v: Tensor, v_target: Tensor, t: Tensor | float) -> Tensor:
+    """mean (x0_hat - x0)^2 / w with w = max(mean |x0_hat - x0|, 1e-5) without gradient, [N]; x0_hat - x0 = -t (v - v_target)."""
+    difference = v - v_target
+    off = (per_sample(t, difference) * difference).flatten(1)
+    # the reference code takes the mean in float64; over a latent's values fp32 differs in the last bit only
+    weight = off.detach().abs().mean(1, dtype=torch.float64).clamp_min(LEAST_ERROR).to(off.dtype)
+    return off.square().mean(1) / weight
+
+
+def velocity_kl(v: Tensor, v_ref: Tensor) -> Tensor:
+    """mean (v - v_ref)^2 for each sample, [N]: the pull to the reference."""
+    return (v - v_ref.detach()).square().flatten(1).mean(1)
+
+
+def norm_hinge(v: Tensor, v_ref: Tensor, radius: float = 1.0) -> Tensor:
+    """NormGuard, arXiv 2606.27771: max(|v| - radius |v_ref|, 0)^2 for each sample, [N]; |.| is the root mean square.
+
+    It is the mean square distance from v to the ball in which a velocity is no longer than the reference's:
+    `velocity_kl` with a ball for a point, and in its unit. The paper says when the hinge acts; the square is ours.
+    """
+    return (_length(v) - radius * _length(v_ref.detach())).clamp_min(0).square()
+
+
+def norm_ratio(v: Tensor, v_ref: Tensor) -> Tensor:
+    """|v| / |v_ref| for each sample, [N]: 1 at the start; NormGuard's authors found 1.05 to 1.15 where images had lost quality."""
+    return _length(v) / _length(v_ref)
+
+
+def _length(v: Tensor) -> Tensor:
+    """Root mean square of each sample, [N]; never 0, where the root has no gradient."""
+    return v.square().flatten(1).mean(1).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+
+
+def old_policy_decay(schedule: str, optimizer_step: int) -> float:
+    """d in old <- d old + (1 - d) current, after a rollout's optimizer steps; s counts them from the run's start.
+
+    "copy": 0. "linear": min(0.001 s, 0.5). "short": min(0.001 s, 0.3). "delayed": 0 before s = 75, then
+    min(0.0075 (s - 75), 0.999).
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    match schedule:
+        case "copy":
+            return 0.0
+        case "linear":
+            return min(0.001 * optimizer_step, 0.5)
+        case "short":
+            return min(0.001 * optimizer_step, 0.3)
+        case "delayed":
+            return 0.0 if optimizer_step < 75 else min(0.0075 * (optimizer_step - 75), 0.999)
+    raise ValueError(f"schedule {schedule!r} is not one of copy, linear, short, delayed")
+
+
+class Velocities(NamedTuple):
+    """At the same x_t, [N, ...] each: only `v` carries a gradient; `v_ref` is there where the method asks for it."""
+
+    v: Tensor
+    v_old: Tensor
+    v_ref: Tensor | None
+    v_target: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardProcess:
+    """A method over its settings; fields as in the recipe's `[objective]`. A subclass gives `sample_loss`."""
+
+    old_policy: str
+    kl: float = 0.0
+    norm_guard: float = 0.0
+
+    own_metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of the metrics that `sample_loss` returns."""
+
+    def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's own loss [N] and metrics [N]."""
+        raise NotImplementedError
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the reference's velocity is computed, which costs a forward pass."""
+        return self.kl > 0 or self.norm_guard > 0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that `loss` returns."""
+        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.asks_reference else ()))
+
+    def loss(self, policy: "Policy", batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss [N] of a micro-batch and its metrics [N], detached."""
+        at = self._velocities(policy, batch)
+        loss, metrics = self.sample_loss(at, batch)
+        if at.v_ref is not None:
+            pull = velocity_kl(at.v, at.v_ref)
+            metrics |= {"kl": pull, "norm_ratio": norm_ratio(at.v.detach(), at.v_ref)}
+            if self.kl:
+                loss = loss + self.kl * pull
+            if self.norm_guard:
+                loss = loss + self.norm_guard * norm_hinge(at.v, at.v_ref)
+        return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+
+    def _velocities(self, policy: "Policy", batch: "TrainingBatch") -> Velocities:
+        x_t = add_noise(batch.x0, batch.eps, batch.t)
+        v = policy.velocity("current", x_t, batch.t, batch.conditioning)
+        with torch.no_grad():
+            same = policy.equal("old", "current")
+            v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
+            v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.asks_reference else None
+        return Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps))
+
+    def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:
+        """Moves the data-collecting policy toward the trained one."""
+        policy.average("old", old_policy_decay(self.old_policy, optimizer_step))

@@ -1,0 +1,108 @@
+"""The `[objective]` of a recipe: each method has its own keys, and a key of another one names its owner."""
+
+import pytest
+
+from flowtilt.config import Recipe, known_keys, load_recipe
+from flowtilt.config_objectives import NFTSettings
+from flowtilt.errors import UserError
+from flowtilt.setup import OBJECTIVES, build_objective
+
+KINDS = ("nft", "awm", "epg", "pepg", "par", "ram")
+LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
+STEPS = "rollout.steps=9"  # as many levels as most methods train on by default
+
+
+def leaves(tree: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and key not in ("rewards", "tags") else {prefix + key}
+    return found
+
+
+def options(kind: str) -> set[str]:
+    return set(type(load_recipe("playground", [f"objective.type={kind}", STEPS]).objective).model_fields)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_keys_are_the_dotted_leaves_of_a_recipe_of_each_objective(kind):
+    recipe = Recipe.model_validate(LEAST | {"objective": {"type": kind}})
+    known = [key for key in known_keys() if not key.types or kind in key.types]
+    assert {key.name for key in known} == leaves(recipe.model_dump()) and len(known) == len({key.name for key in known})
+    for key in known:  # and with this objective's own default
+        if key.name.startswith("objective."):
+            assert key.field.default == getattr(recipe.objective, key.name.removeprefix("objective.")), key
+
+
+def test_the_type_comes_first():
+    names = [key.name for key in known_keys() if key.name.startswith("objective.")]
+    assert names[: len(KINDS)] == ["objective.type"] * len(KINDS) and "objective.type" not in names[len(KINDS) :]
+
+
+def test_a_table_without_a_type_is_diffusionnfts(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('model = "m"\nprompts = "p.txt"\nrewards.playground = 1\n[objective]\nbeta = 0.3\n')
+    assert load_recipe(path).objective == NFTSettings(beta=0.3)
+    above = tmp_path / "above.toml"
+    above.write_text('base = "mine.toml"\n[objective]\ntype = "nft"\nkl = 0.0\n')
+    assert load_recipe(above).objective == NFTSettings(beta=0.3, kl=0.0)  # the same method keeps what it had
+    assert load_recipe(path, ["objective.type=nft"]).objective == NFTSettings(beta=0.3)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_another_objective_starts_from_its_own_defaults(kind, tmp_path):
+    objective = load_recipe("playground", [f"objective.type={kind}", STEPS]).objective
+    assert objective.type == kind and objective == type(objective)()
+    assert objective.times == "rollout"  # not the playground's
+    path = tmp_path / "mine.toml"
+    path.write_text(f'base = "playground"\nrollout.steps = 9\nobjective.type = "{kind}"\n')
+    assert load_recipe(path).objective == objective
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_of_another_objective_names_all_its_owners(kind):
+    every = set().union(*map(options, KINDS))
+    for option in every - options(kind):
+        with pytest.raises(UserError) as caught:
+            load_recipe("playground", [f"objective.type={kind}", STEPS, f"objective.{option}=1"])
+        said = str(caught.value)
+        assert said.startswith(f"recipe playground: objective.{option}: belongs to objective.type = ") and "\n" not in said
+        owners = said.partition("objective.type = ")[2].partition(", not ")[0]
+        assert {owner for owner in KINDS if repr(owner) in owners} == {owner for owner in KINDS if option in options(owner)}
+        assert f", not {kind!r} [command line: objective.{option}=1]" in said
+
+
+def test_an_option_that_is_misspelt_is_looked_for_at_home_first():
+    with pytest.raises(UserError, match=r"objective\.multiplie: unknown key; did you mean 'objective\.multiplier'"):
+        load_recipe("playground", ["objective.type=ram", STEPS, "objective.multiplie=1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reference"),
+    [
+        (["objective.kl=0"], False), (["objective.kl=1"], True), (["objective.norm_guard=1"], True),
+        (["objective.type=ram"], True), (["objective.type=epg"], True), (["objective.type=epg", "objective.kl=0"], False),
+    ],
+)  # fmt: skip
+def test_settings_and_method_agree_on_whether_the_reference_is_asked(overrides, reference):
+    settings = load_recipe("playground", [*overrides, STEPS]).objective
+    assert settings.reference == reference == build_objective(settings).asks_reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_reaches_the_method(kind):
+    settings = load_recipe("playground", [f"objective.type={kind}", STEPS, "objective.norm_guard=0.7"]).objective
+    method = build_objective(settings)
+    assert type(method) is OBJECTIVES[kind]
+    for name, value in settings.model_dump(exclude={"type", "times", "times_per_image"}).items():
+        assert getattr(method, name) == value
+
+
+@pytest.mark.parametrize("place", ["playground", "sd35m"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_each_has_a_recipe_that_differs_in_the_objective_and_what_it_must_have(place, kind):
+    ours, base = load_recipe(f"{place}-{kind}"), load_recipe("playground" if place == "playground" else "sd35m-geneval")
+    assert ours.objective.type == kind
+    differing = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(base, name)}
+    assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "steps"}
+    assert ours.advantage == ("global" if place == "sd35m" else "group") if kind == "awm" else ours.advantage == "none"
+    assert ours.optimizer.lr == base.optimizer.lr
