@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from flowtilt.config_errors import explain
 from flowtilt.config_keys import Key, keys_of
-from flowtilt.config_objectives import NFTSettings, ObjectiveSettings, Settings
+from flowtilt.config_objectives import GRPOSettings, NFTSettings, ObjectiveSettings, Settings
 from flowtilt.errors import UserError
 
 
@@ -169,7 +169,9 @@ class Recipe(Settings):
         images = self.rollout.prompts * self.rollout.images_per_prompt
         if self.optimizer.steps_per_rollout > images:
             raise ValueError(f"optimizer.steps_per_rollout: more steps than the {images} images of a rollout")
-        if self.objective.times == "rollout" and self.objective.times_per_image > self.rollout.steps:
+        if isinstance(self.objective, GRPOSettings):
+            self.objective.check(self.rollout.steps)
+        elif self.objective.times == "rollout" and self.objective.times_per_image > self.rollout.steps:
             raise ValueError(
                 f"objective.times_per_image: a rollout of {self.rollout.steps} steps has no {self.objective.times_per_image} noise levels; "
                 'lower it or set times = "stratified"'
@@ -184,6 +186,11 @@ class Recipe(Settings):
         if not any(reward.weight for reward in self.reward_table().values()):
             raise ValueError("rewards: every weight is 0, so there is nothing to train on")
         return self
+
+    def rows_per_image(self) -> int:
+        """How often each image of a rollout is trained: at several noise levels, or at several steps of its path."""
+        o = self.objective
+        return o.trained_steps(self.rollout.steps) if isinstance(o, GRPOSettings) else o.times_per_image
 
     def reward_table(self) -> dict[str, RewardSettings]:
         """The rewards in their longest form."""

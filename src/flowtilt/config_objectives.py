@@ -110,6 +110,55 @@ class RAMSettings(ForwardSettings):
         return True
 
 
+class GRPOSettings(Settings):
+    type: Literal["grpo"] = "grpo"
+    """The method; "grpo" is FlowGRPO, arXiv 2505.05470: a policy gradient over stochastic steps of the rollout."""
+    sde: Literal["flow", "dance", "cps"] = "flow"
+    """The stochastic step: FlowGRPO's, DanceGRPO's, or the coefficient-preserving one."""
+    eta: float = Field(default=0.7, gt=0)
+    """How noisy that step is; "cps" has all noise new at 1."""
+    clip_range: float = Field(default=1e-4, gt=0)
+    """The likelihood ratio counts up to 1 plus and minus this; small, since log p is a mean over a latent's values."""
+    kl: float = Field(default=0.04, ge=0)
+    """Weight of the distance of a step's mean from the reference's: .04 for GenEval and OCR, .01 for PickScore; 0 saves that pass."""
+    window: Literal["all", "random", "sliding"] = "all"
+    """Steps that are stochastic and trained: all of `span`, FlowGRPO-Fast's few anywhere in it, or MixGRPO's, which move on."""
+    window_size: int = Field(default=2, ge=1)
+    """Steps of a window."""
+    window_every: int = Field(default=25, ge=1)
+    """Rollouts after which a sliding window moves on by one step."""
+    span: tuple[int, int] | None = None
+    """First step that may be stochastic and one past the last; none leaves out only the last step, which follows the ODE."""
+    guard: bool = False
+    """GRPO-Guard (arXiv 2510.22319): one distribution of ratios and one weight for all steps; wants a clip_range of its own."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether the reference is asked, one forward pass a trained step."""
+        return self.kl > 0
+
+    def spanned(self, steps: int) -> tuple[int, int]:
+        """`span` for a sampler of so many steps."""
+        return self.span or (0, max(1, steps - 1))
+
+    def trained_steps(self, steps: int) -> int:
+        """How many of a sampler's steps are trained each rollout."""
+        first, end = self.spanned(steps)
+        return end - first if self.window == "all" else self.window_size
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError, which names the key, for what can't be done with a sampler of so many steps."""
+        first, end = self.spanned(steps)
+        if not 0 <= first < end <= steps:
+            raise ValueError(f"objective.span: {first} to {end} does not lie within the rollout's {steps} steps")
+        if self.window != "all" and self.window_size > end - first:
+            raise ValueError(f"objective.window_size: {self.window_size} steps do not fit into the {end - first} from {first} to {end}")
+        if self.sde == "cps" and self.eta > 1:
+            raise ValueError("objective.eta: cps replaces the whole noise at 1, which is its greatest")
+        if self.sde == "cps" and end == steps:
+            raise ValueError(f"objective.span: the last step of cps is deterministic and has no density; end at {steps - 1}")
+
+
 def _nft_unless_said(value: Any) -> Any:
     """A table without a type is DiffusionNFT's, as it was when there was no other."""
     return {"type": "nft", **value} if isinstance(value, dict) else value
@@ -117,7 +166,7 @@ def _nft_unless_said(value: Any) -> Any:
 
 ObjectiveSettings = Annotated[
     Annotated[
-        NFTSettings | AWMSettings | EPGSettings | PEPGSettings | PARSettings | RAMSettings,
+        NFTSettings | AWMSettings | EPGSettings | PEPGSettings | PARSettings | RAMSettings | GRPOSettings,
         Field(discriminator="type"),
     ],
     BeforeValidator(_nft_unless_said),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,24 +12,29 @@ from flowtilt.distributed import World
 from flowtilt.flow import sigma_schedule
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Conditioning
-from flowtilt.objectives import ema_decay
-from flowtilt.objectives.nft import NFT
+from flowtilt.objectives import Objective, ema_decay
 from flowtilt.phases import Phases
 from flowtilt.policy import Policy
-from flowtilt.rollout import Pairs, draw_times
+from flowtilt.rollout import Pairs, Sampler, draw_times
 from flowtilt.seeding import generator
+from flowtilt.trajectory import Trajectory, Transitions
 
 
 @dataclass(frozen=True)
 class Scored:
-    """This rank's share of a rollout: x0 [n, ...], advantages [n], conditioning of n captions, and which of all images they are.
+    """This rank's share of a rollout.
 
-    `kept` [all images] is false where an image has no score: it is trained on nowhere.
+    Args:
+        x0, advantages, conditioning: of its n images.
+        path: their stochastic steps, for a method that trains those.
+        indices: which of all images they are.
+        kept: false where an image is not trained on, by any rank; [all images] on the CPU.
     """
 
     x0: Tensor
     advantages: Tensor
     conditioning: Conditioning
+    path: Trajectory | None
     indices: range
     kept: Tensor
 
@@ -36,7 +42,7 @@ class Scored:
 class Learner:
     """Owns the optimizer. `optimizer_step` counts the updates that were made."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, objective: NFT, world: World, micro_batch: MicroBatch):
+    def __init__(self, recipe: Recipe, policy: Policy, objective: Objective, world: World, micro_batch: MicroBatch):
         o = recipe.optimizer
         self.recipe, self.policy, self.objective, self.world, self.micro_batch = recipe, policy, objective, world, micro_batch
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
@@ -55,12 +61,15 @@ class Learner:
         skipped = 0
         for k in range(per_rollout):
             chunk = order[number * k // per_rollout : number * (k + 1) // per_rollout]
-            own = self._pairs(step, rollout, [i for i in chunk if i in rollout.indices])
-            pairs = max(1, len(chunk)) * self.recipe.objective.times_per_image
-            sums = self.micro_batch.fit("train", lambda size, own=own, pairs=pairs: self._gradients(own, pairs, size), self._save_memory)
+            if not chunk:  # the optimizer would still decay weights and follow its averages
+                skipped += 1
+                continue
+            own = self._rows(step, rollout, [i - rollout.indices.start for i in chunk if i in rollout.indices])
+            number_of_rows = len(chunk) * self.recipe.rows_per_image()
+            sums = self.micro_batch.fit("train", lambda size, own=own, of=number_of_rows: self._gradients(own, of, size), self._save_memory)
             norm = self._update(sums, phases)
             skipped += not norm < float("inf")
-            for name, value in {**{name: float(value) / pairs for name, value in sums.items()}, "grad_norm": norm}.items():
+            for name, value in {**{name: float(value) / number_of_rows for name, value in sums.items()}, "grad_norm": norm}.items():
                 means[name] = means.get(name, 0.0) + value / per_rollout
         return {**means, "skipped_updates": skipped, "lr": self.rate()}
 
@@ -81,26 +90,46 @@ class Learner:
         self._recompute = on
         self.policy.recompute(on)
 
-    def _pairs(self, step: int, rollout: Scored, own: list[int]) -> Pairs:
-        """Pairs of image and time; an image's times and noises come from its own generator."""
-        settings, shape = self.recipe.objective, self.policy.model.latent_shape
-        sigmas = sigma_schedule(self.recipe.rollout.steps, self.policy.model.shift)
-        times, eps = [torch.empty(0)], [torch.empty(0, *shape)]
-        for i in own:
-            rng = generator(self.recipe.seed, "train", step, i)
-            times.append(draw_times(settings.times, settings.times_per_image, sigmas, self.policy.model.shift, rng))
-            eps.append(torch.randn(settings.times_per_image, *shape, generator=rng))
-        image = torch.tensor([i - rollout.indices.start for i in own], dtype=torch.long).repeat_interleave(settings.times_per_image)
-        return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, torch.cat(times), torch.cat(eps))
+    def _rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
+        """What is trained of this rank's images `own`: each at several noise levels, or at several steps of its path."""
+        image = torch.tensor(own, dtype=torch.long).repeat_interleave(self.recipe.rows_per_image())
+        if rollout.path is None:
+            return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, *self._times_and_noise(step, rollout, own))
+        r, model = self.recipe.rollout, self.policy.model
+        levels = sigma_schedule(r.steps, model.shift)
+        stochastic = self.objective.stochastic(step - 1, r.steps, self.recipe.seed)
+        return Transitions(
+            rollout.path,
+            rollout.advantages,
+            rollout.conditioning,
+            image,
+            torch.arange(len(stochastic)).repeat(len(own)),
+            levels[stochastic.start : stochastic.stop + 1],
+            float(levels[1]),
+            Sampler(r.solver, r.steps, r.guidance).empty(self.policy),
+            r.guidance,
+        )
 
-    def _gradients(self, own: Pairs, pairs: int, size: int) -> dict[str, Tensor]:
-        """Puts this rank's part of the gradient of the mean over all `pairs` into .grad; returns sums of the metrics."""
+    def _times_and_noise(self, step: int, rollout: Scored, own: list[int]) -> tuple[Tensor, Tensor]:
+        """t [M] and eps [M, ...]; an image's times and noises come from its own generator."""
+        settings: Any = self.recipe.objective  # of a method on clean samples, whichever
+        model = self.policy.model
+        sigmas = sigma_schedule(self.recipe.rollout.steps, model.shift)
+        times, eps = [torch.empty(0)], [torch.empty(0, *model.latent_shape)]
+        for i in own:
+            rng = generator(self.recipe.seed, "train", step, rollout.indices.start + i)
+            times.append(draw_times(settings.times, settings.times_per_image, sigmas, model.shift, rng))
+            eps.append(torch.randn(settings.times_per_image, *model.latent_shape, generator=rng))
+        return torch.cat(times), torch.cat(eps)
+
+    def _gradients(self, own: Pairs | Transitions, number: int, size: int) -> dict[str, Tensor]:
+        """Puts this rank's part of the gradient of the mean over all `number` rows into .grad; returns sums of the metrics."""
         for p in self.policy.parameters:
             p.grad = torch.zeros_like(p)
-        sums = {name: torch.zeros((), device=own.x0.device) for name in self.objective.metrics}
+        sums = {name: torch.zeros((), device=own.device) for name in self.objective.metrics}
         for micro in own.micro_batches(size):
             loss, metrics = self.objective.loss(self.policy, micro)
-            (loss.sum() / pairs).backward()
+            (loss.sum() / number).backward()
             for name, value in metrics.items():
                 sums[name] += value.sum()
         return sums

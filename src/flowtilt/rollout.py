@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.base import Conditioning, Drawing
-from flowtilt.solvers import solve
+from flowtilt.solvers import Velocity, solve
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,29 @@ class Sampler:
     def __call__(self, drawing: Drawing, role: str, noise: Tensor, conditioning: Conditioning, micro_batch: int) -> Tensor:
         """Latents [N, ...] fp32 from noise [N, ...] and the conditioning of N captions, `micro_batch` images at a time."""
         sigmas = sigma_schedule(self.steps, drawing.model.shift)
-        empty = drawing.model.encode([""]) if self.guidance != 1 else None
+        empty = self.empty(drawing)
         parts = []
         for rows in torch.arange(len(noise)).split(micro_batch):
-            given = conditioning.select(rows)
-            both = given.join(empty.select(torch.zeros_like(rows))) if empty else given
-
-            def velocity(x: Tensor, sigma: Tensor, both: Conditioning = both) -> Tensor:
-                if self.guidance == 1:
-                    return drawing.velocity(role, x, sigma, both)
-                v, free = drawing.velocity(role, torch.cat([x, x]), sigma, both).chunk(2)
-                return free + self.guidance * (v - free)
-
+            velocity = guided(drawing, role, conditioning.select(rows), empty, self.guidance)
             parts.append(solve(velocity, noise[rows.to(noise.device)], sigmas, self.solver))
         return torch.cat(parts)
+
+    def empty(self, drawing: Drawing) -> Conditioning | None:
+        """The caption without words that guidance leads away from; none without guidance."""
+        return drawing.model.encode([""]) if self.guidance != 1 else None
+
+
+def guided(drawing: Drawing, role: str, given: Conditioning, empty: Conditioning | None, guidance: float) -> Velocity:
+    """v_empty + guidance (v - v_empty) as a function of x [N, ...] and sigma [] or [N]; v where `empty` is none."""
+    if empty is None:
+        return lambda x, sigma: drawing.velocity(role, x, sigma, given)
+    both = given.join(empty.select(torch.zeros(len(given), dtype=torch.long)))
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        v, free = drawing.velocity(role, torch.cat([x, x]), sigma.expand(len(x)).repeat(2), both).chunk(2)
+        return free + guidance * (v - free)
+
+    return velocity
 
 
 @torch.no_grad()
@@ -80,10 +89,15 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.image)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are trained."""
+        return self.x0.device
+
     def micro_batches(self, size: int) -> Iterator[TrainingBatch]:
-        """Consecutive parts of at most `size` rows, on the device of the images."""
+        """Consecutive parts of at most `size` rows."""
         for rows in torch.arange(len(self)).split(size) if len(self) else ():
-            image, device = self.image[rows], self.x0.device
+            image, device = self.image[rows], self.device
             yield TrainingBatch(
                 self.x0[image.to(device)],
                 self.eps[rows].to(device),

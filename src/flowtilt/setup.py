@@ -13,6 +13,7 @@ from flowtilt.models.opening import open_model
 from flowtilt.objectives.awm import AWM
 from flowtilt.objectives.elbo import EPG, PAR, PEPG
 from flowtilt.objectives.forward import ForwardProcess
+from flowtilt.objectives.grpo import GRPO
 from flowtilt.objectives.nft import NFT
 from flowtilt.objectives.ram import RAM
 from flowtilt.playground import world as playground
@@ -30,10 +31,18 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     return policy
 
 
-OBJECTIVES: dict[str, type[ForwardProcess]] = {"nft": NFT, "awm": AWM, "epg": EPG, "pepg": PEPG, "par": PAR, "ram": RAM}
+OBJECTIVES: dict[str, type[ForwardProcess | GRPO]] = {
+    "nft": NFT,
+    "awm": AWM,
+    "epg": EPG,
+    "pepg": PEPG,
+    "par": PAR,
+    "ram": RAM,
+    "grpo": GRPO,
+}
 
 
-def build_objective(settings: ObjectiveSettings) -> ForwardProcess:
+def build_objective(settings: ObjectiveSettings) -> ForwardProcess | GRPO:
     """The method of a recipe's `[objective]`; the training times are the learner's."""
     return OBJECTIVES[settings.type](**settings.model_dump(exclude={"type", "times", "times_per_image"}))
 

@@ -41,6 +41,7 @@ from flowtilt.setup import (
     training_prompts,
 )
 from flowtilt.tracking import Sink, check_installed, open_sinks
+from flowtilt.trajectory import Trajectory, collector
 
 
 @dataclass
@@ -177,17 +178,20 @@ class Trainer:
         positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
         with phases("sample"):
             conditioning = policy.model.encode([p.text for p in own])
-        parts, sampler = [], Sampler(r.solver, r.steps, r.guidance)
+        parts: list[tuple[Tensor, Trajectory | None]] = []
+        collect = collector(self.recipe, self.objective, step)
         with Scoring(self.rewards) as scoring:
             for rows in scoring.parts(len(own)):
                 with phases("sample"):
-                    start = noise(self.recipe.seed, "rollout", [positions[k] for k in rows], policy.model.latent_shape)
-                    start, given = start.to(policy.model.device), conditioning.select(rows)
-                    x0 = self.micro_batch.fit("sample", lambda size, start=start, given=given: sampler(policy, "old", start, given, size))
+                    where, given = [positions[k] for k in rows], conditioning.select(rows)
+                    start = noise(self.recipe.seed, "rollout", where, policy.model.latent_shape).to(policy.model.device)
+                    x0, path = self.micro_batch.fit(
+                        "sample", lambda size, start=start, given=given, where=where: collect(policy, start, given, where, size)
+                    )
                 with phases("decode"):
                     images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
                 scoring.add(images, [own[k] for k in rows])
-                parts.append(x0)
+                parts.append((x0, path))
             with phases("reward"):
                 scores, missing = scoring.finish()
         with phases("sync"):
@@ -199,11 +203,14 @@ class Trainer:
             raise UserError(f"rewards: {error} (step {step})") from None
         advantages = group_advantages(total, groups, self.recipe.advantage)
         metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
-        x0 = torch.cat(parts)
+        kept = ~advantages.isnan()
+        if self.objective.drops_flat:
+            kept &= group_stds(total, groups) > 0
+        x0 = torch.cat([x0 for x0, _ in parts])
+        paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
-        return Scored(x0, own_advantages, conditioning, mine, ~advantages.isnan()), metrics | {
-            "prompts/unique": len({p.text for p in drawn})
-        }
+        scored = Scored(x0, own_advantages, conditioning, Trajectory.join(paths) if paths else None, mine, kept)
+        return scored, metrics | {"prompts/unique": len({p.text for p in drawn})}
 
     # what a run leaves behind --------------------------------------------------------------------------
 

@@ -93,12 +93,18 @@ class ForwardProcess:
     kl: float = 0.0
     norm_guard: float = 0.0
 
+    drops_flat: ClassVar[bool] = False
+    """Groups whose images score alike are trained on, too: the pulls to other policies are of use there."""
     own_metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that `sample_loss` returns."""
 
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """The method's own loss [N] and metrics [N]."""
         raise NotImplementedError
+
+    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
+        """The steps of a rollout that draw noise and are kept: none, only clean samples are."""
+        return range(0)
 
     @property
     def asks_reference(self) -> bool:

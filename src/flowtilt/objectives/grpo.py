@@ -12,14 +12,19 @@ Time     s falls from 1 to 0; a step goes from s to s', dt = s' - s < 0, std = g
     Guard: loss <- loss / -dt                            guard_loss
 """
 
-from typing import get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowtilt.flow import per_sample
 from flowtilt.seeding import generator
-from flowtilt.solvers import Stochastic
+from flowtilt.solvers import log_prob, sde_step
+
+if TYPE_CHECKING:
+    from flowtilt.policy import Policy
+    from flowtilt.trajectory import TransitionBatch
 
 
 def grpo_loss(log_prob: Tensor, log_prob_old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -110,28 +115,62 @@ def stochastic_steps(
     return range(first + start, first + start + size)
 
 
-def check_policy_gradient(*, kind: str, eta: float, clip_range: float, steps: int, trained: range, group: int) -> None:
-    """What a policy gradient over stochastic steps can't do.
+@dataclass(frozen=True, kw_only=True)
+class GRPO:
+    """The method over its settings; fields as in the recipe's `[objective]`."""
 
-    Args:
-        kind, eta: of `solvers.sde_step`.
-        trained: the steps that are trained, of a sampler's `steps`.
-        group: images that are compared.
+    sde: str
+    eta: float
+    clip_range: float
+    kl: float
+    window: str
+    window_size: int
+    window_every: int
+    span: tuple[int, int] | None
+    guard: bool
 
-    Raises:
-        ValueError: steps without noise or without anything to train, a clip range or group that leaves no gradient.
-    """
-    if kind not in get_args(Stochastic):
-        raise ValueError(f"kind {kind!r} is not one of {', '.join(get_args(Stochastic))}")
-    if not eta > 0:
-        raise ValueError(f"eta = {eta:g}: a step without noise has no density, so there is nothing to train")
-    if kind == "cps" and eta > 1:
-        raise ValueError(f"eta = {eta:g}: cps replaces the whole noise at 1, which is its greatest")
-    if not trained or trained[0] < 0 or trained[-1] >= steps:
-        raise ValueError(f"the trained steps {trained.start} to {trained.stop} are not among the sampler's {steps}")
-    if kind == "cps" and trained[-1] == steps - 1:
-        raise ValueError("the last step of cps is deterministic and has no density: leave it out of the window")
-    if not clip_range > 0:
-        raise ValueError(f"clip_range = {clip_range:g}: must be above 0, or the first update ends every gradient")
-    if group < 2:
-        raise ValueError("a group of one image is its own mean: its advantage is always 0")
+    drops_flat: ClassVar[bool] = True
+    """A group whose images score alike is left out: it has no advantage to follow."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that `loss` returns."""
+        return ("loss", "ratio_off", "clip_fraction", *(("kl",) if self.kl else ()))
+
+    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
+        """The steps of rollout number `rollout`, from 0, that draw noise, are kept and trained."""
+        span = self.span or (0, max(1, steps - 1))
+        return stochastic_steps(
+            rollout, steps=steps, span=span, window=self.window, size=self.window_size, every=self.window_every, seed=seed
+        )
+
+    def loss(self, policy: "Policy", batch: "TransitionBatch") -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss [N] of a micro-batch of steps and its metrics [N], detached."""
+        mean, std = self._step(batch, batch.velocity(policy, "current"))
+        log_new = log_prob(batch.x_next, mean, std)
+        same = policy.equal("old", "current")
+        # the stored ones went through other batches: with equal weights the ratio is 1, not nearly 1
+        log_old, mean_old = (log_new.detach(), mean.detach()) if same else (batch.log_prob, batch.mean)
+        if self.guard:
+            log_ratio = guard_log_ratio(log_new, log_old, mean, mean_old, std)
+            loss = guard_loss(log_ratio, batch.advantages, self.clip_range, batch.sigma_next - batch.sigma)
+        else:
+            log_ratio = log_new - log_old
+            loss = grpo_loss(log_new, log_old, batch.advantages, self.clip_range)
+        off = (log_ratio.detach().exp() - 1).abs()
+        metrics = {"ratio_off": off, "clip_fraction": (off > self.clip_range).float()}
+        if self.kl:
+            with torch.no_grad():
+                mean_ref, _ = self._step(batch, batch.velocity(policy, "reference"))
+            metrics["kl"] = path_kl(mean, mean_ref, std, batch.sigma_next - batch.sigma)
+            loss = loss + self.kl * metrics["kl"]
+        return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+
+    def _step(self, batch: "TransitionBatch", v: Tensor) -> tuple[Tensor, Tensor]:
+        nothing = torch.zeros_like(batch.x)
+        _, mean, std = sde_step(batch.x, v, batch.sigma, batch.sigma_next, nothing, self.sde, self.eta, batch.sigma_max)
+        return mean, std
+
+    def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:
+        """The next rollout is drawn by the trained policy."""
+        policy.average("old", 0.0)

@@ -104,7 +104,7 @@ def _rollout(recipe: Recipe, costs: Costs, judging: Judging, machine: Machine, s
 def _train(recipe: Recipe, costs: Costs, machine: Machine, size: int) -> Use:
     images, updates = recipe.rollout.prompts * recipe.rollout.images_per_prompt, recipe.optimizer.steps_per_rollout
     own = machine.share(images)
-    pairs = machine.share(-(-images // updates)) * recipe.objective.times_per_image
+    pairs = machine.share(-(-images // updates)) * recipe.rows_per_image()
     rows = min(size, pairs)
     pair = 2 * costs.latent + costs.caption
     held = {"captions of all images": own * costs.caption, "latents": own * costs.latent, "pairs of image and time": pairs * pair}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flowtilt.config import Recipe
+from flowtilt.config_objectives import GRPOSettings
 from flowtilt.objectives.forward import old_policy_decay
 
 
@@ -38,18 +39,17 @@ def evaluations_per_image(solver: str, steps: int, guidance: float) -> int:
 
 def passes_of(recipe: Recipe, step: int) -> Passes:
     """Of rollout `step`, counted from 1, where every image has a score and every update is made."""
-    r, updates = recipe.rollout, recipe.optimizer.steps_per_rollout
+    r, o, updates = recipe.rollout, recipe.objective, recipe.optimizer.steps_per_rollout
     images = r.prompts * r.images_per_prompt
-    times = recipe.objective.times_per_image
+    sample = images * evaluations_per_image(r.solver, r.steps, r.guidance)
+    pairs = images * recipe.rows_per_image()
+    if isinstance(o, GRPOSettings):  # guided steps are trained guided, and what the collecting policy said is stored
+        pairs *= 2 if r.guidance != 1 else 1
+        return Passes(sample=sample, pairs=pairs, old=0, reference=pairs if o.reference else 0)
     # the rollout before left the old policy equal to the current one, which the first update moves
-    equal = step == 1 or old_policy_decay(recipe.objective.old_policy, (step - 1) * updates) == 0
-    pairs = images * times
-    return Passes(
-        sample=images * evaluations_per_image(r.solver, r.steps, r.guidance),
-        pairs=pairs,
-        old=pairs - (images // updates * times if equal else 0),
-        reference=pairs if recipe.objective.reference else 0,
-    )
+    equal = step == 1 or old_policy_decay(o.old_policy, (step - 1) * updates) == 0
+    old = pairs - (images // updates * o.times_per_image if equal else 0)
+    return Passes(sample=sample, pairs=pairs, old=old, reference=pairs if o.reference else 0)
 
 
 def passes_in_all(recipe: Recipe) -> Passes:

@@ -160,7 +160,7 @@ def _work(
     forward, through = costs.forward.each.flops, costs.train
     # each GPU has its own micro-batches, and where weights are merged each of them pays for that once
     updates = recipe.optimizer.steps_per_rollout
-    pairs = machine.share(images // updates * recipe.objective.times_per_image)
+    pairs = machine.share(images // updates * recipe.rows_per_image())
     micro = steps * updates * machine.gpus * -(-pairs // size)
     equal = passes.pairs - passes.old
     evaluation = added(
