@@ -208,7 +208,7 @@ def test_a_std_for_each_sample_is_each_sample_alone():
 
 
 def test_the_guarded_log_ratio_keeps_its_digits_in_fp32():
-    """Published clip ranges go down to 2e-6: a ratio taken from two fp32 log-densities has a few percent of that as rounding."""
+    """Published clip ranges go down to 2e-6: a difference of two fp32 log-densities loses two digits there."""
     x_next, old = draw(N, 16, 16, 16), draw(N, 16, 16, 16, seed=1)
     mean = (old.float() + 1e-4 * draw(N, 16, 16, 16, seed=2).float()).double()
     exact = guard_log_ratio(x_next.float().double(), mean, old.float().double(), torch.tensor(0.3, dtype=torch.float64))
