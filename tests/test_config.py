@@ -267,6 +267,7 @@ WRONG = [
     ("objective.beta=0", "objective.beta: must be greater than 0, not 0"),
     ("objective.type=nfr", "objective.type: must be 'nft', 'awm', 'epg', 'pepg', 'par' or 'ram', not 'nfr'"),
     ("objective.type=3", "objective.type: must be 'nft', 'awm', 'epg', 'pepg', 'par' or 'ram', not 3"),
+    ("objective.type=['nft']", "objective.type: must be 'nft', 'awm', 'epg', 'pepg', 'par' or 'ram', not ['nft']"),
     ("objective=3", "objective: must be an object, not 3"),
     ("objective.clip_range=1", "objective.clip_range: belongs to objective.type = 'awm', not 'nft'"),
     ("objective.scale=1", "objective.scale: belongs to objective.type = 'epg', 'pepg' or 'par', not 'nft'"),

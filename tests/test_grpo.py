@@ -105,9 +105,11 @@ def test_the_gradient_is_the_finite_difference_of_the_loss():
 
 def test_the_policy_that_took_the_steps_never_gets_a_gradient():
     new, old = draw(N).requires_grad_(), draw(N, seed=1).requires_grad_()
-    guard = guard_log_ratio(new, old, draw(N, 3), draw(N, 3, seed=1), torch.tensor(0.3))
+    mean, mean_old = draw(N, 3).requires_grad_(), draw(N, 3, seed=1).requires_grad_()
+    guard = guard_log_ratio(draw(N, 3, seed=2), mean, mean_old, torch.tensor(0.3))
     (grpo_loss(new, old, A, 10.0) + guard_loss(guard, A, 10.0, -0.1)).sum().backward()
-    assert old.grad is None and new.grad is not None
+    assert old.grad is None and mean_old.grad is None
+    assert new.grad is not None and mean.grad is not None
 
 
 # the KL ----------------------------------------------------------------------------------------------
@@ -153,7 +155,8 @@ def test_the_guarded_log_ratio_is_the_noise_along_the_move_and_so_of_mean_0_and_
     move = 0.01 * draw(1, *SHAPE, seed=2).expand(N, *SHAPE)
     x_next, mean = mean_old + spread * z, mean_old + move
     new, old = (log_prob(x_next, each, spread) for each in (mean, mean_old))
-    guarded = guard_log_ratio(new, old, mean, mean_old, spread)
+    guarded = guard_log_ratio(x_next, mean, mean_old, spread)
+    torch.testing.assert_close(guarded, spread * (new - old + step_kl(mean, mean_old, spread)), rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(guarded, (z * move).mean((1, 2, 3)), rtol=1e-9, atol=1e-12)
     assert float(guarded.mean()) == pytest.approx(0, abs=1e-14)  # each noise has its opposite
     assert float((new - old).mean()) == pytest.approx(-float(step_kl(mean, mean_old, spread).mean()))  # which the plain one is not
@@ -166,7 +169,7 @@ def test_under_the_old_policy_the_guarded_ratio_has_mean_1_and_the_plain_one_too
     for std in (0.3, 1.5):
         spread = torch.tensor(std, dtype=torch.float64)
         new, old = log_prob(spread * z, move.expand_as(z), spread), log_prob(spread * z, torch.zeros_like(z), spread)
-        found[std] = guard_log_ratio(new, old, move.expand_as(z), torch.zeros_like(z), spread)
+        found[std] = guard_log_ratio(spread * z, move.expand_as(z), torch.zeros_like(z), spread)
         assert abs(float(found[std].mean())) < 4 * float(found[std].std()) / 100
         assert float((new - old).mean()) < -4 * float((new - old).std()) / 100
         expected = float(move.square().sum()) / PIXELS**2
@@ -183,8 +186,7 @@ def test_the_guarded_gradient_is_of_one_size_at_every_step():
         x_next = mean_old + spread * z
 
         def guarded(v: Tensor, spread: Tensor = spread, dt: float = dt, mean_old: Tensor = mean_old, x_next: Tensor = x_next) -> Tensor:
-            new, old = (log_prob(x_next, each, spread) for each in (x + v * dt, mean_old))
-            return guard_loss(guard_log_ratio(new, old, x + v * dt, mean_old, spread), A, 1e-4, dt)
+            return guard_loss(guard_log_ratio(x_next, x + v * dt, mean_old, spread), A, 1e-4, dt)
 
         torch.testing.assert_close(gradient(guarded, v_old), A.view(-1, 1, 1, 1) * z / PIXELS, rtol=1e-9, atol=1e-12)
 
@@ -197,13 +199,21 @@ def test_the_guarded_loss_clips_as_the_plain_one():
 
 
 def test_a_std_for_each_sample_is_each_sample_alone():
-    mean, old = draw(N, *SHAPE), draw(N, *SHAPE, seed=1)
+    x_next, mean, old = (draw(N, *SHAPE, seed=seed) for seed in range(3))
     stds = torch.linspace(0.1, 2, N, dtype=torch.float64)
-    new_p, old_p = draw(N, seed=5), draw(N, seed=6)
-    together = guard_log_ratio(new_p, old_p, mean, old, stds.view(N, 1, 1, 1))
+    together = guard_log_ratio(x_next, mean, old, stds.view(N, 1, 1, 1))
     for i in range(N):
         row = slice(i, i + 1)
-        torch.testing.assert_close(guard_log_ratio(new_p[row], old_p[row], mean[row], old[row], stds[i]), together[row])
+        torch.testing.assert_close(guard_log_ratio(x_next[row], mean[row], old[row], stds[i]), together[row])
+
+
+def test_the_guarded_log_ratio_keeps_its_digits_in_fp32():
+    """Published clip ranges go down to 2e-6: a difference of two fp32 log-densities loses two digits there."""
+    x_next, old = draw(N, 16, 16, 16), draw(N, 16, 16, 16, seed=1)
+    mean = (old.float() + 1e-4 * draw(N, 16, 16, 16, seed=2).float()).double()
+    exact = guard_log_ratio(x_next.float().double(), mean, old.float().double(), torch.tensor(0.3, dtype=torch.float64))
+    found = guard_log_ratio(x_next.float(), mean.float(), old.float(), torch.tensor(0.3))
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * 1e-3)
 
 
 # which steps are stochastic --------------------------------------------------------------------------

@@ -228,6 +228,8 @@ def test_a_line_through_few_rows_holds_for_many(dtype):
         ('objective.old_policy="copy"', "objective.times_per_image=3", "optimizer.steps_per_rollout=5", "objective.kl=1e-4"),
         ('objective.old_policy="delayed"', 'rollout.solver="dpm2"', "rollout.steps=3", 'objective.times="rollout"'),
         ('objective.old_policy="copy"', "optimizer.steps_per_rollout=1"),
+        ("objective.type=ram", "objective.times_per_image=2"),
+        ("objective.type=awm", "objective.times_per_image=2", "objective.kl=0", "objective.norm_guard=0.1"),
     ],
     ids=lambda words: " ".join(words) or "as it is",
 )

@@ -63,10 +63,10 @@ def names(model: type[BaseModel], tree: Any, prefix: str = "") -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def chosen(table: Any, field: FieldInfo) -> Any:
-    """The type of a table as the user wrote it, or else the default's."""
-    default = getattr(field.default, "type", None)
-    return table.get("type", default) if isinstance(table, dict) else default
+def chosen(table: Any, field: FieldInfo) -> str:
+    """The type of a table as the user wrote it, which may be none that exists, or else the default's."""
+    default = getattr(field.default, "type", "")
+    return str(table.get("type", default)) if isinstance(table, dict) else default
 
 
 def tables(annotation: Any) -> list[type[BaseModel]]:

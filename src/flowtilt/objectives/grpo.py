@@ -59,13 +59,20 @@ def path_kl(mean: Tensor, mean_ref: Tensor, std: Tensor, dt: Tensor | float) -> 
     return -per_sample(dt, kl) * kl
 
 
-def guard_log_ratio(log_prob: Tensor, log_prob_old: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:
+def guard_log_ratio(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:
     """GRPO-Guard's log-ratio, std (log rho + mean (mu - mu_old)^2 / (2 std^2)) for each sample, [N].
 
-    With x' = mu_old + std z it is mean z (mu - mu_old): under the old policy of mean 0, where log rho has a negative one, and of
-    a variance that knows nothing of std. One clip range then serves all steps, on both sides.
+    The squares cancel and leave mean (x' - mu_old) (mu - mu_old) / std, which loses no digits where rho is near 1. With
+    x' = mu_old + std z it is mean z (mu - mu_old): of mean 0 under the old policy, where log rho has a negative one, and
+    of a variance that knows nothing of std. One clip range then serves all steps, on both sides.
+
+    Args:
+        x_next: the stored step x' [N, ...].
+        mean: the trained policy's, the only one that carries a gradient.
+        mean_old: of the policy that took the step.
     """
-    return std.flatten() * (log_prob - log_prob_old.detach() + step_kl(mean, mean_old, std))
+    mean_old = mean_old.detach()
+    return ((x_next - mean_old) * (mean - mean_old) / std).flatten(1).mean(1)
 
 
 def guard_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float, dt: Tensor | float) -> Tensor:
