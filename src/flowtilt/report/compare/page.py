@@ -1,0 +1,160 @@
+"""The page of a comparison: its sections in order."""
+
+from collections.abc import Sequence
+from html import escape
+
+from flowtilt.report.compare.comparison import Comparison
+from flowtilt.report.compare.costs import COSTS
+from flowtilt.report.compare.curves import guard_text, score_chart, tone
+from flowtilt.report.compare.entries import Entry
+from flowtilt.report.compare.tables import Cell, Table, at_equal_cost, counts, lead, reached, settings, to_reach
+from flowtilt.report.document import document, section
+from flowtilt.report.grids import Column, sample_cards
+from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
+from flowtilt.report.verdict import score_name
+
+
+def page(comparison: Comparison) -> str:
+    """The comparison as HTML."""
+    names = ", ".join(method.label for method in comparison.methods)
+    body = f"{_headline(comparison)}\n{_sections(comparison)}\n<footer>Written by flowtilt.</footer>"
+    return document(f"{names}: comparison", body, styles=("page.css", "evaluation.css", "compare.css"), script="page.js")
+
+
+def _headline(comparison: Comparison) -> str:
+    said = lead(comparison)
+    judged = comparison.entries[0].protocol["evaluate.rewards"]
+    about = " · ".join(("flowtilt", "comparison", counts(comparison), f"{score_name(comparison.entries[0].run)}: {judged}"))
+    cautions = "".join(f'<p class="caution">{escape(note)}</p>' for note in comparison.notes)
+    return f'<header><p class="about">{escape(about)}</p><h1>{escape(said)}</h1>{cautions}</header>'
+
+
+def _sections(comparison: Comparison) -> str:
+    parts = [
+        ("curves", "Score for compute", _legend(comparison) + _tabs(comparison)),
+        ("table", "What each method reached and spent", _table(comparison, reached(comparison)) + f"<p>{_reading(comparison)}</p>"),
+        ("samples", "From the same noise", _samples(comparison)),
+        ("guards", "Guards", _guards(comparison)),
+        ("settings", "What differs", _settings(comparison)),
+        ("method", "How it is counted", _rules(comparison)),
+        ("protocol", "Protocol", _protocol(comparison)),
+    ]
+    return "\n".join(section(name, title, body) for name, title, body in parts if body)
+
+
+def _name(place: int, label: str) -> str:
+    line = '<svg class="swatch line-swatch" aria-hidden="true"><line class="line" x2="100%" y1="50%" y2="50%"/></svg>'
+    return f'<span class="method {tone(place)}">{line}{escape(label)}</span>'
+
+
+def _legend(comparison: Comparison) -> str:
+    if len(comparison.methods) == 1 and len(comparison.entries) == 1:
+        return ""
+    several = any(len(method.entries) > 1 for method in comparison.methods)
+    said = "Strong lines are medians over seeds, bands reach from the lowest to the highest seed, thin lines are single seeds. "
+    flags = "Triangles mark guards that fired. " if any(entry.run.guards for entry in comparison.entries) else ""
+    keys = "".join(f"<li>{_name(place, method.label)}</li>" for place, method in enumerate(comparison.methods))
+    return f'<ul class="legend">{keys}</ul><p>{said if several else ""}{flags}</p>'
+
+
+def _tabs(comparison: Comparison) -> str:
+    """The curves and what it took to reach the targets, on each axis; radio buttons choose, without a script."""
+    buttons, panels = [], []
+    for cost in comparison.axes:
+        chosen = " checked" if cost == comparison.axes[0] else ""
+        buttons.append(f'<input type="radio" name="axis" id="by-{cost}"{chosen}><label for="by-{cost}">{COSTS[cost].name}</label>')
+        tables = [*(to_reach(comparison, cost, target) for target in comparison.targets), at_equal_cost(comparison, cost)]
+        blocks = "".join(f'<div class="block"><h3>{escape(table.title)}</h3>{_table(comparison, table)}</div>' for table in tables)
+        about = f"<p>{COSTS[cost].counted}</p>"
+        panels.append(f'<div class="panel by-{cost}">{score_chart(comparison, cost)}{about}<div class="blocks">{blocks}</div></div>')
+    # hidden panels follow the buttons, which is all that the style sheet needs to show one of them
+    return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
+
+
+def _table(comparison: Comparison, table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("method", *table.head))
+    rows = [
+        f'<tr><th scope="row">{_name(place, method.label)}</th>{"".join(map(_cell, row))}</tr>'
+        for place, (method, row) in enumerate(zip(comparison.methods, table.rows, strict=True))
+    ]
+    inner = f'<table class="numbers estimates"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return scrolling(table.title or "Methods", inner)
+
+
+def _cell(cell: Cell) -> str:
+    more = f' <span class="interval">{escape(cell.more)}</span>' if cell.more else ""
+    return f"<td><b>{escape(cell.main)}</b>{more}</td>"
+
+
+def _reading(comparison: Comparison) -> str:
+    said = "The final score is that of the last evaluation, the best that of whichever evaluation was highest, which flatters noisy curves."
+    if any(len(method.entries) > 1 for method in comparison.methods):
+        said += " First the median over seeds, in brackets the lowest and the highest."
+    return said
+
+
+def _samples(comparison: Comparison) -> str:
+    """The last samples of one seed, which all methods have, beside the base's."""
+    if comparison.odd:
+        return none_yet("Runs that are not judged alike do not draw from the same noise.")
+    common = set.intersection(*(set(method.seeds) for method in comparison.methods))
+    for seed in sorted(common):
+        chosen = [next(entry for entry in method.entries if entry.seed == seed) for method in comparison.methods]
+        if all(entry.run.samples for entry in chosen):
+            said = f"Each card is one prompt, every image in it from the same noise (seed {seed}), at each run's last evaluation."
+            return f"<p>{said}</p>{sample_cards(_columns(comparison, chosen))}"
+    return none_yet("No seed has kept samples of every method, and other seeds draw from other noise.")
+
+
+def _columns(comparison: Comparison, chosen: Sequence[Entry]) -> list[Column]:
+    """The base, where a run began with it, and each method."""
+    base = next((entry for entry in chosen if 0 in entry.run.samples and not entry.recipe.lora.init), None)
+    columns = [Column("base", base.run.samples[0], "by the base")] if base else []
+    for place, (method, entry) in enumerate(zip(comparison.methods, chosen, strict=True)):
+        newest = entry.run.samples[max(entry.run.samples)]
+        columns.append(Column(method.label, newest, f"by {method.label}", f"toned {tone(place)}"))
+    return columns
+
+
+def _guards(comparison: Comparison) -> str:
+    rows = [
+        f"<li>{escape(guard_text(guard, f'{method.label}, seed {entry.seed}'))}</li>"
+        for method in comparison.methods
+        for entry in method.entries
+        for guard in entry.run.guards
+    ]
+    return f'<ul class="guards">{"".join(rows)}</ul>' if rows else none_yet("No guard fired.")
+
+
+def _settings(comparison: Comparison) -> str:
+    keys, rows = settings(comparison)
+    if not keys:
+        return ""
+    head = "".join(f'<th scope="col">{_name(place, method.label)}</th>' for place, method in enumerate(comparison.methods))
+    body = "".join(
+        f'<tr><th scope="row"><code>{escape(key)}</code></th>{"".join(f"<td>{escape(value)}</td>" for value in row)}</tr>'
+        for key, row in zip(keys, rows, strict=True)
+    )
+    table = f'<table class="settings"><thead><tr><th scope="col">key</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return scrolling("Settings that differ", table)
+
+
+def _rules(comparison: Comparison) -> str:
+    said = [
+        "A run reaches a score at the first evaluation that has it or more; the cost is read off the straight line from the evaluation "
+        "before, and is no finer than evaluations are apart.",
+        "A method has reached a score where the median of its seeds has: a seed that never did counts as later than all that did.",
+        "“Of the first” is the method's median cost over that of the first method; in brackets the least and the greatest ratio of any "
+        "two seeds, ? where one of them never got there. After < or > the ratio is a bound: half the seeds of one of the two spent all "
+        "they had without getting there.",
+        "Medians and bands are drawn as far as every seed of a method goes.",
+    ]
+    if not comparison.chosen and comparison.targets:
+        said.append("The score to reach was not given: it is the highest round one that the median of every method reached.")
+    return f'<ul class="listed">{"".join(f"<li>{sentence}</li>" for sentence in said)}</ul>'
+
+
+def _protocol(comparison: Comparison) -> str:
+    folders = {f"{method.label}, seed {entry.seed}": str(entry.folder) for method in comparison.methods for entry in method.entries}
+    alike = "" if comparison.odd else folded("How all runs are judged", flat_table("Protocol", comparison.entries[0].protocol))
+    return alike + folded("Runs", flat_table("Runs", folders))
