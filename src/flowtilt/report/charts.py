@@ -117,8 +117,7 @@ class Chart:
     def _levels(self) -> str:
         placed = [(_p(100 - self.y.percent(y)), escape(text)) for y, text in self.levels]
         return "".join(
-            f'<g class="level"><line x2="100%" y1="{y}" y2="{y}"/><text x="100%" y="{y}" dy="-5" text-anchor="end">{text}</text></g>'
-            for y, text in placed
+            f'<g class="level"><line x2="100%" y1="{y}" y2="{y}"/><text x="4" y="{y}" dy="-5">{text}</text></g>' for y, text in placed
         )
 
     def _flags(self) -> str:

@@ -105,8 +105,8 @@ def _shot(column: Column, sample: Sample | None, image: Embedded | None, judged:
         look = "pixels" if image.is_pixel_art else "photo"
         alt = escape(f"{sample.prompt}, {column.name}{said}")
         picture = f'<img class="{look}" src="{image.url}" width="{image.width}" height="{image.height}" alt="{alt}">'
-    look = f"shot {column.tone}".rstrip()
-    return f'<div class="{look}">{picture}<p><span class="when">{escape(column.name)}</span>{verdict}</p></div>'
+    look, name = f"shot {column.tone}".rstrip(), escape(column.name)
+    return f'<div class="{look}">{picture}<p><span class="when" title="{name}">{name}</span>{verdict}</p></div>'
 
 
 def _verdict(sample: Sample | None, judged: bool) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from flowtilt.report.compare.comparison import Comparison
 from flowtilt.report.compare.costs import COSTS, Unit, spent
 from flowtilt.report.compare.methods import Method
 from flowtilt.report.compare.spans import Ribbon, Span, ribbon
-from flowtilt.report.compare.tables import score_cell, score_digits
+from flowtilt.report.compare.tables import phrase, score_cell, score_digits
 from flowtilt.report.loading import Record
 from flowtilt.report.numbers import fixed, number, short
 
@@ -34,7 +34,6 @@ def score_chart(comparison: Comparison, cost: str) -> str:
         curves=[*(curve for pen in pens for curve in pen.seeds()), *medians],
         x=unit.axis(comparison.longest(cost)),
         y=value_axis([*(entry.scores for entry in comparison.entries), np.array(comparison.targets)], 6),
-        x_unit=unit.sign,
         flags=[flag for pen in pens for flag in pen.flags()],
         levels=[(target, short(target)) for target in comparison.targets],
         height=340,
@@ -59,7 +58,7 @@ class _Pen:
     def median(self) -> Curve:
         found, entries = self.ribbon, self.method.entries
         cells = [score_cell(Span(*scores), self.digits) for scores in zip(found.median, found.low, found.high, strict=True)]
-        reads = [self._read(" ".join(cell).rstrip(), x) for cell, x in zip(cells, found.x, strict=True)]
+        reads = [self._read(phrase(cell), x) for cell, x in zip(cells, found.x, strict=True)]
         # between evaluations there is nothing to put a dot on
         measured = all(np.isin(found.x, entry.costs[self.cost]).all() for entry in entries)
         band = (found.low, found.high) if len(entries) > 1 else None

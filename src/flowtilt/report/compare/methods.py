@@ -10,6 +10,8 @@ from flowtilt.report.compare.entries import Entry, differing, load_entry, plain
 
 MOST = 3
 """Settings in a name; of more the first are told, as long as that is enough to tell methods apart."""
+PLAIN = ("objective", "optimizer", "rollout")
+"""Tables whose keys are known by their last word."""
 
 
 @dataclass(frozen=True)
@@ -112,4 +114,8 @@ def telling(settings: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _setting(settings: Mapping[str, str], key: str) -> str:
-    return f"{key}={plain(settings[key])}" if key in settings else f"without {key}"
+    """lr=0.001: without its table where no other key ends alike."""
+    table, _, last = key.rpartition(".")
+    alone = sum(other.rpartition(".")[2] == last for other in settings) == 1
+    name = last if table in PLAIN and last != "type" and alone else key
+    return f"{name}={plain(settings[key])}" if key in settings else f"without {name}"

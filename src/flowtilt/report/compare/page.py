@@ -7,7 +7,7 @@ from flowtilt.report.compare.comparison import Comparison
 from flowtilt.report.compare.costs import COSTS
 from flowtilt.report.compare.curves import guard_text, score_chart, tone
 from flowtilt.report.compare.entries import Entry
-from flowtilt.report.compare.tables import Cell, Table, at_equal_cost, counts, lead, reached, settings, to_reach
+from flowtilt.report.compare.tables import Cell, Table, at_equal_cost, counts, lead, scores, settings, to_reach, totals
 from flowtilt.report.document import document, section
 from flowtilt.report.grids import Column, sample_cards
 from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
@@ -22,17 +22,21 @@ def page(comparison: Comparison) -> str:
 
 
 def _headline(comparison: Comparison) -> str:
-    said = lead(comparison)
+    said, doubt = lead(comparison)
     judged = comparison.entries[0].protocol["evaluate.rewards"]
     about = " · ".join(("flowtilt", "comparison", counts(comparison), f"{score_name(comparison.entries[0].run)}: {judged}"))
-    cautions = "".join(f'<p class="caution">{escape(note)}</p>' for note in comparison.notes)
+    cautions = "".join(f'<p class="caution">{escape(note)}</p>' for note in (doubt, *comparison.notes) if note)
     return f'<header><p class="about">{escape(about)}</p><h1>{escape(said)}</h1>{cautions}</header>'
 
 
 def _sections(comparison: Comparison) -> str:
     parts = [
         ("curves", "Score for compute", _legend(comparison) + _tabs(comparison)),
-        ("table", "What each method reached and spent", _table(comparison, reached(comparison)) + f"<p>{_reading(comparison)}</p>"),
+        (
+            "table",
+            "What each method reached and spent",
+            _side_by_side(comparison, [reached(comparison)]) + f"<p>{_reading(comparison)}</p>",
+        ),
         ("samples", "From the same noise", _samples(comparison)),
         ("guards", "Guards", _guards(comparison)),
         ("settings", "What differs", _settings(comparison)),
@@ -64,33 +68,42 @@ def _tabs(comparison: Comparison) -> str:
         chosen = " checked" if cost == comparison.axes[0] else ""
         buttons.append(f'<input type="radio" name="axis" id="by-{cost}"{chosen}><label for="by-{cost}">{COSTS[cost].name}</label>')
         tables = [*(to_reach(comparison, cost, target) for target in comparison.targets), at_equal_cost(comparison, cost)]
-        blocks = "".join(f'<div class="block"><h3>{escape(table.title)}</h3>{_table(comparison, table)}</div>' for table in tables)
-        about = f"<p>{COSTS[cost].counted}</p>"
-        panels.append(f'<div class="panel by-{cost}">{score_chart(comparison, cost)}{about}<div class="blocks">{blocks}</div></div>')
+        below = f"<p>{COSTS[cost].counted}</p>{_side_by_side(comparison, tables)}"
+        panels.append(f'<div class="panel by-{cost}">{score_chart(comparison, cost)}{below}</div>')
     # hidden panels follow the buttons, which is all that the style sheet needs to show one of them
     return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
 
 
-def _table(comparison: Comparison, table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("method", *table.head))
-    rows = [
-        f'<tr><th scope="row">{_name(place, method.label)}</th>{"".join(map(_cell, row))}</tr>'
-        for place, (method, row) in enumerate(zip(comparison.methods, table.rows, strict=True))
-    ]
-    inner = f'<table class="numbers estimates"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return scrolling(table.title or "Methods", inner)
+def _side_by_side(comparison: Comparison, tables: Sequence[Table]) -> str:
+    """Tables that have their rows in common, as one."""
+    above = "".join(
+        f'<th scope="colgroup" colspan="{len(table.head)}" class="starts">{escape(table.title)}</th>' for table in tables if table.title
+    )
+    names = "".join(f'<th scope="col"{_starts(k, table)}>{escape(name)}</th>' for table in tables for k, name in enumerate(table.head))
+    rows = []
+    for place, method in enumerate(comparison.methods):
+        cells = "".join(_cell(cell, _starts(k, table)) for table in tables for k, cell in enumerate(table.rows[place]))
+        rows.append(f'<tr><th scope="row">{_name(place, method.label)}</th>{cells}</tr>')
+    groups = f'<tr class="groups"><td></td>{above}</tr>' if above else ""
+    head = f'<thead>{groups}<tr><th scope="col">method</th>{names}</tr></thead>'
+    label = ", ".join(table.title for table in tables) if above else "Methods"
+    return scrolling(label, f'<table class="numbers estimates compared">{head}<tbody>{"".join(rows)}</tbody></table>')
 
 
-def _cell(cell: Cell) -> str:
+def _starts(place: int, table: Table) -> str:
+    return ' class="starts"' if table.title and place == 0 else ""
+
+
+def _cell(cell: Cell, look: str) -> str:
     more = f' <span class="interval">{escape(cell.more)}</span>' if cell.more else ""
-    return f"<td><b>{escape(cell.main)}</b>{more}</td>"
+    return f"<td{look}><b>{escape(cell.main)}</b>{more}</td>"
 
 
-def _reading(comparison: Comparison) -> str:
+def _reached(comparison: Comparison) -> str:
     said = "The final score is that of the last evaluation, the best that of whichever evaluation was highest, which flatters noisy curves."
     if any(len(method.entries) > 1 for method in comparison.methods):
-        said += " First the median over seeds, in brackets the lowest and the highest."
-    return said
+        said += " Bold is the median over seeds, below it the lowest and the highest."
+    return f"{_side_by_side(comparison, [scores(comparison), totals(comparison)])}<p>{said}</p>"
 
 
 def _samples(comparison: Comparison) -> str:
@@ -144,7 +157,7 @@ def _rules(comparison: Comparison) -> str:
         "A run reaches a score at the first evaluation that has it or more; the cost is read off the straight line from the evaluation "
         "before, and is no finer than evaluations are apart.",
         "A method has reached a score where the median of its seeds has: a seed that never did counts as later than all that did.",
-        "“Of the first” is the method's median cost over that of the first method; in brackets the least and the greatest ratio of any "
+        "“Of the first” is the method's median cost over that of the first method; below it the least and the greatest ratio of any "
         "two seeds, ? where one of them never got there. After < or > the ratio is a bound: half the seeds of one of the two spent all "
         "they had without getting there.",
         "Medians and bands are drawn as far as every seed of a method goes.",

@@ -13,7 +13,7 @@ from flowtilt.report.numbers import counted, decimals_apart, fixed, short
 
 
 class Cell(NamedTuple):
-    """What a table says, and what it says more quietly."""
+    """What a table says, and what it says more quietly, such as the lowest and the highest of seeds."""
 
     main: str
     more: str = ""
@@ -28,23 +28,27 @@ class Table:
     rows: list[list[Cell]]
 
 
-def reached(comparison: Comparison) -> Table:
-    """Seeds, final and best score, all that was spent."""
+def scores(comparison: Comparison) -> Table:
+    """Seeds, final and best score."""
     digits = score_digits(comparison)
-    costs = [cost for cost in COSTS if cost in comparison.axes]
-    units = {cost: comparison.unit(cost) for cost in costs}
-    rows = []
-    for method in comparison.methods:
-        scores = [score_cell(comparison.final(method), digits), score_cell(comparison.best(method), digits)]
-        spent = [cost_cell(comparison.total(method, cost), units[cost]) for cost in costs]
-        rows.append([Cell(seeds(method)), *scores, *spent])
-    return Table("", ["seeds", "final score", "best score", *(units[cost].name for cost in costs)], rows)
+    rows = [
+        [Cell(seeds(method)), score_cell(comparison.final(method), digits), score_cell(comparison.best(method), digits)]
+        for method in comparison.methods
+    ]
+    return Table("", ["seeds", "final score", "best score"], rows)
+
+
+def totals(comparison: Comparison) -> Table:
+    """All that was spent, on every axis."""
+    units = {cost: comparison.unit(cost) for cost in COSTS if cost in comparison.axes}
+    rows = [[cost_cell(comparison.total(method, cost), unit) for cost, unit in units.items()] for method in comparison.methods]
+    return Table("", [unit.name for unit in units.values()], rows)
 
 
 def at_equal_cost(comparison: Comparison, cost: str) -> Table:
     """Score at the cost where the shortest run ends."""
     digits, unit = score_digits(comparison), comparison.unit(cost)
-    title = f"At {unit.written(comparison.shortest(cost))} {COSTS[cost].name}, where the shortest run ends"
+    title = f"At {unit.written(comparison.shortest(cost))}, the shortest run's end"
     rows = [[score_cell(comparison.at_equal_cost(method, cost), digits)] for method in comparison.methods]
     return Table(title, ["score"], rows)
 
@@ -58,7 +62,7 @@ def to_reach(comparison: Comparison, cost: str, target: float) -> Table:
         told = [Cell(f"{reach.runs} of {len(method.entries)}")] if _has_seeds(comparison) else []
         against = [ratio_cell(reach.against)] if len(comparison.methods) > 1 else []
         rows.append([reach_cell(reach, unit), *told, *against])
-    head = [unit.name, *(["seeds that did"] if _has_seeds(comparison) else []), *(["of the first"] if len(comparison.methods) > 1 else [])]
+    head = [unit.name, *(["seeds"] if _has_seeds(comparison) else []), *(["of the first"] if len(comparison.methods) > 1 else [])]
     return Table(f"To reach {short(target)}", head, rows)
 
 
@@ -88,25 +92,25 @@ def score_digits(comparison: Comparison) -> int:
 
 
 def score_cell(found: Span, digits: int) -> Cell:
-    """0.917 (0.896 to 0.938)."""
-    more = f"({fixed(found.low, digits)} to {fixed(found.high, digits)})" if found.low != found.high else ""
+    """0.917, 0.896 to 0.938."""
+    more = f"{fixed(found.low, digits)} to {fixed(found.high, digits)}" if found.low != found.high else ""
     return Cell(fixed(found.median, digits), more)
 
 
 def cost_cell(found: Span, unit: Unit) -> Cell:
     low, high = (short(end / unit.factor) if math.isfinite(end) else "not reached" for end in (found.low, found.high))
-    return Cell(short(found.median / unit.factor), f"({low} to {high})" if low != high else "")
+    return Cell(short(found.median / unit.factor), f"{low} to {high}" if low != high else "")
 
 
 def reach_cell(reach: Reach, unit: Unit) -> Cell:
     """The cost, or that it was not enough for half of the seeds."""
     if math.isfinite(reach.span.median):
         return cost_cell(reach.span, unit)
-    return Cell("not reached", f"(fastest seed {short(reach.span.low / unit.factor)})" if reach.runs else "")
+    return Cell("not reached", f"fastest seed {short(reach.span.low / unit.factor)}" if reach.runs else "")
 
 
 def ratio_cell(against: Ratio | None) -> Cell:
-    """0.43 × (0.31 to 0.6)."""
+    """0.43 ×, 0.31 to 0.6."""
     if against is None:
         return Cell("1 ×")
     if math.isnan(against.median):
@@ -115,32 +119,37 @@ def ratio_cell(against: Ratio | None) -> Cell:
         return Cell(f"{against.bound} {short(against.median, 2)} ×")
     low = short(against.low, 2) if against.low > 0 else "?"
     high = short(against.high, 2) if math.isfinite(against.high) else "?"
-    return Cell(f"{short(against.median, 2)} ×", f"({low} to {high})" if low != high else "")
+    return Cell(f"{short(against.median, 2)} ×", f"{low} to {high}" if low != high else "")
 
 
-def lead(comparison: Comparison) -> str:
-    """The result in one sentence of plain text, by the leading axis and the highest target that a median reached."""
-    cost, digits = comparison.axes[0], score_digits(comparison)
-    unit, first = comparison.unit(cost), comparison.methods[0]
-    if len(comparison.methods) == 1:
-        return f"{first.label}: the score ended at {' '.join(score_cell(comparison.final(first), digits)).strip()}."
+def lead(comparison: Comparison) -> tuple[str, str]:
+    """The result in a sentence of plain text, by the leading axis and the highest target that a median reached, and a doubt or ""."""
+    digits, methods = score_digits(comparison), comparison.methods
+    if len(methods) == 1:
+        return f"{methods[0].label}: final score {phrase(score_cell(comparison.final(methods[0]), digits))}.", ""
     for target in reversed(comparison.targets):
-        medians = {method.label: comparison.reach(method, cost, target).span.median for method in comparison.methods}
-        fastest = min(medians, key=lambda label: medians[label])
-        if math.isfinite(medians[fastest]):
-            others = f"{first.label} {unit_phrase(medians[first.label], unit)}"
-            if fastest == first.label:
-                label = min((label for label in medians if label != fastest), key=lambda label: medians[label])
-                others = f"{label} {unit_phrase(medians[label], unit)}"
-            return f"{fastest} was first to {short(target)}, after {unit.written(medians[fastest])} {COSTS[cost].name}; {others}."
-    best = max(comparison.methods, key=lambda method: comparison.final(method).median)
-    least = f"No method reached {short(comparison.targets[0])}; " if comparison.targets else ""
-    said = f"the highest final score is that of {best.label}, {fixed(comparison.final(best).median, digits)}."
-    return f"{least}{said}" if least else said[0].upper() + said[1:]
+        spans = {method.label: comparison.reach(method, comparison.axes[0], target).span for method in methods}
+        if any(math.isfinite(found.median) for found in spans.values()):
+            return _first_to(comparison, target, spans)
+    best = max(methods, key=lambda method: comparison.final(method).median)
+    none = f"No method reached {short(comparison.targets[0])}. " if comparison.targets else ""
+    return f"{none}The highest final score is that of {best.label}, {phrase(score_cell(comparison.final(best), digits))}.", ""
 
 
-def unit_phrase(median: float, unit: Unit) -> str:
-    return f"after {unit.written(median)}" if math.isfinite(median) else "did not get there"
+def _first_to(comparison: Comparison, target: float, spans: dict[str, Span]) -> tuple[str, str]:
+    cost = comparison.axes[0]
+    unit, baseline = comparison.unit(cost), comparison.methods[0].label
+    fastest, second = sorted(spans, key=lambda label: (spans[label].median, spans[label].low))[:2]
+    other = second if fastest == baseline else baseline
+    took = f"after {unit.written(spans[other].median)}" if math.isfinite(spans[other].median) else "did not get there"
+    said = f"{fastest} was first to {short(target)}, after {unit.written(spans[fastest].median)} {COSTS[cost].name}; {other} {took}."
+    overlap = spans[second].low <= spans[fastest].high
+    return said, f"Seeds of {fastest} and {second} overlap, so that their order may be chance." if overlap else ""
+
+
+def phrase(cell: Cell) -> str:
+    """0.917 (0.896 to 0.938)."""
+    return f"{cell.main} ({cell.more})" if cell.more else cell.main
 
 
 def counts(comparison: Comparison) -> str:

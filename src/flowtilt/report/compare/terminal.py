@@ -2,7 +2,7 @@
 
 from flowtilt.columns import aligned, wrapped
 from flowtilt.report.compare.comparison import Comparison
-from flowtilt.report.compare.tables import Table, at_equal_cost, lead, reached, to_reach
+from flowtilt.report.compare.tables import Table, at_equal_cost, lead, phrase, scores, to_reach, totals
 
 LONGEST = 48
 """Letters of a method's name."""
@@ -11,14 +11,15 @@ LONGEST = 48
 def text(comparison: Comparison) -> str:
     """The notes, the tables on the leading axis, and the result in one sentence."""
     cost = comparison.axes[0]
-    tables = [reached(comparison), at_equal_cost(comparison, cost), *(to_reach(comparison, cost, target) for target in comparison.targets)]
+    reaches = [to_reach(comparison, cost, target) for target in comparison.targets]
+    tables = [scores(comparison), totals(comparison), at_equal_cost(comparison, cost), *reaches]
     names = [_cut(method.label) for method in comparison.methods]
     blocks = ["\n".join(line for note in comparison.notes for line in wrapped(f"note: {note}", ""))] if comparison.notes else []
-    return "\n\n".join([*blocks, *(_block(table, names) for table in tables), "\n".join(wrapped(lead(comparison), ""))])
+    return "\n\n".join([*blocks, *(_block(table, names) for table in tables), "\n".join(wrapped(" ".join(lead(comparison)).rstrip(), ""))])
 
 
 def _block(table: Table, names: list[str]) -> str:
-    rows = [[f"{cell.main} {cell.more}".rstrip() for cell in row] for row in table.rows]
+    rows = [[phrase(cell) for cell in row] for row in table.rows]
     title = [table.title] if table.title else []
     return "\n".join([*title, aligned([["method", *table.head], *([name, *row] for name, row in zip(names, rows, strict=True))])])
 
