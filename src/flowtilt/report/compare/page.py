@@ -32,11 +32,7 @@ def _headline(comparison: Comparison) -> str:
 def _sections(comparison: Comparison) -> str:
     parts = [
         ("curves", "Score for compute", _legend(comparison) + _tabs(comparison)),
-        (
-            "table",
-            "What each method reached and spent",
-            _side_by_side(comparison, [reached(comparison)]) + f"<p>{_reading(comparison)}</p>",
-        ),
+        ("table", "What each method reached and spent", _reached(comparison)),
         ("samples", "From the same noise", _samples(comparison)),
         ("guards", "Guards", _guards(comparison)),
         ("settings", "What differs", _settings(comparison)),
