@@ -12,10 +12,11 @@ from flowtilt.report.numbers import Array, number, short
 
 @dataclass(frozen=True)
 class Cost:
-    """One axis: the key of metrics.jsonl that counts it since the start of a run, and what it is called."""
+    """One axis: the key of metrics.jsonl that counts it since the start of a run, its name, what stands behind a number of it."""
 
     key: str
     name: str
+    behind: str
     counted: str
 
 
@@ -23,10 +24,16 @@ COSTS = {
     "evaluations": Cost(
         "network_evaluations",
         "network evaluations",
+        "network evaluations",
         "One image through the network once counts one, a backward pass two more; evaluations of the score are not counted.",
     ),
-    "seconds": Cost("seconds", "seconds of training", "Training alone, without evaluations, checkpoints and loading."),
-    "steps": Cost("optimizer_step", "optimizer steps", "Steps of AdamW, however many a rollout has and however many images each sees."),
+    "seconds": Cost("seconds", "seconds of training", "of training", "Training alone, without evaluations, checkpoints and loading."),
+    "steps": Cost(
+        "optimizer_step",
+        "optimizer steps",
+        "optimizer steps",
+        "Steps of AdamW, however many images each of them sees.",
+    ),
 }
 
 

@@ -12,7 +12,6 @@ from flowtilt.report.compare.costs import COSTS, Unit, spent
 from flowtilt.report.compare.methods import Method
 from flowtilt.report.compare.spans import Ribbon, Span, ribbon
 from flowtilt.report.compare.tables import phrase, score_cell, score_digits
-from flowtilt.report.loading import Record
 from flowtilt.report.numbers import fixed, number, short
 
 TONES = 7
@@ -81,8 +80,9 @@ class _Pen:
                 x = spent(entry.run, self.cost, np.array([number(guard, "step")]))
                 if np.isfinite(x).all():
                     y = float(np.interp(x[0], *entry.line(self.cost)))
-                    name = f"{self.method.label}, seed {entry.seed}"
-                    found.append(Flag(float(x[0]) / self.unit.factor, y, guard_text(guard, name), self.tone))
+                    whose = f"{self.method.label}, seed {entry.seed}"
+                    text = f"{guard.get('guard', 'guard')} at rollout {number(guard, 'step'):,.0f} ({whose}): {guard.get('message', '')}"
+                    found.append(Flag(float(x[0]) / self.unit.factor, y, text, self.tone))
         return found
 
     def spoken(self) -> str:
@@ -92,9 +92,4 @@ class _Pen:
         return f"{self.method.label}: {' to '.join(ends)}"
 
     def _read(self, score: str, cost: float) -> str:
-        return f"{self.method.label} · {score} · {self.unit.written(cost)} {COSTS[self.cost].name}"
-
-
-def guard_text(guard: Record, whose: str) -> str:
-    """Which guard fired, when, in what run, and what it said."""
-    return f"{guard.get('guard', 'guard')} at rollout {number(guard, 'step'):,.0f} ({whose}): {guard.get('message', '')}"
+        return f"{self.method.label} · {score} · {self.unit.written(cost)} {COSTS[self.cost].behind}"

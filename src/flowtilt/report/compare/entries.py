@@ -54,15 +54,18 @@ class Entry:
         name = judged.partition("/")[0]
         settings = recipe.reward_table().get(name)
         judge = settings.model_dump(exclude={"weight"}) if settings else {"source": name, "compat": False, "options": {}}
-        drawn = e.model_dump(include={"solver", "steps", "guidance"})
-        evaluate = {"prompts": e.prompts or recipe.prompts, "rewards": judged, "images": self._images(), **drawn}
+        drawn = e.model_dump(include={"images", "solver", "steps", "guidance"})
+        evaluate = {"prompts": e.prompts or recipe.prompts, "rewards": judged, **drawn}
         return dict(flat({"model": recipe.model.model_dump(mode="json"), "evaluate": evaluate, "judge": judge}))
 
-    def _images(self) -> int | str:
-        """The number of images of its evaluations: what a resumed run changed on its way is told as "24, then 240"."""
-        counts = [int(number(record, "images")) for record in self.run.evaluations if number(record, "images") >= 1]
-        found = list(dict.fromkeys(counts)) or [self.recipe.evaluate.images]
-        return found[0] if len(found) == 1 else ", then ".join(map(str, found))
+    @property
+    def switches(self) -> list[str]:
+        """What was changed of its evaluations when it was resumed, a clause each."""
+        found = []
+        for key, name in (("column", "evaluate.rewards"), ("images", "evaluate.images")):
+            values = list(dict.fromkeys(str(record[key]) for record in self.run.evaluations if key in record))
+            found += [f"{name} is {', then '.join(values)} within {self.folder}"] if len(values) > 1 else []
+        return found
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -102,15 +105,8 @@ def odd_protocols(entries: Sequence[Entry]) -> list[str]:
     first, found = entries[0], []
     for key in differing([entry.protocol for entry in entries]):
         other = next(entry for entry in entries if entry.protocol.get(key) != first.protocol.get(key))
-        found.append(f"{key} is {_said(first, key)} in {first.folder} and {_said(other, key)} in {other.folder}")
-    for entry in entries:
-        if isinstance(images := entry.protocol["evaluate.images"], str) and "then" in images:
-            found.append(f"evaluate.images is {images} within {entry.folder}")
-    return found
-
-
-def _said(entry: Entry, key: str) -> str:
-    return plain(entry.protocol.get(key))
+        found.append(f"{key} is {plain(first.protocol.get(key))} in {first.folder} and {plain(other.protocol.get(key))} in {other.folder}")
+    return found + [clause for entry in entries for clause in entry.switches]
 
 
 def plain(value: str | None) -> str:

@@ -5,12 +5,13 @@ from html import escape
 
 from flowtilt.report.compare.comparison import Comparison
 from flowtilt.report.compare.costs import COSTS
-from flowtilt.report.compare.curves import guard_text, score_chart, tone
+from flowtilt.report.compare.curves import score_chart, tone
 from flowtilt.report.compare.entries import Entry
-from flowtilt.report.compare.tables import Cell, Table, at_equal_cost, counts, lead, scores, settings, to_reach, totals
+from flowtilt.report.compare.tables import Cell, Table, by_cost, counts, lead, scores, settings, totals
 from flowtilt.report.document import document, section
 from flowtilt.report.grids import Column, sample_cards
 from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
+from flowtilt.report.numbers import number
 from flowtilt.report.verdict import score_name
 
 
@@ -63,8 +64,8 @@ def _tabs(comparison: Comparison) -> str:
     for cost in comparison.axes:
         chosen = " checked" if cost == comparison.axes[0] else ""
         buttons.append(f'<input type="radio" name="axis" id="by-{cost}"{chosen}><label for="by-{cost}">{COSTS[cost].name}</label>')
-        tables = [*(to_reach(comparison, cost, target) for target in comparison.targets), at_equal_cost(comparison, cost)]
-        below = f"<p>{COSTS[cost].counted}</p>{_side_by_side(comparison, tables)}"
+        tables = by_cost(comparison, cost)
+        below = f"<p>{COSTS[cost].counted}</p>{_side_by_side(comparison, tables) if tables else ''}"
         panels.append(f'<div class="panel by-{cost}">{score_chart(comparison, cost)}{below}</div>')
     # hidden panels follow the buttons, which is all that the style sheet needs to show one of them
     return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
@@ -126,11 +127,15 @@ def _columns(comparison: Comparison, chosen: Sequence[Entry]) -> list[Column]:
 
 
 def _guards(comparison: Comparison) -> str:
+    """What the guards said, once for all seeds of a method that heard the same."""
+    heard: dict[tuple[str, str, str], list[str]] = {}
+    for method in comparison.methods:
+        for entry in method.entries:
+            for guard in entry.run.guards:
+                same = (method.label, str(guard.get("guard", "guard")), str(guard.get("message", "")))
+                heard.setdefault(same, []).append(f"seed {entry.seed} at rollout {number(guard, 'step'):,.0f}")
     rows = [
-        f"<li>{escape(guard_text(guard, f'{method.label}, seed {entry.seed}'))}</li>"
-        for method in comparison.methods
-        for entry in method.entries
-        for guard in entry.run.guards
+        f"<li><b>{escape(f'{name}, {label}')}</b>, {', '.join(when)}: {escape(said)}</li>" for (label, name, said), when in heard.items()
     ]
     return f'<ul class="guards">{"".join(rows)}</ul>' if rows else none_yet("No guard fired.")
 
@@ -164,6 +169,6 @@ def _rules(comparison: Comparison) -> str:
 
 
 def _protocol(comparison: Comparison) -> str:
-    folders = {f"{method.label}, seed {entry.seed}": str(entry.folder) for method in comparison.methods for entry in method.entries}
+    folders = {str(entry.folder): f"{method.label}, seed {entry.seed}" for method in comparison.methods for entry in method.entries}
     alike = "" if comparison.odd else folded("How all runs are judged", flat_table("Protocol", comparison.entries[0].protocol))
     return alike + folded("Runs", flat_table("Runs", folders))

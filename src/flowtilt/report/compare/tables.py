@@ -45,7 +45,13 @@ def totals(comparison: Comparison) -> Table:
     return Table("", [unit.name for unit in units.values()], rows)
 
 
-def at_equal_cost(comparison: Comparison, cost: str) -> Table:
+def by_cost(comparison: Comparison, cost: str) -> list[Table]:
+    """What each target took, and the score at equal cost where there are methods to compare."""
+    found = [_to_reach(comparison, cost, target) for target in comparison.targets]
+    return found + ([_at_equal_cost(comparison, cost)] if len(comparison.methods) > 1 else [])
+
+
+def _at_equal_cost(comparison: Comparison, cost: str) -> Table:
     """Score at the cost where the shortest run ends."""
     digits, unit = score_digits(comparison), comparison.unit(cost)
     title = f"At {unit.written(comparison.shortest(cost))}, the shortest run's end"
@@ -53,7 +59,7 @@ def at_equal_cost(comparison: Comparison, cost: str) -> Table:
     return Table(title, ["score"], rows)
 
 
-def to_reach(comparison: Comparison, cost: str, target: float) -> Table:
+def _to_reach(comparison: Comparison, cost: str, target: float) -> Table:
     """What it took to reach a target."""
     unit = comparison.unit(cost)
     rows = []
@@ -142,7 +148,7 @@ def _first_to(comparison: Comparison, target: float, spans: dict[str, Span]) -> 
     fastest, second = sorted(spans, key=lambda label: (spans[label].median, spans[label].low))[:2]
     other = second if fastest == baseline else baseline
     took = f"after {unit.written(spans[other].median)}" if math.isfinite(spans[other].median) else "did not get there"
-    said = f"{fastest} was first to {short(target)}, after {unit.written(spans[fastest].median)} {COSTS[cost].name}; {other} {took}."
+    said = f"{fastest} was first to {short(target)}, after {unit.written(spans[fastest].median)} {COSTS[cost].behind}; {other} {took}."
     overlap = spans[second].low <= spans[fastest].high
     return said, f"Seeds of {fastest} and {second} overlap, so that their order may be chance." if overlap else ""
 

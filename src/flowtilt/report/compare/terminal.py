@@ -2,7 +2,7 @@
 
 from flowtilt.columns import aligned, wrapped
 from flowtilt.report.compare.comparison import Comparison
-from flowtilt.report.compare.tables import Table, at_equal_cost, lead, phrase, scores, to_reach, totals
+from flowtilt.report.compare.tables import Table, by_cost, lead, phrase, scores, totals
 
 LONGEST = 48
 """Letters of a method's name."""
@@ -10,12 +10,11 @@ LONGEST = 48
 
 def text(comparison: Comparison) -> str:
     """The notes, the tables on the leading axis, and the result in one sentence."""
-    cost = comparison.axes[0]
-    reaches = [to_reach(comparison, cost, target) for target in comparison.targets]
-    tables = [scores(comparison), totals(comparison), at_equal_cost(comparison, cost), *reaches]
+    tables = [scores(comparison), totals(comparison), *by_cost(comparison, comparison.axes[0])]
     names = [_cut(method.label) for method in comparison.methods]
     blocks = ["\n".join(line for note in comparison.notes for line in wrapped(f"note: {note}", ""))] if comparison.notes else []
-    return "\n\n".join([*blocks, *(_block(table, names) for table in tables), "\n".join(wrapped(" ".join(lead(comparison)).rstrip(), ""))])
+    said = "\n".join(wrapped(" ".join(lead(comparison)).rstrip(), ""))
+    return _safe("\n\n".join([*blocks, *(_block(table, names) for table in tables), said]))
 
 
 def _block(table: Table, names: list[str]) -> str:
@@ -25,5 +24,10 @@ def _block(table: Table, names: list[str]) -> str:
 
 
 def _cut(name: str) -> str:
-    plain = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return plain if len(plain) <= LONGEST else plain[: LONGEST - 3] + "..."
+    return name if len(name) <= LONGEST else name[: LONGEST - 3] + "..."
+
+
+def _safe(text: str) -> str:
+    """What a terminal would obey instead of showing is replaced, and what it may lack."""
+    plain = text.replace("×", "x").replace("–", "-")
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in plain)
