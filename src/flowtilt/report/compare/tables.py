@@ -137,9 +137,12 @@ def lead(comparison: Comparison) -> tuple[str, str]:
         spans = {method.label: comparison.reach(method, comparison.axes[0], target).span for method in methods}
         if any(math.isfinite(found.median) for found in spans.values()):
             return _first_to(comparison, target, spans)
-    best = max(methods, key=lambda method: comparison.final(method).median)
+    finals = {method.label: comparison.final(method) for method in methods}
+    highest = max(finals.values(), key=lambda found: found.median)
+    best = [label for label, found in finals.items() if found.median == highest.median]
+    said = f"{' and '.join(best)}, {phrase(score_cell(highest, digits))}."
     none = f"No method reached {short(comparison.targets[0])}. " if comparison.targets else ""
-    return f"{none}The highest final score is that of {best.label}, {phrase(score_cell(comparison.final(best), digits))}.", ""
+    return f"{none}The highest final score is that of {said}", ""
 
 
 def _first_to(comparison: Comparison, target: float, spans: dict[str, Span]) -> tuple[str, str]:
