@@ -137,8 +137,8 @@ def round_target(methods: Sequence[Method]) -> list[float]:
     if reached <= base:
         return []
     step = nice_step(reached - base, 10)
-    target = round(step * math.floor(reached / step + 1e-9), 12)
-    return [target] if target > base else []
+    # a step is at most a quarter of the way, so what is rounded down is still above the base
+    return [round(step * math.floor(reached / step + 1e-9), 12)]
 
 
 def _costs(method: Method, cost: str, target: float) -> tuple[Array, Array]:
