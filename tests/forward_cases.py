@@ -81,5 +81,5 @@ class LinearPolicy:
 def policy_and_batch(**weights: float) -> tuple[LinearPolicy, TrainingBatch]:
     case = draw()
     policy = LinearPolicy({role: torch.tensor(w, dtype=torch.float64, requires_grad=role == "current") for role, w in weights.items()})
-    conditioning = Conditioning({"c": torch.zeros(N, 1)})
+    conditioning = Conditioning({"c": torch.zeros(N, 1)}, torch.arange(N))
     return policy, TrainingBatch(case.x0, case.eps, case.t, torch.linspace(-6, 6, N, dtype=torch.float64), conditioning)

@@ -58,8 +58,8 @@ def test_the_kept_steps_are_those_that_were_taken(trainer):
 
 def test_an_image_and_its_way_do_not_depend_on_the_batch(trainer):
     whole, parts = (drawn(trainer, Sampler("dpm2", 5, guidance), range(5), size=size) for guidance, size in ((2.0, 8), (2.0, 2)))
-    torch.testing.assert_close(whole[2][0], parts[2][0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(whole[2][1].states, parts[2][1].states, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole[2][0], parts[2][0], atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(whole[2][1].states, parts[2][1].states, atol=5e-5, rtol=1e-4)
 
 
 def test_without_noise_it_is_the_ode(trainer):
@@ -161,7 +161,7 @@ def test_a_run_learns_counts_its_cost_and_resumes_to_the_bit(tmp_path):
 )
 def test_what_it_cannot_do_is_said_when_the_recipe_is_read(tmp_path, override, said):
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
-        grpo(tmp_path / "run", *override.replace("] ", "]|").replace(", ", ",").split())
+        grpo(tmp_path / "run", *override.replace(", ", ",").split())
     assert not (tmp_path / "run").exists()
 
 

@@ -29,6 +29,7 @@ def test_the_wheel_is_small_and_holds_weights_recipes_and_the_reports_style(whee
         "report/page.css",
         "report/page.js",
         "report/evaluation.css",
+        "report/compare.css",
     ):
         assert f"flowtilt/{inside}" in names
     assert sum(name.endswith(".safetensors") for name in names) == 5

@@ -6,7 +6,7 @@ the paper, its code and flowtilt differ.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 
 class Settings(BaseModel):
@@ -129,8 +129,15 @@ class GRPOSettings(Settings):
     """Rollouts after which a sliding window moves on by one step."""
     span: tuple[int, int] | None = None
     """First step that may be stochastic and one past the last; none leaves out only the last step, which follows the ODE."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantages beyond this many standard deviations count as this many."""
     guard: bool = False
     """GRPO-Guard (arXiv 2510.22319): one distribution of ratios and one weight for all steps; wants a clip_range of its own."""
+
+    @field_validator("span", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # TOML's arrays are lists
 
     @property
     def reference(self) -> bool:

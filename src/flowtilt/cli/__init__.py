@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from flowtilt.cli import evaluate, export, plan, rewards, train
+from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.errors import UserError
 
 EPILOG = """examples:
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, plan, evaluate, rewards, export):
+    for module in (train, plan, compare, evaluate, rewards, export):
         module.add(commands)
     return top
 

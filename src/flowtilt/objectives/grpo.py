@@ -134,6 +134,7 @@ class GRPO:
     window_size: int
     window_every: int
     span: tuple[int, int] | None
+    advantage_clip: float
     guard: bool
 
     drops_flat: ClassVar[bool] = True
@@ -158,12 +159,13 @@ class GRPO:
         same = policy.equal("old", "current")
         # the stored ones went through other batches: with equal weights the ratio is 1, not nearly 1
         log_old, mean_old = (log_new.detach(), mean.detach()) if same else (batch.log_prob, batch.mean)
+        advantages = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
         if self.guard:
-            log_ratio = guard_log_ratio(log_new, log_old, mean, mean_old, std)
-            loss = guard_loss(log_ratio, batch.advantages, self.clip_range, batch.sigma_next - batch.sigma)
+            log_ratio = guard_log_ratio(batch.x_next, mean, mean_old, std)
+            loss = guard_loss(log_ratio, advantages, self.clip_range, batch.sigma_next - batch.sigma)
         else:
             log_ratio = log_new - log_old
-            loss = grpo_loss(log_new, log_old, batch.advantages, self.clip_range)
+            loss = grpo_loss(log_new, log_old, advantages, self.clip_range)
         off = (log_ratio.detach().exp() - 1).abs()
         metrics = {"ratio_off": off, "clip_fraction": (off > self.clip_range).float()}
         if self.kl:

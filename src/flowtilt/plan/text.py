@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from flowtilt.columns import aligned, wrapped
 from flowtilt.plan.memory import CONTEXT, GIB, SPARE
 from flowtilt.plan.meter import added
 from flowtilt.plan.plan import Plan
@@ -16,12 +17,12 @@ def table(plan: Plan) -> str:
     shapes = f"shapes: {plan.costs.source}; images of {plan.costs.resolution} pixels; base in {plan.costs.dtype}"
     return "\n\n".join(
         [
-            "\n".join([head, *_wrapped(shapes, "")]),
+            "\n".join([head, *wrapped(shapes, "")]),
             _parameters(plan),
             _memory(plan),
             _work(plan),
             "\n".join(_notes(plan)),
-            "\n".join(_wrapped(summary(plan), "")),
+            "\n".join(wrapped(summary(plan), "")),
         ]
     )
 
@@ -46,7 +47,7 @@ def summary(plan: Plan) -> str:
 def _parameters(plan: Plan) -> str:
     rows = [["parameters", "millions", "GiB"]]
     rows += [[name, f"{found.number / 1e6:,.1f}", f"{found.bytes / GIB:.2f}"] for name, found in plan.weights.items()]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _memory(plan: Plan) -> str:
@@ -57,12 +58,12 @@ def _memory(plan: Plan) -> str:
         rows.append([phase.name, *(f"{cell / GIB:.2f}" for cell in cells)])
     said = "resident: " + ", ".join(f"{what} {count / GIB:.2f}" for what, count in plan.resident.items() if count >= 0.005 * GIB)
     held = [f"{what} {_bytes(count)}" for what, count in plan.peak.held.items()]
-    lines = _wrapped(said) + _wrapped(f"held in {plan.peak.name}: {', '.join(held)}")
+    lines = wrapped(said) + wrapped(f"held in {plan.peak.name}: {', '.join(held)}")
     chosen = "given" if isinstance(plan.recipe.micro_batch, int) else "auto"
     spare = f"{100 * SPARE:.0f} % of {plan.machine.gib:.4g} GiB are left to what is not modelled"
     saved = f"training keeps {_bytes(plan.costs.train.each.saved)} of a row until its backward pass"
-    lines += _wrapped(f"micro-batch {plan.micro_batch} ({chosen}); {saved}; {spare}")
-    return "\n".join([_aligned(rows), *lines])
+    lines += wrapped(f"micro-batch {plan.micro_batch} ({chosen}); {saved}; {spare}")
+    return "\n".join([aligned(rows), *lines])
 
 
 def _work(plan: Plan) -> str:
@@ -84,7 +85,7 @@ def _work(plan: Plan) -> str:
         f"a rollout: {one}, {time}; {plan.evaluations} evaluations of {plan.recipe.evaluate.images} images",
         f"time by precision: {spent}",
     ]
-    return "\n".join([_aligned(rows), *(line for text in said for line in _wrapped(text))])
+    return "\n".join([aligned(rows), *(line for text in said for line in wrapped(text))])
 
 
 def _notes(plan: Plan) -> Sequence[str]:
@@ -93,7 +94,7 @@ def _notes(plan: Plan) -> Sequence[str]:
         f"{CONTEXT / GIB:g} GiB for the CUDA context"
     )
     beside = [f"not counted, reward {name}: {why}" for name, why in plan.beside.items()]
-    return [line for note in (assumed, *beside) for line in _wrapped(note, "")]
+    return [line for note in (assumed, *beside) for line in wrapped(note, "")]
 
 
 def amount(number: float) -> str:
@@ -127,19 +128,3 @@ def _rounded(number: float) -> str:
 
 def _bytes(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.2f} MiB"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _wrapped(text: str, indent: str = "  ") -> list[str]:
-    from textwrap import wrap
-
-    return wrap(text, 110, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)

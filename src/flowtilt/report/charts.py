@@ -20,7 +20,10 @@ LETTER = 2.2  # width of a digit in percent of a plot on a telephone, about 300 
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve: x and y [N]; NaN is a gap. `band` is (low, high) [N]; `read` [N] are the texts shown on hovering."""
+    """One curve: x and y [N]; NaN is a gap. `band` is (low, high) [N]; `read` [N] are the texts shown on hovering.
+
+    `tone` is a class of the style sheet that gives the curve a colour of its own.
+    """
 
     x: Array
     y: Array
@@ -28,11 +31,25 @@ class Curve:
     dots: bool = False
     band: tuple[Array, Array] | None = None
     read: Sequence[str] = ()
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A guard that fired, as a mark on a curve."""
+
+    x: float
+    y: float
+    text: str
+    tone: str
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on common axes. `label` is what a screen reader says; `marks` are (x, text) of guards that fired."""
+    """Curves on common axes. `label` is what a screen reader says; `marks` are (x, text) of guards that fired.
+
+    Where there are several runs, their guards are `flags` on the curves instead. `levels` are (y, text) of scores to reach.
+    """
 
     label: str
     curves: Sequence[Curve]
@@ -41,6 +58,8 @@ class Chart:
     x_unit: str = ""
     steps: Sequence[tuple[float, str]] = ()  # a second row of x ticks
     marks: Sequence[tuple[float, str]] = field(default=())
+    flags: Sequence[Flag] = ()
+    levels: Sequence[tuple[float, str]] = ()
     height: int = 230  # px
     points: int = 400  # a curve, about; longer ones are thinned
 
@@ -50,12 +69,14 @@ class Chart:
         below = 12 + 18 * (1 + bool(self.steps))
         parts = [
             self._grid(),
-            *(self._band(c) for c in self.curves),
-            *(self._line(c) for c in self.curves),
+            *(_toned(c, self._band(c)) for c in self.curves),
+            self._levels(),
+            *(_toned(c, self._line(c)) for c in self.curves),
             self._marks(),
+            self._flags(),
             self._x_labels(),
         ]
-        reads = next((self._reads(c) for c in self.curves if c.read), "")
+        reads = self._reads([c for c in self.curves if c.read])
         return (
             f'<div class="plot" style="height:{self.height}px;margin:10px 18px {below}px {gutter}px"{reads}>'
             f'<svg role="img" aria-label="{escape(self.label)}">{"".join(parts)}</svg></div>'
@@ -93,6 +114,20 @@ class Chart:
             for x, text in placed
         )
 
+    def _levels(self) -> str:
+        placed = [(_p(100 - self.y.percent(y)), escape(text)) for y, text in self.levels]
+        return "".join(
+            f'<g class="level"><line x2="100%" y1="{y}" y2="{y}"/><text x="4" y="{y}" dy="-5">{text}</text></g>' for y, text in placed
+        )
+
+    def _flags(self) -> str:
+        placed = [(flag, _p(self.x.percent(flag.x)), _p(100 - self.y.percent(flag.y))) for flag in self.flags]
+        return "".join(
+            f'<g class="flag {flag.tone}"><title>{escape(flag.text)}</title>'
+            f'<svg x="{x}" y="{y}" width="1" height="1"><path d="M0-7L6.5 4.5L-6.5 4.5Z"/></svg></g>'
+            for flag, x, y in placed
+        )
+
     def _points(self, curve: Curve, ys: Array) -> list[tuple[float, float]]:
         """Percent from the left and from the top, NaN where there is a gap."""
         return [(self.x.percent(float(curve.x[i])), 100 - self.y.percent(float(ys[i]))) for i in thin(curve.y, self.points)]
@@ -117,14 +152,21 @@ class Chart:
             shapes.append("M" + "L".join(_xy(point) for point in outline) + "Z")
         return _stretched(f'<path class="band" d="{"".join(shapes)}"/>') if shapes else ""
 
-    def _reads(self, curve: Curve) -> str:
-        texts = [curve.read[i] for i in thin(curve.y, self.points)]
-        points = [
-            (round(x, 2), round(y, 2), text)
-            for (x, y), text in zip(self._points(curve, curve.y), texts, strict=True)
-            if math.isfinite(x + y)
-        ]
-        return f' data-read="{escape(json.dumps(points, ensure_ascii=False, separators=(",", ":")))}"'
+    def _reads(self, curves: Sequence[Curve]) -> str:
+        points = []
+        for curve in curves:
+            texts = [curve.read[i] for i in thin(curve.y, self.points)]
+            placed = zip(self._points(curve, curve.y), texts, strict=True)
+            points += [(round(x, 2), round(y, 2), text) for (x, y), text in placed if math.isfinite(x + y)]
+        if not curves:
+            return ""
+        # among several curves the nearest point counts, of one the nearest to the left or right
+        several = " data-several" if len(curves) > 1 else ""
+        return f'{several} data-read="{escape(json.dumps(points, ensure_ascii=False, separators=(",", ":")))}"'
+
+
+def _toned(curve: Curve, drawn: str) -> str:
+    return f'<g class="{curve.tone}">{drawn}</g>' if curve.tone and drawn else drawn
 
 
 def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:

@@ -39,6 +39,11 @@ class Clock:
         return tuple((self.at(step), label) for step, label in round_ticks(0.0, last, max(1.0, nice_step(last, count))))
 
 
+def time_unit(longest: float) -> tuple[str, float]:
+    """The unit in which so many seconds read well, and its seconds."""
+    return ("s", 1.0) if longest < 300 else ("min", 60.0) if longest < 3 * 3600 else ("h", 3600.0)
+
+
 def clock(run: Run) -> Clock:
     """The clock of a run, from all records that carry both a step and the seconds of training."""
     records = [(int(r["step"]), number(r, "seconds")) for r in (*run.evaluations, *run.metrics)]
@@ -47,7 +52,7 @@ def clock(run: Run) -> Clock:
     if longest <= 0:
         steps = np.array(sorted({0} | {step for step, _ in records}), dtype=float)
         return Clock(steps, steps, "step", math.nan)
-    unit, scale = ("s", 1.0) if longest < 300 else ("min", 60.0) if longest < 3 * 3600 else ("h", 3600.0)
+    unit, scale = time_unit(longest)
     # whatever the files say, time does not run backwards
     times = np.maximum.accumulate(np.array(list(timed.values())) / scale)
     return Clock(np.array(list(timed), dtype=float), times, unit, scale)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,31 +16,44 @@ MOST_COLUMNS = 4
 MOST_ROWS = 32
 
 
+class Column(NamedTuple):
+    """The samples that stand below each other: their name, how a sentence says where they come from, and their colour's class."""
+
+    name: str
+    samples: list[Sample]
+    said: str
+    tone: str = ""
+
+
 def sample_grid(run: Run) -> str:
     """One card a prompt, with an image a column; a sentence where no samples were kept."""
     if not run.samples:
         return none_yet("No samples yet: the first are kept with the first evaluation.")
     steps = _evenly(list(run.samples), MOST_COLUMNS)
-    columns = {step: run.samples[step] for step in steps}
-    names = _column_names(steps, run.finished)
+    named = zip(steps, _column_names(steps, run.finished), strict=True)
+    return sample_cards([Column(name, run.samples[step], f"at {name}" if name.startswith("step") else name) for step, name in named])
+
+
+def sample_cards(columns: Sequence[Column]) -> str:
+    """One card a prompt, with an image of each column; what is of another prompt than the first in its place is left out."""
     judged = _is_judged(columns)
-    length = max(map(len, columns.values()))
+    length = max(len(column.samples) for column in columns)
     shown = _evenly(list(range(length)), MOST_ROWS)
-    images = {(step, row): embed(samples[row].path) for step, samples in columns.items() for row in shown if row < len(samples)}
+    images = {(k, row): embed(c.samples[row].path) for k, c in enumerate(columns) for row in shown if row < len(c.samples)}
     large = any(image is not None and not image.is_pixel_art for image in images.values())
     cards = []
     for row in shown:
-        first = next(samples[row] for samples in columns.values() if row < len(samples))
+        first = next(column.samples[row] for column in columns if row < len(column.samples))
         shots = []
-        for step, name in zip(steps, names, strict=True):
-            sample = columns[step][row] if row < len(columns[step]) else None
+        for k, column in enumerate(columns):
+            sample = column.samples[row] if row < len(column.samples) else None
             # another prompt in this place would be compared with what it has nothing to do with
             same = sample is not None and sample.prompt == first.prompt
-            shots.append(_shot(name, sample if same else None, images.get((step, row)) if same else None, judged))
+            shots.append(_shot(column, sample if same else None, images.get((k, row)) if same else None, judged))
         cards.append(_card(first, shots, large))
     left_out = f"<p>{len(shown)} of {length} prompts are shown, evenly chosen.</p>" if len(shown) < length else ""
     look = "cards large" if large else "cards"
-    return f'{_tally(columns, names) if judged else ""}{left_out}<div class="{look}" style="--columns:{len(steps)}">{"".join(cards)}</div>'
+    return f'{_tally(columns) if judged else ""}{left_out}<div class="{look}" style="--columns:{len(columns)}">{"".join(cards)}</div>'
 
 
 def _evenly(values: list[int], most: int) -> list[int]:
@@ -58,9 +72,9 @@ def _column_names(steps: Sequence[int], finished: bool) -> list[str]:
     return names
 
 
-def _is_judged(columns: dict[int, list[Sample]]) -> bool:
+def _is_judged(columns: Sequence[Column]) -> bool:
     """Whether images are right or wrong here; a score of taste has neither a note nor a full mark."""
-    samples = [sample for column in columns.values() for sample in column]
+    samples = [sample for column in columns for sample in column.samples]
     return any(sample.note for sample in samples) or all(sample.score in (0, 1) for sample in samples)
 
 
@@ -68,12 +82,9 @@ def _is_right(sample: Sample) -> bool | None:
     return None if math.isnan(sample.score) and not sample.note else not sample.note and sample.score > 0
 
 
-def _tally(columns: dict[int, list[Sample]], names: Sequence[str]) -> str:
-    counts = [(sum(_is_right(sample) is True for sample in column), len(column)) for column in columns.values()]
-    said = ", ".join(
-        f"{right} of {n} {'at ' if name.startswith('step') else ''}{name}" for (right, n), name in zip(counts, names, strict=True)
-    )
-    return f"<p>Right: {said}.</p>"
+def _tally(columns: Sequence[Column]) -> str:
+    counts = [f"{sum(_is_right(sample) is True for sample in c.samples)} of {len(c.samples)} {escape(c.said)}" for c in columns]
+    return f"<p>Right: {', '.join(counts)}.</p>"
 
 
 def _card(sample: Sample, shots: Sequence[str], large: bool) -> str:
@@ -86,15 +97,16 @@ def _card(sample: Sample, shots: Sequence[str], large: bool) -> str:
     )
 
 
-def _shot(name: str, sample: Sample | None, image: Embedded | None, judged: bool) -> str:
+def _shot(column: Column, sample: Sample | None, image: Embedded | None, judged: bool) -> str:
     verdict, said = _verdict(sample, judged)
     if sample is None or image is None:
         picture = '<div class="missing">no image</div>'
     else:
         look = "pixels" if image.is_pixel_art else "photo"
-        alt = escape(f"{sample.prompt}, {name}{said}")
+        alt = escape(f"{sample.prompt}, {column.name}{said}")
         picture = f'<img class="{look}" src="{image.url}" width="{image.width}" height="{image.height}" alt="{alt}">'
-    return f'<div class="shot">{picture}<p><span class="when">{name}</span>{verdict}</p></div>'
+    look, name = f"shot {column.tone}".rstrip(), escape(column.name)
+    return f'<div class="{look}">{picture}<p><span class="when" title="{name}">{name}</span>{verdict}</p></div>'
 
 
 def _verdict(sample: Sample | None, judged: bool) -> tuple[str, str]:

@@ -23,16 +23,17 @@ def folded(summary: str, inner: str) -> str:
 
 def flat_table(label: str, tree: Mapping[str, Any]) -> str:
     """A table of keys and values of any JSON; what lies deeper has its path for a key: versions.torch."""
-    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in _flat(tree))
+    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in flat(tree))
     return scrolling(label, f"<table>{rows}</table>")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """The leaves of any JSON, (path, text), a path being versions.torch."""
     found: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             value = {str(place): part for place, part in enumerate(value)}
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", _plain(value))]
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", _plain(value))]
     return found
 
 

@@ -10,8 +10,10 @@ for (const plot of document.querySelectorAll(".plot[data-read]")) {
   plot.append(dot, tip);
   plot.addEventListener("pointermove", (event) => {
     const box = plot.getBoundingClientRect();
-    const at = (100 * (event.clientX - box.left)) / box.width;
-    const [x, y, text] = points.reduce((best, p) => (Math.abs(p[0] - at) < Math.abs(best[0] - at) ? p : best));
+    const dx = (p) => (p[0] / 100) * box.width - (event.clientX - box.left);
+    const dy = (p) => ("several" in plot.dataset ? (p[1] / 100) * box.height - (event.clientY - box.top) : 0);
+    const away = (p) => Math.hypot(dx(p), dy(p));
+    const [x, y, text] = points.reduce((best, p) => (away(p) < away(best) ? p : best));
     tip.hidden = dot.hidden = false;
     tip.textContent = text;
     dot.style.left = x + "%";

@@ -1,0 +1,114 @@
+"""One run as a comparison sees it: its recipe, its scores, and what each of them had cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from flowtilt.config import Recipe, load_recipe
+from flowtilt.errors import UserError
+from flowtilt.report.compare.costs import COSTS, spent
+from flowtilt.report.compare.spans import Line
+from flowtilt.report.loading import Run, load
+from flowtilt.report.markup import flat
+from flowtilt.report.numbers import Array, number
+
+APART = {"name", "seed", "run", "steps", "micro_batch", "checkpoint", "evaluate", "guards", "track", "model", "rewards"}
+"""Keys that make no other method; `model` and `evaluate` are the protocol's, `rewards` are put in one form."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run with at least one evaluation."""
+
+    run: Run
+    recipe: Recipe
+    steps: Array  # [N], rollouts at its evaluations
+    scores: Array  # [N], all finite
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+    @cached_property
+    def costs(self) -> dict[str, Array]:
+        """Cost by evaluation [N] on every axis that the run has logged."""
+        found = {cost: spent(self.run, cost, self.steps) for cost in COSTS}
+        return {cost: values for cost, values in found.items() if np.isfinite(values).all()}
+
+    def line(self, cost: str) -> Line:
+        """The score against a cost."""
+        return self.costs[cost], self.scores
+
+    @cached_property
+    def protocol(self) -> dict[str, str]:
+        """What scores depend on besides the weights, the seed apart, as key -> text."""
+        recipe, e = self.recipe, self.recipe.evaluate
+        judged = e.rewards[0] if e.rewards else next(iter(recipe.rewards))
+        name = judged.partition("/")[0]
+        settings = recipe.reward_table().get(name)
+        judge = settings.model_dump(exclude={"weight"}) if settings else {"source": name, "compat": False, "options": {}}
+        drawn = e.model_dump(include={"images", "solver", "steps", "guidance"})
+        evaluate = {"prompts": e.prompts or recipe.prompts, "rewards": judged, **drawn}
+        return dict(flat({"model": recipe.model.model_dump(mode="json"), "evaluate": evaluate, "judge": judge}))
+
+    @property
+    def switches(self) -> list[str]:
+        """What was changed of its evaluations when it was resumed, a clause each."""
+        found = []
+        for key, name in (("column", "evaluate.rewards"), ("images", "evaluate.images")):
+            values = list(dict.fromkeys(str(record[key]) for record in self.run.evaluations if key in record))
+            found += [f"{name} is {', then '.join(values)} within {self.folder}"] if len(values) > 1 else []
+        return found
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """What makes the method, and the protocol, as key -> text."""
+        tree = self.recipe.model_dump(mode="json", exclude=APART)
+        rewards: dict[str, object] = {}
+        for name, reward in self.recipe.reward_table().items():
+            plain = reward.source == name and not reward.options and not reward.compat
+            rewards[name] = reward.weight if plain else reward.model_dump()
+        return dict(flat(tree | {"rewards": rewards})) | self.protocol
+
+
+def load_entry(folder: Path) -> Entry:
+    """The run in a folder, finished or not.
+
+    Raises:
+        UserError: the folder is no run, its recipe can't be read, or there is no score yet.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"run {folder}: not a run (no recipe.toml there); give folders that flowtilt train has written")
+    run = load(folder)
+    scored = [record for record in run.evaluations if np.isfinite(number(record, "score"))]
+    if not scored:
+        raise UserError(f"run {folder}: no evaluation yet, so there is nothing to compare; leave it out, or go on training it")
+    steps, scores = (np.array([number(record, key) for record in scored]) for key in ("step", "score"))
+    return Entry(run, load_recipe(folder / "recipe.toml"), steps, scores)
+
+
+def differing(settings: Sequence[dict[str, str]]) -> list[str]:
+    """Keys that are not the same everywhere, one that is missing somewhere among them, in order of appearance."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if len({one.get(key) for one in settings}) > 1]
+
+
+def odd_protocols(entries: Sequence[Entry]) -> list[str]:
+    """How the protocols of runs differ from that of the first, in a clause for each key; [] where they don't."""
+    first, found = entries[0], []
+    for key in differing([entry.protocol for entry in entries]):
+        other = next(entry for entry in entries if entry.protocol.get(key) != first.protocol.get(key))
+        found.append(f"{key} is {plain(first.protocol.get(key))} in {first.folder} and {plain(other.protocol.get(key))} in {other.folder}")
+    return found + [clause for entry in entries for clause in entry.switches]
+
+
+def plain(value: str | None) -> str:
+    """A setting as a person writes it."""
+    return "none" if value in (None, "null") else str(value)

@@ -1,0 +1,94 @@
+"""How far runs got for what they spent: crossings, and medians and spans over seeds.
+
+A run's curve is x, y [N]: what was spent by each evaluation, never falling, and its score. Between two evaluations
+the curve is straight; nothing is known beyond the last. A cost that was never enough is infinite.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flowtilt.report.numbers import Array
+
+Line = tuple[Array, Array]
+
+
+class Span(NamedTuple):
+    """Median, lowest and highest over seeds; of an even number the median is midway between the middle two."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Ratio(NamedTuple):
+    """A method's median cost over the baseline's, and the least and greatest ratio of one run of each.
+
+    `bound` is "<" or ">" where only that much is known of the median, as half the runs of one of the two never got there;
+    NaN is known by nothing. An end that depends on a run that never got there is 0 or infinite.
+    """
+
+    median: float
+    low: float
+    high: float
+    bound: str = ""
+
+
+class Ribbon(NamedTuple):
+    """Median, lowest and highest score [M] of several curves where all of them are known, x [M]."""
+
+    x: Array
+    median: Array
+    low: Array
+    high: Array
+
+
+def span(values: Sequence[float] | Array) -> Span:
+    """Over N > 0 values; infinite ones count as the highest."""
+    found = np.asarray(values, dtype=float)
+    return Span(float(np.median(found)), float(found.min()), float(found.max()))
+
+
+def crossing(x: Array, y: Array, target: float) -> float:
+    """The cost at which a curve first reaches `target`, infinite where it never does.
+
+    Between evaluations i - 1 and i, the first with y_i >= target: x_{i-1} + (x_i - x_{i-1}) (target - y_{i-1}) / (y_i - y_{i-1}).
+    """
+    reached = np.flatnonzero(y >= target)
+    if not len(reached):
+        return math.inf
+    i = int(reached[0])
+    if i == 0:
+        return float(x[0])
+    share = (target - y[i - 1]) / (y[i] - y[i - 1])
+    return float(x[i - 1] + share * (x[i] - x[i - 1]))
+
+
+def ratio(costs: Array, spent: Array, base_costs: Array, base_spent: Array) -> Ratio:
+    """How many times the baseline's cost a method needs.
+
+    Args:
+        costs, base_costs: [S] and [B], to get somewhere; infinite where never.
+        spent, base_spent: [S] and [B], all that each run spent: what never was enough costs more than that.
+    """
+    mine, base = float(np.median(costs)), float(np.median(base_costs))
+    if base == 0 or (math.isinf(mine) and math.isinf(base)):
+        return Ratio(math.nan, math.nan, math.nan)
+    if math.isinf(base):
+        return Ratio(mine / float(np.median(np.minimum(base_costs, base_spent))), math.nan, math.nan, "<")
+    if math.isinf(mine):
+        return Ratio(float(np.median(np.minimum(costs, spent))) / base, math.nan, math.nan, ">")
+    least, greatest = float(base_costs.min()), float(base_costs.max())
+    # finite medians leave the least cost of each finite, so no infinity is divided by another
+    return Ratio(mine / base, float(costs.min()) / greatest, float(costs.max()) / least if least else math.inf)
+
+
+def ribbon(curves: Sequence[Line]) -> Ribbon:
+    """The median of several curves and their span, at every evaluation of any of them, where all of them are known."""
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    everywhere = np.unique(np.concatenate([x for x, _ in curves]))
+    grid = everywhere[(everywhere >= first) & (everywhere <= last)]
+    scores = np.array([np.interp(grid, x, y) for x, y in curves])
+    return Ribbon(grid, np.median(scores, axis=0), scores.min(0), scores.max(0))
