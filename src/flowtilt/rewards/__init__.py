@@ -3,7 +3,9 @@
     def reward(images: Tensor[N, 3, H, W] in [0, 1], prompts: list[Prompt]) -> Tensor[N] | RewardOutput
 
 A class is built once, as `Class(device=…, **options)`, and its instance is called like a function. It may
-have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" where it can.
+have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" where it can. A class whose
+models may leave the device between two calls names them in `modules`, a tuple of torch.nn.Module; each call
+computes where they are at that moment.
 NaN means "has no score for this image". An exception is an error of the run, never a score of 0.
 """
 

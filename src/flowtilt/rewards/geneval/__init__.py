@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
@@ -48,6 +48,11 @@ class GenEval:
         self.compat = compat
         self.detector = Detector(device, channel_order="upstream_bgr" if compat else "rgb")
         self.classifier = ColorClassifier(device)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may leave the device between two calls."""
+        return (self.detector.network, self.classifier.clip.model)
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores images [N, 3, H, W] in [0, 1]; see `score_batch`."""
