@@ -35,7 +35,9 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--seed", type=int, help="of the noise (the run's)")
     evaluate.add_argument("--compare", choices=("base",), help="also draw without LoRAs, from the same noise, and give paired differences")
     evaluate.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
-    evaluate.add_argument("--save-images", action="store_true", help="keep every image at its full size")
+    evaluate.add_argument(
+        "--save-images", action="store_true", help="keep every image at its full size; of a finished evaluation they are drawn once more"
+    )
     evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images through the network at once (found by trying)")
     evaluate.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(%(default)s)")
     evaluate.set_defaults(call=_evaluate)
@@ -85,6 +87,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if results:
         print(table(results))
         print(f"results  {args.output / 'results.json'}\nreport   {args.output / 'report.html'}")
+        if args.save_images:
+            print(f"images   {args.output / 'images'}")
     return 0
 
 

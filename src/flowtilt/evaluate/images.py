@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowtilt.errors import UserError
+from flowtilt.evaluate.folder import image_path
 from flowtilt.files import read_lines, write_atomic
 from flowtilt.pictures import LARGEST, read_image
 from flowtilt.prompts import Prompt
@@ -90,9 +91,12 @@ def _evaluation_layout(folder: Path) -> list[Pair]:
     found = []
     records = read_lines(folder / "scores.jsonl") if folder.is_dir() else []
     for record in records:
-        file = folder / "images" / record["set"] / record["variant"] / f"{record['index']:05d}-{record['copy']:02d}.png"
+        file = image_path(folder, record["set"], record["variant"], record["index"], record["copy"])
         if not file.is_file():
-            raise UserError(f"score: {folder} is an evaluation without its images; make it with --save-images")
+            raise UserError(
+                f"score: {folder} is an evaluation without all its images; "
+                "the same `flowtilt evaluate` with --save-images draws them once more"
+            )
         prompt = Prompt(record["prompt"], record["tag"], record.get("metadata", {}))
         found.append(Pair(file, prompt, record["index"], record["copy"], record["set"], record["variant"]))
     return found
