@@ -10,7 +10,6 @@ NaN means "has no score for this image". An exception is an error of the run, ne
 """
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowtilt import sources
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
+from flowtilt.rewards.faults import FAULTS, HINT, hint, told
 
 BUILT_IN = {
     "pickscore": "flowtilt.rewards.pickscore:PickScore",
@@ -83,9 +84,8 @@ def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", o
             return build(device=torch.device(device), **options)
         except UserError:
             raise
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            raise UserError(f"rewards.{name}: building {source} failed: {type(error).__name__}: {cause} (--debug shows where)") from error
+        except FAULTS as error:
+            raise UserError(f"rewards.{name}: building {source} failed: {told(error)} ({HINT})") from error
     return partial(found, **options) if options else found
 
 
@@ -98,26 +98,23 @@ def find_reward(name: str, source: str) -> Any:
     target = BUILT_IN.get(source, source)
     place, colon, function = target.rpartition(":")
     if not colon:
+        if sources.is_file(source):
+            raise UserError(f"rewards.{name}: {sources.without_function(Path(source))}")
         near = get_close_matches(source, BUILT_IN, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f'built in are {", ".join(BUILT_IN)}; your own is "file.py:function"'
-        raise UserError(f"rewards.{name}: no reward {source!r}; {hint}")
+        rather = f"did you mean {near[0]!r}?" if near else f'built in are {", ".join(BUILT_IN)}; your own is "file.py:function"'
+        raise UserError(f"rewards.{name}: no reward {source!r}; {rather}")
     if source in BUILT_IN:
         module = importlib.import_module(place)
     else:
-        path = Path(place)
-        if not path.is_file():
-            raise UserError(f"rewards.{name}: no file {place}")
-        spec = importlib.util.spec_from_file_location(f"flowtilt_reward_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"rewards.{name}: {place} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise UserError(f"rewards.{name}: importing {place} failed: {type(error).__name__}: {error}") from error
+            module = sources.load(Path(place))
+        except UserError as error:
+            raise UserError(f"rewards.{name}: {error}") from error
+        except FAULTS as error:
+            raise UserError(f"rewards.{name}: importing {sources.shown(place)} failed: {told(error)} ({HINT})") from error
     found: Any = getattr(module, function, None)
     if not callable(found):
-        raise UserError(f"rewards.{name}: no function {function!r} in {place}")
+        raise UserError(f"rewards.{name}: {sources.unknown_function(Path(place), function)}")
     return found
 
 
@@ -129,14 +126,29 @@ def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}" if known else "it has no options"
-            raise UserError(f"rewards.{name}: unknown option {key!r}; {hint}")
+            rather = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}" if known else "it has no options"
+            raise UserError(f"rewards.{name}: unknown option {key!r}; {rather}")
 
 
 def applies(reward: Reward, prompt: Prompt) -> str:
-    """Why a reward can't judge images of this prompt; "" where it can."""
+    """Why a reward can't judge images of this prompt; "" where it can.
+
+    Raises:
+        UserError: the reward's own `applies` fails, or does not return text.
+    """
     ask = getattr(reward, "applies", None)
-    return ask(prompt) if ask else ""
+    if ask is None:
+        return ""
+    whose = getattr(ask, "__qualname__", "applies")
+    try:
+        why = ask(prompt)
+    except UserError:
+        raise
+    except FAULTS as error:
+        raise UserError(f'{whose} failed: {told(error)} (prompt "{prompt.text}"; {HINT})') from error
+    if not isinstance(why, str):
+        raise UserError(f'{whose}: returned {why!r}, want why a prompt can\'t be judged, "" where it can (prompt "{prompt.text}")')
+    return why
 
 
 @torch.no_grad()
@@ -156,10 +168,9 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
         before = images._version
         try:
             output = reward(images, list(prompts))
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            raise UserError(f'reward {name} failed: {kind}{cause} (prompts from "{prompts[0].text}" on); nothing was scored') from error
+        except FAULTS as error:
+            more = "; ".join(part for part in (f'prompts from "{prompts[0].text}" on', hint(error)) if part)
+            raise UserError(f"reward {name} failed: {told(error)} ({more}); nothing was scored") from error
         if images._version != before:
             raise UserError(f"reward {name}: changes the images in place, which every later reward would see; work on a copy")
         output = output if isinstance(output, RewardOutput) else RewardOutput(output)

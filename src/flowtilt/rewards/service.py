@@ -7,6 +7,7 @@ names, versions and counts, nothing of any request.
 import asyncio
 import hmac
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +24,12 @@ import flowtilt
 from flowtilt.errors import UserError
 from flowtilt.rewards import Reward, RewardOutput
 from flowtilt.rewards.batching import Batcher
+from flowtilt.rewards.faults import told
 from flowtilt.rewards.prometheus import Metrics
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rewards.wire import KEY, Limits, Refusal, answer, picture, read_request
 
+log = logging.getLogger("flowtilt")
 READERS = 8
 """Requests that are read and decoded at a time, which bounds the memory they take; the others wait in their sockets."""
 
@@ -176,8 +179,8 @@ async def _unless_gone(request: Request, future: Future[RewardOutput]) -> Reward
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error  # `score` names a reward and a prompt
-        kind = "" if isinstance(cause, UserError) else f"{type(cause).__name__}: "
-        raise Refusal(422, f"{kind}{cause}") from None
+        log.error("%s", error)
+        raise Refusal(422, told(cause)) from None
     finally:
         gone.cancel()
         future.cancel()
