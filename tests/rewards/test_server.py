@@ -344,7 +344,7 @@ def test_a_poisonous_request_fails_alone():
         answers = behind_the_gate(gate, url, bodies)
         assert ask(url, asking("gate", [grey(9)]))[1]["scores"] == [9]
     assert [status for status, _ in answers] == [200, 200, 422, 200, 200]
-    assert answers[2][1]["error"] == "ValueError: no antidote known"
+    assert answers[2][1]["error"].startswith("ValueError: no antidote known, at ")
     assert all(said["scores"] == [i, i + 1] for i, (status, said) in enumerate(answers) if status == 200)
 
 

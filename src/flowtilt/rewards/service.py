@@ -83,6 +83,8 @@ class _Service:
             response, status = _json(await self._score(request, named)), "200"
         except Refusal as refusal:
             response, status = _json({"error": refusal.line}, refusal.status), str(refusal.status)
+            if refusal.status == 422:
+                log.error("reward %s failed: %s", "".join(named), refusal.line)
         except ClientDisconnect:
             response, status = Response(), "gone"
         self.metrics.answered("".join(named), status)
@@ -179,7 +181,6 @@ async def _unless_gone(request: Request, future: Future[RewardOutput]) -> Reward
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error  # `score` names a reward and a prompt
-        log.error("%s", error)
         raise Refusal(422, told(cause)) from None
     finally:
         gone.cancel()
