@@ -386,6 +386,9 @@ def test_intervals_are_written_so_that_they_show() -> None:
     assert decimals([Estimate(0.5, 0.5, 0.5), Estimate(NAN, NAN, NAN)]) == 3
     assert bracketed(Estimate(0.942, 0.918, 0.963), 3) == "[0.918, 0.963]"
     assert bracketed(Estimate(0.5, NAN, NAN), 3) == "[no interval]"
+    assert bracketed(Estimate(0.5, NAN, NAN, alike=True), 3) == "[all alike]"
+    assert bracketed(Estimate(1.0, 0.832, 1.0, alike=True), 3) == "[0.832, 1.000]"
+    assert verdict(Estimate(0.0, NAN, NAN, alike=True)) == "no interval: all prompts alike"
     assert [written(v, 3, True) for v in (0.2, -0.2, -0.0001, 0.0001, NAN)] == ["+0.200", "-0.200", "0.000", "0.000", "-"]
 
 
@@ -396,7 +399,6 @@ def test_intervals_are_written_so_that_they_show() -> None:
         (-0.02, -0.01, "lower: interval excludes 0"),
         (-0.01, 0.02, "may be chance: interval includes 0"),
         (0.0, 0.02, "may be chance: interval includes 0"),
-        (0.0, 0.0, "no difference"),
         (NAN, NAN, "no interval: too few prompts"),
     ],
 )
