@@ -12,7 +12,7 @@ from flowtilt import UserError
 from flowtilt.evaluate.images import find_pairs, score_images
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
-from flowtilt.rewards.playground import playground_partial
+from flowtilt.rewards.playground import PlaygroundPartial
 
 
 def brightness(images, prompts):
@@ -97,7 +97,7 @@ def test_images_of_all_sizes_and_one_that_is_torn(tmp_path):
 def test_a_reward_that_reads_prompts_is_refused_without_them(tmp_path):
     grey(tmp_path / "1.png", 0)
     with pytest.raises(UserError, match="mine need the prompts"):
-        score_images(find_pairs([tmp_path], None), {"mine": playground_partial, "theirs": brightness})
+        score_images(find_pairs([tmp_path], None), {"mine": PlaygroundPartial(), "theirs": brightness})
 
 
 def test_the_command_prints_means_and_writes_every_score(tmp_path):

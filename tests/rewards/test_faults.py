@@ -131,7 +131,7 @@ def tried(reward, prompts=PROMPTS, seed=0):
         (lambda images: images.mean(), r"returned \[\], want a tensor of shape \[2\]"),
         (lambda images: images.mean((2, 3)), r"returned \[2, 3\]"),
         (lambda images: 0.5, "returned float"),
-        (lambda images: RewardOutput(images.mean((1, 2, 3)), ["only one"]), "returned 1 notes for 2 images"),
+        (lambda images: RewardOutput(images.mean((1, 2, 3)), ["only one"]), "returned 1 of 2 notes"),
         (lambda images: images.mean((1, 2, 3)) / 0, "infinite"),
         (lambda images: images.mul_(2).mean((1, 2, 3)), "changes the images in place"),
     ],

@@ -21,7 +21,7 @@ from flowtilt.errors import UserError
 from flowtilt.pictures import to_bytes
 from flowtilt.playground import world
 from flowtilt.rewards import RewardOutput, applies, load_reward, score, served
-from flowtilt.rewards.playground import playground
+from flowtilt.rewards.playground import Playground
 from flowtilt.rewards.served import Served
 from flowtilt.rewards.wire import Limits, answer, read_answer
 from flowtilt.seeding import generator
@@ -79,10 +79,10 @@ def test_a_recipes_address_gives_what_the_reward_gives_here():
     prompts = world.prompts("test")[::12]
     drawn = [world.arrange(p if i % 2 else prompts[i - 1], generator(0, "test", i)) for i, p in enumerate(prompts)]
     images = to_bytes(world.render(drawn)).float() / 255
-    with running({"playground": playground}) as (url, _):
+    with running({"playground": Playground()}) as (url, _):
         remote = load_reward("playground", url, options={"images_per_request": 4})
         there, said = score({"r": remote}, images, prompts)
-    here, told = score({"r": playground}, images, prompts)
+    here, told = score({"r": Playground()}, images, prompts)
     assert torch.equal(there["r"], here["r"]) and said == told and len(here["r"].unique()) > 2
 
 

@@ -111,7 +111,7 @@ GOOD = asking("levels", [grey(1), grey(2)])
         (GOOD | {"reward": "\ud800"}, 404, "no reward"),
         (GOOD | {"images": "x"}, 400, "must be lists"),
         (GOOD | {"prompts": None}, 400, "must be lists"),
-        (GOOD | {"prompts": [{"text": "a"}]}, 400, "2 images and 1 prompts"),
+        (GOOD | {"prompts": [{"text": "a"}]}, 400, '"images" has 2 and "prompts" 1'),
         (GOOD | {"images": ["AA==", 3]}, 400, "images[1] must be a file in base64, not int"),
         (GOOD | {"images": ["AA==", "n o"]}, 400, "images[1] is not base64"),
         (GOOD | {"images": ["AA==", "ä"]}, 400, "images[1] is not base64"),
@@ -386,7 +386,7 @@ def test_a_full_server_says_when_to_come_back_and_takes_more_afterwards():
         first = pool.submit(ask, url, asking("gate", [grey(i) for i in range(3)]))
         assert gate.entered.wait(20)
         status, said = ask(url, asking("gate", [grey(1), grey(2)]))
-        assert status == 503 and "3 images are waiting" in said["error"]
+        assert status == 503 and "waiting: 3 of at most" in said["error"]
         gate.open.set()
         assert first.result(20)[0] == 200
         assert ask(url, asking("gate", [grey(i) for i in range(6)]))[0] == 200  # more than `waiting`, to an empty server

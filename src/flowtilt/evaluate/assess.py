@@ -11,7 +11,7 @@ from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.environment import versions
 from flowtilt.errors import UserError
 from flowtilt.evaluate import each, spread
-from flowtilt.evaluate.folder import PromptSet, applicable, held, open_folder, run
+from flowtilt.evaluate.folder import PromptSet, held, open_folder, run
 from flowtilt.files import digest
 from flowtilt.lora import Lora
 from flowtilt.lora.read import read_lora
@@ -19,7 +19,7 @@ from flowtilt.memory import MicroBatch
 from flowtilt.models.sd3 import SD3, fingerprint
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
-from flowtilt.rewards import Reward
+from flowtilt.rewards import Reward, applicable
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rollout import Sampler

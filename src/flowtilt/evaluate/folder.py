@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK, Row, draw
+from flowtilt.evaluate.progress import progress
 from flowtilt.evaluate.results import results_of
 from flowtilt.files import append_line, clean, disk_errors, read_lines, write_atomic, write_json
 from flowtilt.memory import MicroBatch
@@ -26,7 +26,7 @@ from flowtilt.models.base import Drawing
 from flowtilt.pictures import to_pil, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
-from flowtilt.rewards import Reward, applies, score
+from flowtilt.rewards import Reward, score
 from flowtilt.rollout import Sampler
 
 THUMBNAIL = 256
@@ -63,13 +63,6 @@ class Block:
 def image_path(folder: Path, set: str, variant: str, index: int, copy: int) -> Path:
     """Where an evaluation keeps an image at its full size."""
     return folder / "images" / set / variant / f"{index:05d}-{copy:02d}.png"
-
-
-def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
-    """The rewards that can judge at least one of the prompts; the others with the first prompt's reason."""
-    why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
-    able = {name: reward for name, reward in rewards.items() if not all(why[name])}
-    return able, {name: why[name][0] for name in rewards if name not in able}
 
 
 def open_folder(folder: Path, protocol: Mapping[str, Any]) -> None:
@@ -165,7 +158,7 @@ def run(
     world.barrier()  # nobody writes before everybody has read
     mine = [todo[k] for k in world.share(len(todo))]
     total = sum(len(block.rows) for block in todo)
-    with tqdm(total=total, unit="image", disable=bool(world.rank), dynamic_ncols=True, smoothing=0.1) as bar:
+    with progress(total, hidden=bool(world.rank)) as bar:
         for block in mine:
             images = draw(drawing, block.variant, block.of.prompts, block.rows, sampler, seed, micro_batch)
             if save_images:

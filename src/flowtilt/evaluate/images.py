@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flowtilt.errors import UserError
 from flowtilt.evaluate.folder import image_path
+from flowtilt.evaluate.progress import progress
 from flowtilt.files import read_lines, write_atomic
 from flowtilt.pictures import LARGEST, read_image
 from flowtilt.prompts import Prompt
@@ -149,7 +149,7 @@ def judge_images(pairs: Sequence[Pair], rewards: Mapping[str, Reward], *, device
     needing = [name for name, reward in rewards.items() if _reads_prompts(reward)]
     if needing and not any(pair.prompt.text for pair in pairs):
         raise UserError(f"score: {', '.join(needing)} need the prompts of the images; give them with --prompts")
-    with tqdm(total=len(pairs), unit="image", dynamic_ncols=True) as bar:
+    with progress(len(pairs)) as bar:
         for batch, images, faults in _batches(pairs):
             scores: dict[str, Tensor] = {}
             notes = faults

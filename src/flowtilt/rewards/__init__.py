@@ -37,9 +37,9 @@ BUILT_IN = {
     "unifiedreward": "flowtilt.rewards.unifiedreward:UnifiedReward",
     "jpeg_compressibility": "flowtilt.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowtilt.rewards.jpeg:incompressibility",
-    "playground": "flowtilt.rewards.playground:playground",
-    "playground_strict": "flowtilt.rewards.playground:playground_strict",
-    "playground_partial": "flowtilt.rewards.playground:playground_partial",
+    "playground": "flowtilt.rewards.playground:Playground",
+    "playground_strict": "flowtilt.rewards.playground:PlaygroundStrict",
+    "playground_partial": "flowtilt.rewards.playground:PlaygroundPartial",
 }
 PAPER = ("geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward")
 """The eight of DiffusionNFT's table, which `--rewards all` names."""
@@ -151,6 +151,13 @@ def applies(reward: Reward, prompt: Prompt) -> str:
     return why
 
 
+def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
+    """The rewards that can judge at least one of the prompts; the others with the first prompt's reason."""
+    why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
+    able = {name: reward for name, reward in rewards.items() if not all(why[name])}
+    return able, {name: why[name][0] for name in rewards if name not in able}
+
+
 @torch.no_grad()
 def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[str]]:
     """Scores [N] fp32 on the CPU of each reward and detail, and one note an image, the first that any reward gives.
@@ -177,7 +184,7 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
         for column, values in {name: output.scores, **{f"{name}/{key}": value for key, value in output.details.items()}}.items():
             scores[column] = _checked(column, values, prompts).masked_fill(broken, torch.nan)
         if output.notes and len(output.notes) != len(prompts):
-            raise UserError(f"reward {name}: returned {len(output.notes)} notes for {len(prompts)} images")
+            raise UserError(f"reward {name}: returned {len(output.notes)} of {len(prompts)} notes, want one an image")
         notes = [note or new for note, new in zip(notes, output.notes or notes, strict=True)]
     return scores, ["the image is not finite" if bad else note for note, bad in zip(notes, broken.tolist(), strict=True)]
 

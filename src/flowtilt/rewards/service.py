@@ -120,7 +120,7 @@ class _Service:
         """Counts a request's images as waiting."""
         # an empty server takes whatever a request may be
         if self.images and (self.images + images > self.limits.waiting or self.pixels + pixels > self.limits.waiting_pixels):
-            raise Refusal(503, f"{self.images} images are waiting; try again later")
+            raise Refusal(503, f"waiting: {self.images} of at most {self.limits.waiting} images; try again later")
         self.images += images
         self.pixels += pixels
         try:
