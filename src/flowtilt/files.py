@@ -110,6 +110,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def cache_folder(variable: str, name: str) -> Path:
+    """The folder that an environment variable names, else the one of this name in flowtilt's cache."""
+    given = os.environ.get(variable)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else cache / "flowtilt" / name
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:

@@ -114,14 +114,15 @@ def test_it_works_off_the_device_keeps_the_servers_version_and_scores_no_images(
 
 
 def test_an_image_with_a_nan_has_no_score_though_its_png_would():
+    """`score` sees to that, for every reward."""
     images = torch.stack([grey(1), grey(2), grey(3)])
     images[1, 0, 4, 4] = torch.nan
     reward = lambda images, prompts: RewardOutput(levels(images, prompts), (), {"d": levels(images, prompts)})  # noqa: E731
     with running({"r": reward}) as (url, _):
-        output = Served(url, "r", images_per_request=2)(images, prompts_of(3))
-    for values in (output.scores, output.details["d"]):
+        found, notes = score({"r": Served(url, "r", images_per_request=2)}, images, prompts_of(3))
+    for values in (found["r"], found["r/d"]):
         assert values[[0, 2]].tolist() == [1, 3] and values[1].isnan()
-    assert list(output.notes) == ["", "image is not finite", ""]
+    assert notes == ["", "the image is not finite", ""]
 
 
 def test_whether_it_applies_is_what_the_built_in_reward_says(monkeypatch):

@@ -86,7 +86,7 @@ class GenEval:
 def score_batch(images: Tensor, prompts: Sequence[Prompt], detector: Detect, classifier: Classify, *, compat: bool = False) -> RewardOutput:
     """Detects, names colours where a verdict depends on them, and judges.
 
-    A prompt without GenEval's metadata and an image with a NaN have no score, NaN; the note says which it is.
+    A prompt without GenEval's metadata has no score, NaN; the note says so.
 
     Args:
         images: [N, 3, H, W] in [0, 1].
@@ -96,8 +96,7 @@ def score_batch(images: Tensor, prompts: Sequence[Prompt], detector: Detect, cla
     Raises:
         UserError: a prompt's metadata has a fault; names its line.
     """
-    finite = images.isfinite().flatten(1).all(1).tolist()
-    why_not = [GenEval.applies(prompt) or ("" if whole else "image with a NaN") for prompt, whole in zip(prompts, finite, strict=True)]
+    why_not = [GenEval.applies(prompt) for prompt in prompts]
     rows = [n for n, why in enumerate(why_not) if not why]
     found: dict[int, list[dict[str, Any]]] = {}
     if rows:
