@@ -204,10 +204,42 @@ def test_bad_input_is_one_line_and_makes_no_folder(tmp_path, monkeypatch, given,
     assert not (tmp_path / "e").exists()
 
 
+def kept(folder):
+    return {file.name: file.read_bytes() for file in (folder / "images" / "playground" / "base").glob("*.png")}
+
+
 def test_full_size_images_are_kept_on_request(tmp_path):
     assess(tmp_path / "e", save_images=True, **FEW)
-    assert len(list((tmp_path / "e" / "images" / "playground" / "base").glob("*.png"))) == 24
+    assert len(kept(tmp_path / "e")) == 24
     assert len(json.loads((tmp_path / "e" / "results.json").read_text())["protocol"]["model_files"]) >= 4
+
+
+def test_images_that_were_not_kept_are_drawn_again_and_not_judged_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowtilt.evaluate.folder.BLOCK", 8)
+    (tmp_path / "judge.py").write_text(STOPS)
+    given = FEW | {"rewards": [f"{tmp_path}/judge.py:reward"]}
+    whole = assess(tmp_path / "whole", save_images=True, **given)
+    assert len(kept(tmp_path / "whole")) == 24
+    assess(tmp_path / "late", **given)
+    (tmp_path / "stop-1").touch()  # whoever judges now fails
+    assert assess(tmp_path / "late", save_images=True, **given)["sets"] == whole["sets"]
+    assert kept(tmp_path / "late") == kept(tmp_path / "whole")
+    lost = tmp_path / "late" / "images" / "playground" / "base" / "00000-00.png"
+    lost.unlink()
+    assess(tmp_path / "late", save_images=True, **given)
+    assert kept(tmp_path / "late") == kept(tmp_path / "whole") and len(scores(tmp_path / "late")) == 24
+
+
+def test_an_interrupted_evaluation_that_goes_on_with_its_images_has_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowtilt.evaluate.folder.BLOCK", 8)
+    (tmp_path / "judge.py").write_text(STOPS)
+    (tmp_path / "stop-3").touch()
+    given = FEW | {"rewards": [f"{tmp_path}/judge.py:reward"]}
+    with pytest.raises(UserError, match="the judge fell asleep"):
+        assess(tmp_path / "e", **given)
+    (tmp_path / "stop-3").unlink()
+    assess(tmp_path / "e", save_images=True, **given)
+    assert len(kept(tmp_path / "e")) == 24
 
 
 # which images ----------------------------------------------------------------------------------------

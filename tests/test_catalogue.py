@@ -61,3 +61,15 @@ def test_the_list_has_every_reward_that_reads_weights_and_every_set(fetched, tmp
     (tmp_path / "prompts" / "hpdv2-anime.json").write_text("[]")
     (tmp_path / "prompts" / "ocr.txt").write_text("x")
     assert [item.name for item in catalogue.listing() if item.there] == ["ocr"]
+
+
+def test_sizes_are_those_that_are_told_or_here_and_never_guessed(fetched, tmp_path):
+    sizes = {(item.kind, item.name): item.size for item in catalogue.listing()}
+    assert sizes["prompts", "geneval"] == 85_209 and sizes["prompts", "hpdv2"] == 62_816 + 85_787 + 81_338 + 44_606
+    assert sizes["prompts", "ocr-train"] is None and sizes["weights", "aesthetic"] is None and sizes["weights", "hpsv2"] is None
+    clip = tmp_path / "weights" / "openai" / "clip-vit-large-patch14"
+    clip.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
+        (clip / file).write_bytes(bytes(100))
+    sizes = {item.name: item.size for item in catalogue.listing() if item.kind == "weights"}
+    assert sizes["clipscore"] == 400 and sizes["aesthetic"] == 3_714_759 + 400 and sizes["pickscore"] is None

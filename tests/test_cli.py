@@ -132,6 +132,33 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_an_evaluation_that_is_interrupted_says_how_it_goes_on_and_does(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ndef f(images, prompts):\n    time.sleep(0.5)\n    return images.mean((1, 2, 3))\n")
+    words = ["evaluate", "--images", "96", "--steps", "1", "--rewards", "slow.py:f", "-o", "e"]
+    process = subprocess.Popen([sys.executable, "-m", "flowtilt", *words], cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "e" / "scores-0.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "flowtilt: interrupted; the same command goes on from there\n")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0 and "96 images" in done.stdout
+    assert done.stderr == ""  # and no bar where nobody watches
+
+
+def test_doctor_says_once_what_a_reward_lacks_and_that_it_failed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("FLOWTILT_UNIFIEDREWARD_URL", raising=False)
+    for words in (["--rewards"], ["--rewards", "all,pickscore"], ["--rewards", "pickscore"]):
+        assert main(["doctor", *words]) == 1
+        told = capsys.readouterr().out
+        assert told.count("PickScore") == 1 and told.count("MISSING pickscore") == 1
+    assert "reward aesthetic" in told and main(["doctor", "--rewards", "jpeg_compressibility"]) == 0
+
+
 def test_help_recipes_keys_and_doctor_are_readable(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])

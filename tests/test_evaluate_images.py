@@ -12,7 +12,7 @@ from flowtilt import UserError
 from flowtilt.evaluate.images import find_pairs, score_images
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
-from flowtilt.rewards.playground import playground_partial
+from flowtilt.rewards.playground import PlaygroundPartial
 
 
 def brightness(images, prompts):
@@ -50,6 +50,26 @@ def test_genevals_own_layout_brings_its_prompts(tmp_path):
     assert pairs[3].prompt.metadata["include"][0]["class"] == "cat"
 
 
+def geneval_folders(folder, *names):
+    for name in names:
+        grey(folder / name / "samples" / "0000.png", 9)
+        (folder / name / "metadata.jsonl").write_text(json.dumps({"tag": "colors", "include": [], "prompt": name}))
+
+
+def test_a_folder_of_genevals_without_its_prompt_or_its_images_is_not_passed_over(tmp_path):
+    geneval_folders(tmp_path, "00000", "00001", "00010")
+    (tmp_path / "notes").mkdir()  # no samples: none of the benchmark's
+    assert len(find_pairs([tmp_path], None)) == 3
+    for name in ("00001", "00010"):
+        (tmp_path / name / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"2 of 3 folders in GenEval's layout lack metadata\.jsonl, .*00001 first"):
+        find_pairs([tmp_path], None)
+    geneval_folders(tmp_path, "00001", "00010")
+    (tmp_path / "00010" / "samples" / "0000.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 folders in GenEval's layout lack images in samples/, .*00010 first"):
+        find_pairs([tmp_path], None)
+
+
 def test_what_evaluate_kept_can_be_judged_by_something_else(tmp_path):
     from flowtilt.evaluate.assess import assess
 
@@ -77,7 +97,7 @@ def test_images_of_all_sizes_and_one_that_is_torn(tmp_path):
 def test_a_reward_that_reads_prompts_is_refused_without_them(tmp_path):
     grey(tmp_path / "1.png", 0)
     with pytest.raises(UserError, match="mine need the prompts"):
-        score_images(find_pairs([tmp_path], None), {"mine": playground_partial, "theirs": brightness})
+        score_images(find_pairs([tmp_path], None), {"mine": PlaygroundPartial(), "theirs": brightness})
 
 
 def test_the_command_prints_means_and_writes_every_score(tmp_path):
@@ -98,7 +118,7 @@ def test_the_command_prints_means_and_writes_every_score(tmp_path):
         (["images", "--prompts", "p.txt", "--rewards", "jpeg_incompressibility"], "2 images but 3 prompts"),
         (["images", "--rewards", "ocr"], "ocr need the prompts"),
         (["empty", "--rewards", "jpeg_incompressibility"], "no images in empty"),
-        (["nowhere", "--rewards", "jpeg_incompressibility"], "no images in nowhere"),
+        (["nowhere", "--rewards", "jpeg_incompressibility"], "no file or folder nowhere"),
         (["images", "--prompts", "q.txt", "--rewards", "jpeg_incompressibility"], "q.txt"),
         (["images", "--rewards", "jpeg_incompressibility", "-o", "out.xls"], ".jsonl or .csv"),
         (["images", "--rewards", "jpegg_compressibility"], "did you mean 'jpeg_compressibility'"),
@@ -120,7 +140,21 @@ def test_an_evaluation_without_its_images_is_not_scored_by_its_small_pictures(tm
     from flowtilt.evaluate.assess import assess
 
     assess(tmp_path / "e", images=6, steps=2)
-    with pytest.raises(UserError, match="make it with --save-images"):
+    with pytest.raises(UserError, match="with --save-images draws them once more"):
+        find_pairs([tmp_path / "e"], None)
+
+
+def test_an_evaluations_small_pictures_are_no_images(tmp_path):
+    from flowtilt.evaluate.assess import assess
+
+    assess(tmp_path / "e", images=6, steps=2, save_images=True)
+    assert len(list((tmp_path / "e" / "pictures").rglob("*.png"))) == 6
+    assert len(find_pairs([tmp_path], None)) == 6  # a folder with an evaluation in it
+    for places, prompts in (([tmp_path / "e"], [Prompt("a")] * 6), ([tmp_path / "e", tmp_path / "e"], None)):
+        with pytest.raises(UserError, match="e is an evaluation, which knows its prompts; give it alone and without --prompts"):
+            find_pairs(places, prompts)
+    (tmp_path / "e" / "results.json").unlink()
+    with pytest.raises(UserError, match="e is an evaluation that has not ended"):
         find_pairs([tmp_path / "e"], None)
 
 

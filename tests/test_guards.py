@@ -77,6 +77,14 @@ def test_an_objective_without_an_old_policy_has_no_contrast_to_lose():
     assert not any(guards.check(metrics) for _ in range(20))
 
 
+def test_missing_scores_are_told_by_reward_and_number():
+    lost = {"missing/ocr": 3.0, "missing/geneval": 0.0, "missing/mine": 1.0}
+    said = Guards().check(HEALTHY | lost)["missing"]
+    assert said.startswith("ocr gave no score to 3 of this rollout's images; mine gave no score to 1 of this rollout's images. They were")
+    assert "geneval" not in said and "\n" not in said
+    assert not Guards().check(HEALTHY | dict.fromkeys(lost, 0.0))
+
+
 def test_guards_count_apart_and_may_fire_together():
     together = {key: value for bad, _ in TROUBLE.values() for key, value in bad.items()}
     found = fired(Guards(), *[together] * 10)

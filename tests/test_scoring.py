@@ -10,7 +10,6 @@ import torch
 from flowtilt import RewardOutput, UserError
 from flowtilt.prompts import Prompt
 from flowtilt.scoring import PARTS, Scoring
-from flowtilt.threads import Background, in_threads
 
 IMAGES = torch.linspace(0, 1, 20).view(20, 1, 1, 1).repeat(1, 3, 4, 4)
 PROMPTS = [Prompt(str(k)) for k in range(20)]
@@ -115,50 +114,6 @@ with Scoring({"slow": Slow()}) as scoring:
     time.sleep(0.5)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-# threads ---------------------------------------------------------------------------------------------------
-
-
-def test_threads_keep_order_and_their_number():
-    going, most, lock = 0, 0, threading.Lock()
-    meet = threading.Barrier(3)
-
-    def work(k):
-        nonlocal going, most
-        with lock:
-            going += 1
-            most = max(most, going)
-        meet.wait(20)
-        with lock:
-            going -= 1
-        return k
-
-    assert in_threads([lambda k=k: work(k) for k in range(9)], 3) == list(range(9)) and most == 3
-    assert in_threads([], 3) == []
-
-
-def test_the_first_error_ends_the_rest():
-    done = []
-    with pytest.raises(ValueError, match="two"):
-        in_threads([lambda k=k: done.append(k) if k < 2 else (_ for _ in ()).throw(ValueError("two")) for k in range(100)], 1)
-    assert done == [0, 1]
-
-
-def test_what_was_not_begun_when_the_background_closed_is_not_done():
-    background, begun, release, done = Background(), threading.Event(), threading.Event(), []
-
-    def first():
-        begun.set()
-        assert release.wait(20)
-        return "first"
-
-    future = background.submit(first)
-    background.submit(lambda: done.append("second"))
-    assert begun.wait(20)
-    background.close()
-    release.set()
-    assert future.result(20) == "first" and not done
 
 
 def test_a_reward_that_changes_the_images_is_refused():

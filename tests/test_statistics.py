@@ -90,9 +90,12 @@ def test_missing_values_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("value", [0.1, 0.0, 1.0, -3.3e7])
-def test_equal_values_have_an_interval_without_width(value: float) -> None:
+def test_equal_values_have_no_interval_and_say_so(value: float) -> None:
+    """One without width would be a certainty that nobody has."""
     values = np.full(30, value)
-    assert interval(values, np.arange(30) // 3, np.arange(30) % 2) == (value, value)
+    assert all(map(math.isnan, interval(values, np.arange(30) // 3, np.arange(30) % 2)))
+    found = summary(values, np.arange(30) // 3)
+    assert (found["mean"], found["low"], found["high"], found["alike"]) == (value, None, None, True)
 
 
 @pytest.mark.parametrize("values", [[], [NAN, NAN], [0.5, 0.7], [0.5, NAN, 0.7]])
@@ -138,6 +141,7 @@ def test_a_higher_level_is_wider() -> None:
         {"strata": [0]},
         {"values": [1.0, math.inf, 2.0]},
         {"level": 1.0},
+        {"bounds": (0.0, 1.0)},
         {"resamples": 0},
         {"values": [[1.0], [2.0], [3.0]]},
     ],
@@ -147,19 +151,72 @@ def test_what_makes_no_sense_is_refused(wrong: dict) -> None:
         interval(**({"values": [1.0, 2.0, 3.0], "clusters": [0, 1, 2], "strata": [0, 0, 0]} | wrong))
 
 
+# where all are alike ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [2, 20, 553])
+def test_of_nothing_but_right_or_wrong_prompts_the_bound_is_clopper_and_pearsons(prompts: int) -> None:
+    """0.025^(1 / n), for 20 of 20: [0.8316, 1]. Images of one prompt count as one."""
+    clusters = np.repeat(np.arange(prompts), 4)
+    low, high = interval(np.ones(4 * prompts), clusters, bounds=(0, 1))
+    assert (low, high) == (pytest.approx(0.025 ** (1 / prompts)), 1.0)
+    assert interval(np.zeros(4 * prompts), clusters, bounds=(0, 1)) == pytest.approx((0.0, 1 - low))
+    assert interval(np.full(4 * prompts, 7.0), clusters, bounds=(3, 7)) == pytest.approx((3 + 4 * low, 7))
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 5), (3, 9, 20)])
+def test_such_a_bound_fails_in_at_most_2_5_of_100(sizes: tuple[int, ...]) -> None:
+    """Exactly: of all true rates in three tags, the one that scores all right most often while its mean lies below the bound."""
+    tags = np.repeat(np.arange(3), sizes)
+    ones, clusters = np.ones(len(tags)), np.arange(len(tags))
+    rates = np.stack(np.meshgrid(*[np.linspace(0, 1, 101)] * 3)).reshape(3, -1)
+    chance = np.prod(rates ** np.array(sizes)[:, None], 0)
+    over_images, _ = interval(ones, clusters, tags, bounds=(0, 1))
+    over_tags = mean_of_strata(ones, clusters, tags, bounds=(0, 1)).low
+    worst = [
+        chance[np.array(w) @ rates < low].max() for w, low in ((np.array(sizes) / sum(sizes), over_images), (np.ones(3) / 3, over_tags))
+    ]
+    assert all(w <= 0.025 for w in worst) and max(worst) > 0.02
+
+
+def test_tags_that_are_alike_each_at_a_level_of_its_own_are_bounded_too() -> None:
+    values, tags = np.array([1.0] * 10 + [0.0] * 10), np.repeat([0, 1], 10)
+    low, high = interval(values, np.arange(20), tags, bounds=(0, 1))
+    off = 1 - 0.025 ** (1 / 20)
+    assert (low, high) == pytest.approx((0.5 - off, 0.5 + off))
+    assert all(map(math.isnan, interval(values, np.arange(20), tags)))
+
+
+def test_pairs_that_all_tie_may_differ_in_another_draw() -> None:
+    found = paired(np.ones(20), np.ones(20), np.arange(20), bounds=(0, 1))
+    off = 1 - 0.025 ** (1 / 20)
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0, -off, off)) and found["alike"] and found["ties"] == 1
+    won = paired(np.ones(20), np.zeros(20), np.arange(20), bounds=(0, 1))
+    assert (won["low"], won["high"]) == pytest.approx((1 - 2 * off, 1))
+    assert paired(np.ones(20), np.ones(20), np.arange(20))["low"] is None
+
+
+def test_one_prompt_that_differs_makes_it_a_bootstrap_again() -> None:
+    values = np.array([1.0] * 19 + [0.0])
+    found = summary(values, np.arange(20), bounds=(0, 1))
+    assert "alike" not in found and (found["low"], found["high"]) == interval(values, np.arange(20))
+    in_pairs = np.tile([0.0, 1.0], 20)  # every prompt's mean is 0.5
+    assert summary(in_pairs, np.arange(40) // 2)["alike"]
+
+
 # means over tags -------------------------------------------------------------------------------------
 
 
 def test_the_mean_over_tags_counts_each_tag_once() -> None:
     values = np.concatenate([np.full(30, 0.2), np.full(10, 0.8)])
     tags = ["many"] * 30 + ["few"] * 10
-    assert mean_of_strata(values, np.arange(40), tags) == pytest.approx((0.5, 0.5, 0.5))
+    assert mean_of_strata(values, np.arange(40), tags).mean == pytest.approx(0.5)
     assert summary(values, np.arange(40), tags)["mean"] == pytest.approx(0.35)
 
 
 def test_of_equal_tags_both_means_and_both_intervals_agree() -> None:
     values, clusters, tags = images(11, strata=5)
-    mean, low, high = mean_of_strata(values, clusters, tags)
+    mean, low, high, _ = mean_of_strata(values, clusters, tags)
     assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(interval(values, clusters, tags), abs=1e-12)
 
 
@@ -168,7 +225,7 @@ def test_its_interval_is_that_of_independent_tags() -> None:
     rng = np.random.default_rng(12)
     values, tags = rng.normal(size=220), np.array([0] * 200 + [1] * 20)
     error = math.sqrt(values[:200].var(ddof=1) / 200 + values[200:].var(ddof=1) / 20) / 2
-    _, low, high = mean_of_strata(values, np.arange(220), tags, resamples=20_000)
+    _, low, high, _ = mean_of_strata(values, np.arange(220), tags, resamples=20_000)
     assert (high - low) / 2 == pytest.approx(1.959964 * error, rel=0.04)
 
 

@@ -275,6 +275,14 @@ def test_scoring_elsewhere_while_sampling_changes_no_score(tmp_path):
         torch.testing.assert_close(weights(tmp_path / "there")[name], value, atol=1e-4, rtol=1e-3)
 
 
+def test_the_playgrounds_verifier_may_watch_a_run_on_prompts_it_cannot_judge(tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"castle number {k}\n" for k in range(6)))
+    watched = [*mine(tmp_path), f"prompts={tmp_path}/prompts.txt", "evaluate.rewards=['mine']"]
+    Trainer(quick(tmp_path / "run", *watched)).run()
+    record = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert record["reward/playground"] is None and record["missing/playground"] == 0 and record["reward/mine"] > 0
+
+
 def test_a_score_that_the_evaluation_does_not_give_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no score 'mine/blue'; there are mine, mine/red"):
         Trainer(quick(tmp_path / "run", *mine(tmp_path), "evaluate.rewards=['mine/blue']")).run()

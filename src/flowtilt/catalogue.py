@@ -20,6 +20,7 @@ class Item:
         about: the files that a reward reads, or what a set holds.
         sources: addresses.
         there: all of it has been downloaded.
+        size: bytes; None where nobody has told them and it is not here.
     """
 
     name: str
@@ -27,24 +28,42 @@ class Item:
     about: str
     sources: Sequence[str]
     there: bool
+    size: int | None
 
 
 def listing() -> list[Item]:
     """Every reward that reads weights, then every prompt set. Nothing is checked here but that the files are there."""
     items = []
     for reward, needs in weights.NEEDED.items():
-        items.append(Item(reward, "weights", " + ".join(needs), [weights.WEIGHTS[name].source for name in needs], all(map(_found, needs))))
+        sizes = [_size(name) for name in needs]
+        sources = [weights.WEIGHTS[name].source for name in needs]
+        items.append(Item(reward, "weights", " + ".join(needs), sources, all(_find(name) for name in needs), _total(sizes)))
     for name, found in sets.SETS.items():
-        there = all((sets.folder() / file).is_file() for _, file in found.files(name))
-        items.append(Item(name, "prompts", found.about, [source.url for source in found.sources], there))
+        places = [sets.folder() / file for _, file in found.files(name)]
+        sizes = [place.stat().st_size if place.is_file() else source.size for place, source in zip(places, found.sources, strict=True)]
+        there = all(place.is_file() for place in places)
+        items.append(Item(name, "prompts", found.about, [source.url for source in found.sources], there, _total(sizes)))
     return items
 
 
-def _found(name: str) -> bool:
+def _find(name: str) -> Path | None:
     try:
-        return bool(weights.find(name))
+        return weights.find(name)
     except UserError:
-        return False
+        return None
+
+
+def _size(name: str) -> int | None:
+    """Bytes of the files that are here, or as their publisher tells."""
+    place, entry = _find(name), weights.WEIGHTS[name]
+    if place is None:
+        return getattr(entry, "size", None)
+    files = [place] if place.is_file() else [place / file for file in entry.files]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _total(sizes: Sequence[int | None]) -> int | None:
+    return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
 def get(names: Sequence[str], to: Path | None = None) -> list[Path]:

@@ -12,12 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from flowtilt.config_errors import explain
 from flowtilt.config_keys import Key, keys_of
 from flowtilt.config_objectives import GRPOSettings, NFTSettings, ObjectiveSettings, Settings
 from flowtilt.errors import UserError
+from flowtilt.sources import absolute
 
 
 class ModelSettings(Settings):
@@ -163,6 +164,18 @@ class Recipe(Settings):
     """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
     track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Where metrics go besides metrics.jsonl; each needs flowtilt[track]."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _with_whole_paths(cls, rewards: dict[str, float | str | RewardSettings]) -> dict[str, float | str | RewardSettings]:
+        """A run goes on wherever it is resumed from."""
+
+        def whole(value: float | str | RewardSettings) -> float | str | RewardSettings:
+            if isinstance(value, RewardSettings):
+                return value.model_copy(update={"source": value.source and absolute(value.source)})
+            return absolute(value) if isinstance(value, str) else value
+
+        return {name: whole(value) for name, value in rewards.items()}
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Collection
 
 from flowtilt.environment import PACKAGES, processor, versions
 from flowtilt.errors import UserError
@@ -10,8 +11,8 @@ from flowtilt.rewards import BUILT_IN
 from flowtilt.tracking import TRACKERS
 
 
-def diagnose() -> list[str]:
-    """Lines for a person, from the machine upward."""
+def diagnose(but: Collection[str] = ()) -> list[str]:
+    """Lines for a person, from the machine upward, without the rewards that are looked at more closely anyway."""
     import torch
 
     lines = []
@@ -30,7 +31,7 @@ def diagnose() -> list[str]:
         if shipped
         else "MISSING playground weights - reinstall flowtilt, or python -m flowtilt.playground.pretrain"
     )
-    lines += [_reward(name) for name in BUILT_IN]
+    lines += [_reward(name) for name in BUILT_IN if name not in but]
     for name in TRACKERS:
         found = importlib.util.find_spec(name) is not None
         lines.append(f"ok      tracker {name}" if found else f"note    tracker {name}: not installed - pip install 'flowtilt[track]'")

@@ -34,11 +34,6 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def cache_folder() -> Path:
-    """Where what can be made or fetched anew is kept: flowtilt's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowtilt"
-
-
 def write_json(path: Path, value: Any) -> None:
     """As `write_atomic`; keys keep their order."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -113,6 +108,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
+
+
+def shown(path: str | Path) -> str:
+    """A path as a message has it: from this folder on, where it lies below."""
+    whole = Path(os.path.abspath(path))
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+
+
+def cache_folder(variable: str, name: str) -> Path:
+    """The folder that an environment variable names, else the one of this name in flowtilt's cache."""
+    given = os.environ.get(variable)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else cache / "flowtilt" / name
 
 
 def digest(path: Path) -> str:

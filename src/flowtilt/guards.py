@@ -17,10 +17,15 @@ class Guards:
 
     def check(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Alarms that fire for the first time in this rollout: name -> message."""
+        lost = [
+            f"{name.removeprefix('missing/')} gave no score to {value:.0f} of this rollout's images"
+            for name, value in metrics.items()
+            if name.startswith("missing/") and value > 0
+        ]
         seen = {
             "nan": (metrics.get("skipped_updates", 0) > 0, 1, NAN),
             "no_variance": (metrics["groups/without_variance"] >= NO_VARIANCE_SHARE, NO_VARIANCE_ROLLOUTS, NO_VARIANCE),
-            "missing": (any(value > 0 for name, value in metrics.items() if name.startswith("missing/")), 1, MISSING),
+            "missing": (bool(lost), 1, f"{'; '.join(lost)}. {MISSING}"),
             "no_contrast": (metrics.get("deviation") == 0, NO_CONTRAST_ROLLOUTS, NO_CONTRAST),
         }
         fired = {}
@@ -45,8 +50,8 @@ NO_VARIANCE = (
     "A reward of 0 everywhere is likely broken or too hard, one near its maximum is learnt; otherwise raise rollout.images_per_prompt"
 )
 MISSING = (
-    "a reward gave no score to some images; they were left out of their groups, which is no zero. "
-    "metrics.jsonl counts them as missing/<reward>; many of them mean that the reward or its server needs a look"
+    "They were left out of their groups, which is no zero. "
+    "metrics.jsonl goes on counting them as missing/<reward>; many of them mean that the reward or its server needs a look"
 )
 NO_CONTRAST = (
     f"v_theta = v_old in every update of {NO_CONTRAST_ROLLOUTS} rollouts, "

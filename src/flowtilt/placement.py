@@ -18,6 +18,11 @@ def stay_away(offload: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < SMALL
 
 
+def home(offload: bool | str, device: torch.device) -> torch.device:
+    """Where those modules are kept."""
+    return torch.device("cpu") if stay_away(offload, device) else device
+
+
 @contextmanager
 def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, the weights of `modules` are on `device`; afterwards they are where they were, the very same tensors."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies, score
+from flowtilt.rewards.judging import judge
 from flowtilt.threads import Background
 
 PARTS = 8
@@ -22,9 +23,11 @@ class Scoring:
 
     Args:
         rewards: name -> reward; those with a true `off_device` (a server, the CPU) are asked at once.
+        device: where the others see the images.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward]):
+    def __init__(self, rewards: Mapping[str, Reward], device: torch.device | str = "cpu"):
+        self._device = device
         self._names = list(rewards)
         self._elsewhere = {name: reward for name, reward in rewards.items() if getattr(reward, "off_device", False)}
         self._local = {name: reward for name, reward in rewards.items() if name not in self._elsewhere}
@@ -66,7 +69,8 @@ class Scoring:
             for column in columns
         }
         if self._local:
-            found |= score(self._local, self._images[0] if len(self._images) == 1 else torch.cat(self._images), self._prompts)[0]
+            images = self._images[0] if len(self._images) == 1 else torch.cat(self._images)
+            found |= judge(self._local, images, self._prompts, self._device)[0]
         found = {column: found[column] for name in self._names for column in found if column.partition("/")[0] == name}
         rewards = {**self._elsewhere, **self._local}
         missing = {

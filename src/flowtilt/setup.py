@@ -16,10 +16,11 @@ from flowtilt.objectives.forward import ForwardProcess
 from flowtilt.objectives.grpo import GRPO
 from flowtilt.objectives.nft import NFT
 from flowtilt.objectives.ram import RAM
+from flowtilt.placement import home
 from flowtilt.playground import world as playground
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, sets
-from flowtilt.rewards import Reward, applies
+from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
 
 
@@ -86,7 +87,8 @@ def judges_of(recipe: Recipe) -> list[Named]:
 
 
 def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward], dict[str, Reward]]:
-    """The rewards that train and those that judge; what does both is loaded once."""
+    """The rewards that train and those that judge; what does both is loaded once, and off the device where models only visit it."""
+    device = home(recipe.model.offload, device)
     trained, _ = load_named(rewards_of(recipe), device=device)
     only = [one for one in judges_of(recipe) if one.name not in trained]
     others = load_named(only, device=device)[0] if only else {}
@@ -94,9 +96,11 @@ def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward
 
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
-    """Raises UserError at the first prompt whose images none of the rewards could judge."""
+    """Raises UserError at the first prompt whose images none of the rewards could judge, or a reward that judges no prompt's."""
     for prompt in prompts:
         why = {name: applies(reward, prompt) for name, reward in rewards.items()}
         if all(why.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
             raise UserError(f'prompts {prompt.where or "given"}: no reward applies to "{prompt.text}" ({reasons})')
+    for name, why in applicable(prompts, rewards)[1].items():
+        raise UserError(f"rewards.{name}: applies to none of the prompts ({why}); give it the weight 0, or prompts that it can judge")

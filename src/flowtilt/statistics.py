@@ -8,6 +8,14 @@ Of a stratum's K clusters each resample draws K - 1 with replacement, weighted K
 the variance of the mean divided by K instead of K - 1, too narrow where tags have few prompts: Rao and Wu,
 J. Am. Stat. Assoc. 83 (1988); Rao, Wu and Yue, Survey Methodology 18 (1992). The interval is that of the
 resampled means' percentiles. A stratum of one cluster can't be resampled: it stays as it is and adds no width.
+
+Where the clusters of no stratum differ, every resample is the same and would give an interval without width, as
+if nothing were uncertain. Then there is none, unless the scores' range [a, b] is known. Let p be the chance that
+another cluster of a stratum scores as those did: that all K did had the chance p^K, so p is at least
+P = ((1 - level) / 2)^(1 / K), the bound of Clopper and Pearson, Biometrika 26 (1934), and what scores otherwise
+lies in [a, b]: the mean is at least c - (1 - P) (c - a) and at most c + (1 - P) (b - c). 20 of 20 prompts that
+score 1 of [0, 1] give [0.832, 1]. In strata of weights w (their sum 1), K = min K_s / w_s: by the inequality of
+the means, prod p_s^K_s <= (sum w_s p_s)^K.
 """
 
 import math
@@ -24,12 +32,17 @@ DRAWS = 2**20
 """Clusters drawn at once, which bounds the memory."""
 
 
+Bounds = tuple[float, float]
+"""The lowest and the highest score that there can be."""
+
+
 class Estimate(NamedTuple):
-    """A mean and its interval; NaN where there is none."""
+    """A mean and its interval, NaN where there is none; `alike`: no two clusters of a stratum differ."""
 
     mean: float
     low: float
     high: float
+    alike: bool = False
 
 
 def interval(
@@ -40,8 +53,9 @@ def interval(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    bounds: Bounds | None = None,
 ) -> tuple[float, float]:
-    """(low, high) of the mean over images, (nan, nan) where no stratum has two clusters.
+    """(low, high) of the mean over images, (nan, nan) where no stratum has two clusters, or none has two that differ.
 
     Args:
         values: [N], NaN where missing.
@@ -50,22 +64,30 @@ def interval(
         resamples: how many.
         seed: of the numpy Generator made for this call.
         level: in (0, 1).
+        bounds: of the scores, where they are known; they give an interval also where no two clusters differ.
 
     Raises:
-        ValueError: lengths differ, a value is infinite, or `level` or `resamples` makes no sense.
+        ValueError: lengths differ, a value is infinite or out of bounds, or `level` or `resamples` makes no sense.
     """
-    estimate = _bootstrap(values, clusters, strata, resamples, seed).overall(level)
+    estimate = _bootstrap(values, clusters, strata, resamples, seed, level, bounds).overall()
     return estimate.low, estimate.high
 
 
 def mean_of_strata(
-    values: ArrayLike, clusters: ArrayLike, strata: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    values: ArrayLike,
+    clusters: ArrayLike,
+    strata: ArrayLike,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    bounds: Bounds | None = None,
 ) -> Estimate:
     """The mean over strata of each stratum's mean, GenEval's overall score, with its interval; see `interval`.
 
     A stratum without any value is left out.
     """
-    return _bootstrap(values, clusters, strata, resamples, seed).of_strata(level)
+    return _bootstrap(values, clusters, strata, resamples, seed, level, bounds).of_strata()
 
 
 def summary(
@@ -76,27 +98,29 @@ def summary(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    bounds: Bounds | None = None,
 ) -> dict[str, Any]:
     """One column of an evaluation, ready for JSON: what is not known is None.
 
-    {mean, low, high, images, missing}, where `missing` of all `images` have no score. Where at least two tags
+    {mean, low, high, images, missing}, where `missing` of all `images` have no score, and "alike": true where
+    no two prompts of a tag differ. Where at least two tags
     have a score, also `mean_of_tags` {mean, low, high} and `by_tag` {tag: {mean, low, high, images, missing}},
     tags in order of appearance; the empty tag means "none" and is not among them. All from the same resamples.
 
     Args and Raises: see `interval`.
     """
-    drawn = _bootstrap(values, clusters, strata, resamples, seed)
+    drawn = _bootstrap(values, clusters, strata, resamples, seed, level, bounds)
     missing = np.isnan(np.asarray(values, dtype=float))
-    found = _told(drawn.overall(level)) | {"images": len(missing), "missing": int(missing.sum())}
+    found = _told(drawn.overall()) | {"images": len(missing), "missing": int(missing.sum())}
     known = {str(label): place for place, label in enumerate(drawn.labels) if str(label)}
     if strata is None or len(known) < 2:
         return found
     tags, by_tag = np.asarray(strata).astype(str), {}
     for tag in dict.fromkeys(tags[tags != ""].tolist()):
         mine = missing[tags == tag]
-        estimate = drawn.of_stratum(known[tag], level) if tag in known else Estimate(math.nan, math.nan, math.nan)
+        estimate = drawn.of_stratum(known[tag]) if tag in known else Estimate(math.nan, math.nan, math.nan)
         by_tag[tag] = _told(estimate) | {"images": len(mine), "missing": int(mine.sum())}
-    return found | {"mean_of_tags": _told(drawn.of_strata(level, list(known.values()))), "by_tag": by_tag}
+    return found | {"mean_of_tags": _told(drawn.of_strata(list(known.values()))), "by_tag": by_tag}
 
 
 def paired(
@@ -108,6 +132,7 @@ def paired(
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    bounds: Bounds | None = None,
 ) -> dict[str, Any]:
     """Tuned minus base, image by image, over the images where both have a score; ready for JSON.
 
@@ -116,6 +141,7 @@ def paired(
 
     Args:
         tuned, base: [N], of the same images (prompt and noise) in the same order; NaN where missing.
+        bounds: of the scores; a difference is within their width.
 
     Other Args and Raises: see `interval`.
     """
@@ -126,51 +152,78 @@ def paired(
         raise ValueError("values must be finite, or NaN where missing")
     difference = first - second
     known = ~np.isnan(difference)
-    estimate = _bootstrap(difference, clusters, strata, resamples, seed).overall(level)
+    width = bounds[1] - bounds[0] if bounds else 0.0
+    estimate = _bootstrap(difference, clusters, strata, resamples, seed, level, (-width, width) if bounds else None).overall()
     share = {"wins": difference[known] > 0, "ties": difference[known] == 0}
     counts = {"images": len(known), "missing": int((~known).sum())}
     return _told(estimate) | counts | {name: float(of.mean()) if len(of) else None for name, of in share.items()}
 
 
 def _told(estimate: Estimate) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+    found = {name: None if math.isnan(value) else value for name, value in zip(("mean", "low", "high"), estimate, strict=False)}
+    return found | ({"alike": True} if estimate.alike else {})
 
 
 @dataclass(frozen=True)
 class _Resampled:
     """Sums and counts of S strata, as they are and in R resamples; sums are of values minus `origin`."""
 
+    level: float
+    bounds: Bounds | None
     labels: NDArray[Any]  # [S]
-    several: NDArray[np.bool_]  # [S] whether it has two clusters or more
+    clusters: Whole  # [S] how many it has
+    differ: NDArray[np.bool_]  # [S] whether two of them do
     origin: float
     sums: Array  # [1 + R, S], the first row as they are
     counts: Array  # [1 + R, S]
 
-    def overall(self, level: float) -> Estimate:
-        return self._estimate(self.sums.sum(1), self.counts.sum(1), bool(self.several.any()), level)
+    def overall(self) -> Estimate:
+        everywhere = list(range(len(self.labels)))
+        return self._estimate(self.sums.sum(1), self.counts.sum(1), everywhere, self.counts[0])
 
-    def of_stratum(self, place: int, level: float) -> Estimate:
-        return self._estimate(self.sums[:, place], self.counts[:, place], bool(self.several[place]), level)
+    def of_stratum(self, place: int) -> Estimate:
+        return self._estimate(self.sums[:, place], self.counts[:, place], [place], np.ones(1))
 
-    def of_strata(self, level: float, places: list[int] | None = None) -> Estimate:
+    def of_strata(self, places: list[int] | None = None) -> Estimate:
         """Mean over the strata at these places, all where none are given."""
         chosen = list(range(len(self.labels))) if places is None else places
         means = self.sums[:, chosen] / self.counts[:, chosen]
-        return self._estimate(means.sum(1), np.full(len(means), float(len(chosen))), bool(self.several[chosen].any()), level)
+        return self._estimate(means.sum(1), np.full(len(means), float(len(chosen))), chosen, np.ones(len(chosen)))
 
-    def _estimate(self, sums: Array, counts: Array, resampled: bool, level: float) -> Estimate:
-        if not 0 < level < 1:
-            raise ValueError(f"level {level} is not in (0, 1)")
+    def _estimate(self, sums: Array, counts: Array, places: list[int], weights: Array) -> Estimate:
+        """Of strata at `places` that count by `weights`."""
         if not counts[0]:
             return Estimate(math.nan, math.nan, math.nan)
         means = self.origin + sums / counts
-        if not resampled:
-            return Estimate(float(means[0]), math.nan, math.nan)
-        low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
-        return Estimate(float(means[0]), float(low), float(high))
+        mean = float(means[0])
+        if not (self.clusters[places] > 1).any():
+            return Estimate(mean, math.nan, math.nan)
+        if not self.differ[places].any():
+            return Estimate(mean, *self._of_alike(mean, places, weights), alike=True)
+        low, high = np.quantile(means[1:], [(1 - self.level) / 2, (1 + self.level) / 2])
+        return Estimate(mean, float(low), float(high))
+
+    def _of_alike(self, mean: float, places: list[int], weights: Array) -> tuple[float, float]:
+        """What the number of clusters tells where none differ; see the module's docstring."""
+        if self.bounds is None:
+            return math.nan, math.nan
+        lowest, highest = self.bounds
+        effective = float((self.clusters[places] * weights.sum() / weights).min())
+        otherwise = 1 - ((1 - self.level) / 2) ** (1 / effective)
+        scores = self.origin + self.sums[0, places] / self.counts[0, places]
+        low, high = mean - otherwise * float(scores.max() - lowest), mean + otherwise * float(highest - scores.min())
+        return max(low, lowest), min(high, highest)
 
 
-def _bootstrap(values: ArrayLike, clusters: ArrayLike, strata: ArrayLike | None, resamples: int, seed: int) -> _Resampled:
+def _bootstrap(
+    values: ArrayLike,
+    clusters: ArrayLike,
+    strata: ArrayLike | None,
+    resamples: int,
+    seed: int,
+    level: float,
+    bounds: Bounds | None,
+) -> _Resampled:
     scores, prompts = np.asarray(values, dtype=float), np.asarray(clusters)
     tags = np.zeros(len(scores), dtype=int) if strata is None else np.asarray(strata)
     if scores.ndim != 1 or not scores.shape == prompts.shape == tags.shape:
@@ -179,7 +232,11 @@ def _bootstrap(values: ArrayLike, clusters: ArrayLike, strata: ArrayLike | None,
         raise ValueError("values must be finite, or NaN where missing")
     if resamples < 1:
         raise ValueError(f"resamples {resamples} is less than 1")
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} is not in (0, 1)")
     known = ~np.isnan(scores)
+    if bounds and not ((scores[known] >= bounds[0]) & (scores[known] <= bounds[1])).all():
+        raise ValueError(f"values must be in {list(bounds)}")
     labels, tag = np.unique(tags[known], return_inverse=True)
     # measured from one of themselves, equal values have equal means to the last bit
     origin = float(scores[known].min()) if known.any() else 0.0
@@ -187,16 +244,22 @@ def _bootstrap(values: ArrayLike, clusters: ArrayLike, strata: ArrayLike | None,
 
     generator = np.random.default_rng(seed)
     shape = (1 + resamples, len(labels))
-    all_sums, all_counts, several = np.zeros(shape), np.zeros(shape), np.zeros(len(labels), dtype=bool)
+    all_sums, all_counts = np.zeros(shape), np.zeros(shape)
+    number, differ = np.zeros(len(labels), dtype=np.int64), np.zeros(len(labels), dtype=bool)
     for place in range(len(labels)):
         members = np.flatnonzero(stratum == place)
-        several[place] = len(members) > 1
+        number[place], differ[place] = len(members), _differ(sums[members] / counts[members])
         all_sums[0, place], all_counts[0, place] = sums[members].sum(), counts[members].sum()
         drawn = (
             _draw(sums[members], counts[members], resamples, generator) if len(members) > 1 else (all_sums[0, place], all_counts[0, place])
         )
         all_sums[1:, place], all_counts[1:, place] = drawn
-    return _Resampled(labels, several, origin, all_sums, all_counts)
+    return _Resampled(level, bounds, labels, number, differ, origin, all_sums, all_counts)
+
+
+def _differ(means: Array) -> bool:
+    """Whether two of them do by more than rounding."""
+    return bool(np.ptp(means) > 1e-12 * np.abs(means).max())
 
 
 def _cluster_sums(values: Array, prompts: NDArray[Any], tag: Whole) -> tuple[Array, Array, Whole]:

@@ -2,15 +2,65 @@
 
 All are daemons: those of a pool of `concurrent.futures` keep an interrupted program alive until the last of
 them is done, and one that waits for a server may wait for minutes.
+
+But a daemon that computes while the interpreter ends aborts the process: it is stopped inside torch's C++. So
+each has a lock, which it holds except while it is `waiting`. At the end of the program the locks are taken,
+one by one: who computes finishes that first, who waits never comes back.
 """
 
+import atexit
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+GRACE = 10.0
+"""Seconds for which a program that ends waits for threads that compute."""
+_locks: set[threading.Lock] = set()
+_own = threading.local()
+
+
+def start(work: Callable[[], None]) -> None:
+    """Runs `work` in a daemon thread that the end of the program does not stop in the midst of a computation."""
+    lock = threading.Lock()
+
+    def locked() -> None:
+        _own.lock = lock
+        with lock:
+            work()
+        _locks.discard(lock)
+
+    _locks.add(lock)
+    threading.Thread(target=locked, daemon=True).start()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Inside, nothing is computed: the thread may be left behind when the program ends."""
+    lock: threading.Lock | None = getattr(_own, "lock", None)
+    if lock is None:
+        yield
+        return
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
+
+
+@atexit.register
+def _still() -> None:
+    end = time.monotonic() + GRACE
+    taken: set[threading.Lock] = set()
+    while left := _locks - taken:  # one that computes may start others
+        lock = left.pop()
+        lock.acquire(timeout=max(0.0, end - time.monotonic()))
+        taken.add(lock)
 
 
 def in_threads(tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:
@@ -33,11 +83,12 @@ def in_threads(tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:
                 done.put((i, error))
 
     for _ in range(min(workers, len(tasks))):
-        threading.Thread(target=work, daemon=True).start()
+        start(work)
     results: dict[int, T] = {}
     try:
         while len(results) < len(tasks):
-            i, result = done.get()
+            with waiting():
+                i, result = done.get()
             if isinstance(result, BaseException):
                 raise result
             results[i] = result
@@ -52,7 +103,7 @@ class Background:
     def __init__(self) -> None:
         self._todo: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._closed = threading.Event()
-        threading.Thread(target=self._work, daemon=True).start()
+        start(self._work)
 
     def submit(self, task: Callable[[], T]) -> Future[T]:
         """The task's result, in time."""
@@ -66,9 +117,13 @@ class Background:
         self._todo.put(None)
 
     def _work(self) -> None:
-        while (given := self._todo.get()) and not self._closed.is_set():
+        while (given := self._next()) and not self._closed.is_set():
             future, task = given
             try:
                 future.set_result(task())
             except BaseException as error:
                 future.set_exception(error)
+
+    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        with waiting():
+            return self._todo.get()

@@ -29,6 +29,7 @@ from flowtilt.phases import Phases
 from flowtilt.policy import ROLES
 from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.report import write_report
+from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import Sampler, decode
 from flowtilt.scoring import Scoring
 from flowtilt.seeding import noise
@@ -76,6 +77,13 @@ class Trainer:
         check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.policy = build_policy(recipe, self.world.device)
+        try_rewards(
+            self.rewards | self.judges,
+            [*self.prompts, *self.test_prompts],
+            side=int(str(self.policy.model.protocol["resolution"])),
+            device=self.world.device,
+            seed=recipe.seed,
+        )
         if recipe.model.compile and (why := compile_blocks(self.policy)) and self.world.rank == 0:
             print(f"model.compile: not compiled, going on without ({why})", file=sys.stderr, flush=True)
         self.objective = build_objective(recipe.objective)
@@ -180,7 +188,7 @@ class Trainer:
             conditioning = policy.model.encode([p.text for p in own])
         parts: list[tuple[Tensor, Trajectory | None]] = []
         collect = collector(self.recipe, self.objective, step)
-        with Scoring(self.rewards) as scoring:
+        with Scoring(self.rewards, self.world.device) as scoring:
             for rows in scoring.parts(len(own)):
                 with phases("sample"):
                     where, given = [positions[k] for k in rows], conditioning.select(rows)

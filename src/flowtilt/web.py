@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from typing import Any
 
+from flowtilt import threads
 from flowtilt.errors import UserError
 
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -54,7 +55,7 @@ def post_json(
     pause = 0.25
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with threads.waiting(), urllib.request.urlopen(request, timeout=timeout) as answer:
                 found = json.loads(answer.read())
             if not isinstance(found, dict):
                 raise ValueError("the answer is not a JSON object")
@@ -77,7 +78,8 @@ def post_json(
                 waiting(f"{url}: {failure}; trying again for up to {patience:.0f} s")
         if now - first + pause > patience:
             raise UserError(f"{url}: no answer in {patience:.0f} s of trying: {failure}")
-        time.sleep(pause)
+        with threads.waiting():
+            time.sleep(pause)
         pause = min(2 * pause, 10)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from flowtilt.download import fetch, fetch_hub, wrong
 from flowtilt.errors import UserError
+from flowtilt.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 def folder() -> Path:
     """Where downloads go and files are looked for first: FLOWTILT_WEIGHTS, else flowtilt's cache."""
-    given = os.environ.get("FLOWTILT_WEIGHTS")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else cache / "flowtilt" / "weights"
+    return cache_folder("FLOWTILT_WEIGHTS", "weights")
 
 
 def find(name: str) -> Path:

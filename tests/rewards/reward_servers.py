@@ -58,6 +58,10 @@ def ask(url, body, key=None, path="/score", method="POST") -> tuple[int, Any]:
         return answer.status, text
 
 
+def connected(url):
+    return socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+
+
 def asking(reward, images, texts=None):
     """The body for images [3, H, W], or files where they are bytes."""
     files = [image if isinstance(image, bytes) else to_png(image) for image in images]

@@ -281,6 +281,6 @@ def test_missing_weights_are_named(tmp_path, monkeypatch):
 
 def test_a_network_that_says_nothing_finite_is_an_error_not_an_empty_list(tiny, monkeypatch):
     detector = Detector("cpu")
-    monkeypatch.setattr(detector, "network", lambda pixels: (torch.full((1, 10, 6), math.nan), torch.zeros(1, 10, 24, 32)))
+    monkeypatch.setattr(detector.network, "forward", lambda pixels: (torch.full((1, 10, 6), math.nan), torch.zeros(1, 10, 24, 32)))
     with pytest.raises(UserError, match="not finite"):
         detector(pictures(1, 3, 8, 8), [0.3])

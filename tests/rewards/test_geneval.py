@@ -144,8 +144,9 @@ def test_a_prompt_without_metadata_has_no_score():
 def test_an_image_with_a_nan_has_no_score():
     broken = SCENE.clone()
     broken[0, 3, 4] = torch.nan
-    output = judged([broken, SCENE], [CAR_DOG, CAR_DOG])
-    assert output.scores.isnan().tolist() == [True, False] and "NaN" in output.notes[0]
+    reward = lambda images, prompts: score_batch(images, prompts, Finder(FINDER), Painter())  # noqa: E731
+    found, notes = score({"geneval": reward}, torch.stack([broken, SCENE]), [CAR_DOG, CAR_DOG])
+    assert all(values.isnan().tolist() == [True, False] for values in found.values()) and notes == ["the image is not finite", ""]
 
 
 @pytest.mark.parametrize(

@@ -146,5 +146,5 @@ def test_the_cat_must_be_found(pictures, monkeypatch):
 
 
 def test_missing_weights_are_named_without_asking_the_network(nowhere):
-    lines = list(reference.compare(["all"]))
+    lines = list(reference.compare(PAPER))
     assert [line.split()[0] for line in lines].count("MISSING") == 7 and any(line.startswith("note    ocr") for line in lines)

@@ -21,7 +21,7 @@ from flowtilt.errors import UserError
 from flowtilt.pictures import to_bytes
 from flowtilt.playground import world
 from flowtilt.rewards import RewardOutput, applies, load_reward, score, served
-from flowtilt.rewards.playground import playground
+from flowtilt.rewards.playground import Playground
 from flowtilt.rewards.served import Served
 from flowtilt.rewards.wire import Limits, answer, read_answer
 from flowtilt.seeding import generator
@@ -79,10 +79,10 @@ def test_a_recipes_address_gives_what_the_reward_gives_here():
     prompts = world.prompts("test")[::12]
     drawn = [world.arrange(p if i % 2 else prompts[i - 1], generator(0, "test", i)) for i, p in enumerate(prompts)]
     images = to_bytes(world.render(drawn)).float() / 255
-    with running({"playground": playground}) as (url, _):
+    with running({"playground": Playground()}) as (url, _):
         remote = load_reward("playground", url, options={"images_per_request": 4})
         there, said = score({"r": remote}, images, prompts)
-    here, told = score({"r": playground}, images, prompts)
+    here, told = score({"r": Playground()}, images, prompts)
     assert torch.equal(there["r"], here["r"]) and said == told and len(here["r"].unique()) > 2
 
 
@@ -114,14 +114,15 @@ def test_it_works_off_the_device_keeps_the_servers_version_and_scores_no_images(
 
 
 def test_an_image_with_a_nan_has_no_score_though_its_png_would():
+    """`score` sees to that, for every reward."""
     images = torch.stack([grey(1), grey(2), grey(3)])
     images[1, 0, 4, 4] = torch.nan
     reward = lambda images, prompts: RewardOutput(levels(images, prompts), (), {"d": levels(images, prompts)})  # noqa: E731
     with running({"r": reward}) as (url, _):
-        output = Served(url, "r", images_per_request=2)(images, prompts_of(3))
-    for values in (output.scores, output.details["d"]):
+        found, notes = score({"r": Served(url, "r", images_per_request=2)}, images, prompts_of(3))
+    for values in (found["r"], found["r/d"]):
         assert values[[0, 2]].tolist() == [1, 3] and values[1].isnan()
-    assert list(output.notes) == ["", "image is not finite", ""]
+    assert notes == ["", "the image is not finite", ""]
 
 
 def test_whether_it_applies_is_what_the_built_in_reward_says(monkeypatch):

@@ -1,12 +1,11 @@
 """`flowtilt evaluate` and `flowtilt score`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from flowtilt.cli.quiet import quieten
-from flowtilt.cli.words import count, words
+from flowtilt.cli.words import count, say, words
 from flowtilt.errors import UserError
 
 REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function, or name=http://host:port'
@@ -35,7 +34,9 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--seed", type=int, help="of the noise (the run's)")
     evaluate.add_argument("--compare", choices=("base",), help="also draw without LoRAs, from the same noise, and give paired differences")
     evaluate.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
-    evaluate.add_argument("--save-images", action="store_true", help="keep every image at its full size")
+    evaluate.add_argument(
+        "--save-images", action="store_true", help="keep every image at its full size; of a finished evaluation they are drawn once more"
+    )
     evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images through the network at once (found by trying)")
     evaluate.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(%(default)s)")
     evaluate.set_defaults(call=_evaluate)
@@ -78,13 +79,19 @@ def _evaluate(args: argparse.Namespace) -> int:
             compat=args.compat,
             save_images=args.save_images,
             micro_batch=args.micro_batch or "auto",
-            say=_say,
+            say=say,
         )
+    except KeyboardInterrupt:
+        more = "; the same command goes on from there" if (args.output / "protocol.json").is_file() else ""
+        say(f"flowtilt: interrupted{more}")
+        return 130
     finally:
         distributed.stop()
     if results:
         print(table(results))
         print(f"results  {args.output / 'results.json'}\nreport   {args.output / 'report.html'}")
+        if args.save_images:
+            print(f"images   {args.output / 'images'}")
     return 0
 
 
@@ -110,7 +117,7 @@ def _score(args: argparse.Namespace) -> int:
     named = parse(args.rewards)
     rewards, left_out = load_named([with_compat(one) for one in named] if args.compat else named, device=device)
     for name, why in left_out.items():
-        _say(f"left out: {name}: {why}")
+        say(f"left out: {name}: {why}")
     if args.output:
         save_scores(args.output, [])  # now, not after an hour: can it be written?
     records = []
@@ -123,13 +130,9 @@ def _score(args: argparse.Namespace) -> int:
             save_scores(args.output, records)
     unread = [record for record in records if all(value is None for value in record["scores"].values()) and record["note"]]
     for record in unread[:5]:
-        _say(f"no score: {record['note']}")
+        say(f"no score: {record['note']}")
     variants = [variant for variant in ("tuned", "base") if any(record["variant"] == variant for record in records)]
     print(table(results_of(records, variants, {})))
     if args.output:
         print(f"scores   {args.output}")
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.cli.quiet import quieten
-from flowtilt.cli.words import count, words
+from flowtilt.cli.words import count, say, words
 from flowtilt.errors import UserError
 
 
@@ -57,17 +57,18 @@ def _serve(args: argparse.Namespace) -> int:
         torch.device(device)
     except RuntimeError:
         raise UserError(f"serve-rewards: --device {device}: no such device; cpu, cuda or cuda:0") from None
-    serve(named, host=args.host, port=args.port, key=key_from_environment(), device=device, max_batch=args.max_batch, tell=_say)
+    serve(named, host=args.host, port=args.port, key=key_from_environment(), device=device, max_batch=args.max_batch, tell=say)
     return 0
 
 
 def _download(args: argparse.Namespace) -> int:
-    quieten(progress=True)
+    quieten(progress=sys.stderr.isatty())
     from flowtilt import catalogue
 
     if args.list:
         for item in catalogue.listing():
-            print(f"{'here' if item.there else '-':5}{item.kind:8} {item.name:16} {item.about}")
+            size = f"{item.size / 1e6:,.1f} MB" if item.size is not None else "?"
+            print(f"{'here' if item.there else '-':5}{item.kind:8} {item.name:16} {size:>11}  {item.about}")
         return 0
     if not args.names:
         raise UserError("download: which? `flowtilt download --list` shows what there is")
@@ -97,18 +98,13 @@ def _prompts(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     quieten()
     from flowtilt.doctor import diagnose
-
-    print("\n".join(diagnose()))
-    if args.rewards is None:
-        return 0
+    from flowtilt.rewards import PAPER
     from flowtilt.rewards.reference import compare
 
+    names = list(dict.fromkeys(name for given in args.rewards or () for name in (PAPER if given == "all" else (given,))))
+    print("\n".join(diagnose(but=names)))
     failed = False
-    for line in compare(args.rewards):
+    for line in compare(names):
         print(line, flush=True)
-        failed |= line.startswith("WRONG") or (line.startswith("MISSING") and args.rewards != ["all"])
+        failed |= line.startswith(("WRONG", "MISSING"))
     return 1 if failed else 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
-"""Types of options."""
+"""Types of options, and lines for a person."""
 
 import argparse
+import sys
 
 
 def words(text: str) -> list[str]:
@@ -20,3 +21,8 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return number
+
+
+def say(text: str) -> None:
+    """Tells a person what is no result, at once."""
+    print(text, file=sys.stderr, flush=True)

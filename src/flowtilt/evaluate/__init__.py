@@ -18,7 +18,8 @@ from flowtilt.errors import UserError
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
-from flowtilt.rewards import Reward, score
+from flowtilt.rewards import Reward
+from flowtilt.rewards.judging import judge
 from flowtilt.rollout import Sampler, decode
 from flowtilt.seeding import noise
 
@@ -126,42 +127,48 @@ def evaluate(
     drawing.model.encode.prepare(prompts[index].text for number in world.share(len(blocks)) for index, _ in blocks[number])
     for number in world.share(len(blocks)):
         pictures = draw(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
-        scores, said = score(rewards, pictures, [prompts[index] for index, _ in blocks[number]])
+        scores, said = judge(rewards, pictures, [prompts[index] for index, _ in blocks[number]], drawing.model.device)
         parts.append({name: _padded(value) for name, value in scores.items()})
         notes += said
         kept |= {number * BLOCK + k: picture.cpu() for k, picture in enumerate(pictures) if number * BLOCK + k < samples}
-    names = dict.fromkeys(name for part in parts for name in part)
-    joined = {name: torch.stack([part.get(name, _padded(torch.empty(0))) for part in parts]) for name in names}
-    everything = {name: value.flatten()[:images] for name, value in world.gather_columns(joined, len(blocks), (BLOCK,)).items()}
+    columns = {name: value[:images] for name, value in _gathered(parts, len(blocks), world).items()}
     notes = world.gather_json(notes)
-    if column not in everything:
-        raise UserError(f"evaluate.rewards: no score {column!r}; there are {', '.join(everything)}")
-    judged = everything[column]
-    tags = [prompts[index].tag for index, _ in rows]
-    of_tag = {tag: judged[[t == tag for t in tags]] for tag in dict.fromkeys(tags) if tag}
-    by_tag = {tag: value for tag, values in of_tag.items() if (value := _mean(values)) is not None}
-    told = [
-        {
-            "prompt": prompts[rows[k][0]].text,
-            "tag": tags[k],
-            "score": None if judged[k].isnan() else round(float(judged[k]), 4),
-            "note": notes[k],
-        }
-        for k in range(min(samples, images))
-    ]
-    mean = _mean(judged)
+    if column not in columns:
+        raise UserError(f"evaluate.rewards: no score {column!r}; there are {', '.join(columns)}")
+    mean = _mean(columns[column])
     if mean is None:
         raise UserError(f"reward {column}: gives none of the evaluation's images a score")
+    drawn = [prompts[index] for index, _ in rows]
+    told = [_told(*row) for row in zip(drawn[:samples], columns[column][:samples].tolist(), notes[:samples], strict=True)]
     return Evaluation(
         column,
         mean,
-        by_tag,
-        {name: value for name, values in everything.items() if (value := _mean(values)) is not None},
-        {name: count for name, values in everything.items() if (count := int(values.isnan().sum()))},
+        _by_tag(columns[column], drawn),
+        {name: value for name, values in columns.items() if (value := _mean(values)) is not None},
+        {name: count for name, values in columns.items() if (count := int(values.isnan().sum()))},
         images,
         _collected(kept, len(told), world),
         told,
     )
+
+
+def _gathered(parts: Sequence[Mapping[str, Tensor]], blocks: int, world: World) -> dict[str, Tensor]:
+    """Every column of all ranks' blocks, one after the other; a block has NaN in a column that it lacks."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    joined = {name: torch.stack([part.get(name, _padded(torch.empty(0))) for part in parts]) for name in names}
+    return {name: value.flatten() for name, value in world.gather_columns(joined, blocks, (BLOCK,)).items()}
+
+
+def _by_tag(values: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """The mean of each tag that has a score."""
+    tags = [prompt.tag for prompt in prompts]
+    of_tag = {tag: values[[t == tag for t in tags]] for tag in dict.fromkeys(tags) if tag}
+    return {tag: mean for tag, values in of_tag.items() if (mean := _mean(values)) is not None}
+
+
+def _told(prompt: Prompt, score: float, note: str) -> dict[str, object]:
+    """What stands beside an image in the report."""
+    return {"prompt": prompt.text, "tag": prompt.tag, "score": None if math.isnan(score) else round(score, 4), "note": note}
 
 
 def _padded(values: Tensor) -> Tensor:

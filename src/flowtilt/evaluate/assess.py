@@ -10,17 +10,18 @@ from flowtilt import distributed
 from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.environment import versions
 from flowtilt.errors import UserError
-from flowtilt.evaluate import each, spread
-from flowtilt.evaluate.folder import PromptSet, applicable, held, open_folder, run
+from flowtilt.evaluate import Row, each, spread
+from flowtilt.evaluate.folder import PromptSet, held, open_folder, run
 from flowtilt.files import digest
 from flowtilt.lora import Lora
 from flowtilt.lora.read import read_lora
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Model
 from flowtilt.models.opening import fingerprint, open_model
+from flowtilt.placement import home
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
-from flowtilt.rewards import Reward
+from flowtilt.rewards import Reward, applicable
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rollout import Sampler
@@ -66,56 +67,80 @@ def assess(
     """
     world = distributed.start()
     added = [read_lora(place) for place in loras]
-    own = recipe_of(loras[0]) if loras else None
-    recipe = own or (load_recipe("playground") if model in (None, "playground") else None)
-    if recipe is None and not (prompts and rewards):
-        raise UserError("evaluate: --prompts and --rewards must be named for a model that is no run of ours")
     if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
+    recipe = _recipe_for(model, loras, complete=bool(prompts and rewards))
     e = recipe.evaluate if recipe else default_evaluation(model)
-    named = parse(rewards) if rewards or recipe is None else judges_of(recipe)
-    named = [with_compat(one) for one in named] if compat else named
+    named = _named(rewards, recipe, compat)
     loaded = _load_sets(prompts or _own_prompts(recipe))
     if not prompts and images is None and images_per_prompt is None:
         images = e.images
-    judges, left_out = load_named(named, device=world.device)
-    dropped = [{"set": "all", "reward": name, "why": why} for name, why in left_out.items()]
-    sets = []
+    settings = model_settings(model, recipe, resolution)
+    judges, left_out = load_named(named, device=home(settings.offload, world.device))
+    rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
+    sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)
+    stack = Stack(open_model(settings, world.device), added)
+    sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
+    variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
+    seed = seed if seed is not None else recipe.seed if recipe else 0
+    chosen = {"images": images, "images_per_prompt": None if images else images_per_prompt or 1, "seed": seed, "variants": list(variants)}
+
+    def protocol() -> dict[str, Any]:
+        drawn = _model_protocol(stack.model, settings, added, sampler) | _prompt_protocol(loaded) | chosen
+        return drawn | _reward_protocol(named, judges, dropped) | {"flowtilt": versions()["flowtilt"]}
+
+    world.first(lambda: open_folder(folder, protocol()))
+    size = MicroBatch(micro_batch, world.device.type)
+    with held(folder, world):
+        return run(folder, stack, sets, variants, sampler, seed=seed, micro_batch=size, world=world, save_images=save_images)
+
+
+def _recipe_for(model: str | None, loras: Sequence[Path], complete: bool) -> Recipe | None:
+    """Where what is not said comes from: the first LoRA's run, or the playground's recipe; none for another model.
+
+    Args:
+        complete: prompts and rewards are said.
+
+    Raises:
+        UserError: they are not, and there is no such recipe.
+    """
+    own = recipe_of(loras[0]) if loras else None
+    recipe = own or (load_recipe("playground") if model in (None, "playground") else None)
+    if recipe is None and not complete:
+        raise UserError("evaluate: --prompts and --rewards must be named for a model that is no run of ours")
+    return recipe
+
+
+def _named(rewards: Sequence[str], recipe: Recipe | None, compat: bool) -> list[Named]:
+    found = parse(rewards) if rewards or recipe is None else judges_of(recipe)
+    return [with_compat(one) for one in found] if compat else found
+
+
+def _with_judges(
+    loaded: Mapping[str, Sequence[Prompt]],
+    rows: Mapping[str, Sequence[Row]],
+    judges: Mapping[str, Reward],
+    left_out: Mapping[str, str],
+    say: Callable[[str], None] | None,
+) -> tuple[list[PromptSet], list[dict[str, str]]]:
+    """Each set with the rewards that can judge it, and what is left out of which set and why.
+
+    Raises:
+        UserError: a set is left without rewards.
+    """
+    sets, dropped = [], [{"set": "all", "reward": name, "why": why} for name, why in left_out.items()]
     for name, members in loaded.items():
         able, why = applicable(members, judges)
         dropped += [{"set": name, "reward": reward, "why": reason} for reward, reason in why.items()]
-        rows = each(members, images_per_prompt or 1) if images is None else spread(members, images)
-        sets.append(PromptSet(name, members, rows, able))
-    if say and world.rank == 0:
+        sets.append(PromptSet(name, members, rows[name], able))
+    if say:
         for line in dropped:
             say(f"left out: {line['reward']} for {line['set']}: {line['why']}")
     for one in sets:
         if not one.rewards:
             reasons = "; ".join(f"{line['reward']}: {line['why']}" for line in dropped if line["set"] == one.name)
             raise UserError(f"evaluate: none of the rewards can judge {one.name}: {reasons}")
-    settings = model_settings(model, recipe, resolution)
-    stack = Stack(open_model(settings, world.device), added)
-    sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
-    chosen_seed = seed if seed is not None else recipe.seed if recipe else 0
-    variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
-
-    def protocol() -> dict[str, Any]:
-        return {
-            **_model_protocol(stack.model, settings, added, sampler),
-            "prompts": {name: {"prompts": len(members), "sha256": _digest_of(members)} for name, members in loaded.items()},
-            "images": images,
-            "images_per_prompt": None if images else images_per_prompt or 1,
-            "seed": chosen_seed,
-            "variants": list(variants),
-            "rewards": _reward_protocol(named, judges),
-            "left_out": dropped,
-            "flowtilt": versions()["flowtilt"],
-        }
-
-    world.first(lambda: open_folder(folder, protocol()))
-    with held(folder, world):
-        size = MicroBatch(micro_batch, world.device.type)
-        return run(folder, stack, sets, variants, sampler, seed=chosen_seed, micro_batch=size, world=world, save_images=save_images)
+    return sets, dropped
 
 
 def _own_prompts(recipe: Recipe | None) -> list[str]:
@@ -131,6 +156,10 @@ def _load_sets(sources: Sequence[str]) -> dict[str, list[Prompt]]:
             raise UserError(f"evaluate: two sets of prompts are called {name}; rename a file")
         found[name] = load_prompts(source)
     return found
+
+
+def _prompt_protocol(loaded: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
+    return {"prompts": {name: {"prompts": len(members), "sha256": _digest_of(members)} for name, members in loaded.items()}}
 
 
 def _digest_of(prompts: Sequence[Prompt]) -> str:
@@ -157,6 +186,7 @@ def _model_protocol(model: Model, settings: ModelSettings, loras: Sequence[Lora]
     }
 
 
-def _reward_protocol(named: Sequence[Named], judges: Mapping[str, Reward]) -> dict[str, Any]:
+def _reward_protocol(named: Sequence[Named], judges: Mapping[str, Reward], dropped: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     told = versions_of(judges)
-    return {one.name: {"source": one.source, "options": dict(one.options), **told[one.name]} for one in named if one.name in judges}
+    used = {one.name: {"source": one.source, "options": dict(one.options), **told[one.name]} for one in named if one.name in judges}
+    return {"rewards": used, "left_out": list(dropped)}

@@ -1,7 +1,7 @@
 """`flowtilt evaluate`: draws sets of prompts and judges them, in a folder from which an interrupted evaluation goes on.
 
 The folder: protocol.json (what is done, fixed at the start), scores-<rank>.jsonl (a line an image, as it is
-done), pictures/, and in the end scores.jsonl, results.json and report.html.
+done), pictures/, images/ if they are to be kept, and in the end scores.jsonl, results.json and report.html.
 """
 
 import fcntl
@@ -13,11 +13,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from torch import Tensor
 
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK, Row, draw
+from flowtilt.evaluate.progress import progress
 from flowtilt.evaluate.results import results_of
 from flowtilt.files import append_line, clean, disk_errors, read_lines, write_atomic, write_json
 from flowtilt.memory import MicroBatch
@@ -25,7 +26,7 @@ from flowtilt.models.base import Drawing
 from flowtilt.pictures import to_pil, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
-from flowtilt.rewards import Reward, applies, score
+from flowtilt.rewards import Reward
 from flowtilt.rollout import Sampler
 
 THUMBNAIL = 256
@@ -54,12 +55,14 @@ class Block:
         """What names each image among all."""
         return [(self.of.name, self.variant, *row) for row in self.rows]
 
+    def images(self, folder: Path) -> list[Path]:
+        """Where each image is kept at its full size."""
+        return [image_path(folder, *name) for name in self.names()]
 
-def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
-    """The rewards that can judge at least one of the prompts; the others with the first prompt's reason."""
-    why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
-    able = {name: reward for name, reward in rewards.items() if not all(why[name])}
-    return able, {name: why[name][0] for name in rewards if name not in able}
+
+def image_path(folder: Path, set: str, variant: str, index: int, copy: int) -> Path:
+    """Where an evaluation keeps an image at its full size."""
+    return folder / "images" / set / variant / f"{index:05d}-{copy:02d}.png"
 
 
 def open_folder(folder: Path, protocol: Mapping[str, Any]) -> None:
@@ -131,6 +134,8 @@ def run(
 ) -> dict[str, Any]:
     """Draws and judges what the folder does not hold yet, and writes its results; the first rank returns them.
 
+    An image that was judged but not kept is drawn again from its noise, and its scores stay.
+
     Args:
         variants: roles of `drawing`: ("tuned",), or ("tuned", "base") to compare.
         save_images: whether full-size PNG files are kept, not only what the report shows.
@@ -145,13 +150,22 @@ def run(
         for variant in variants
     ]
     done = {_key(record) for record in _records(folder)}
-    todo = [block for block in blocks if not done.issuperset(block.names())]
+    todo = [
+        block
+        for block in blocks
+        if not done.issuperset(block.names()) or (save_images and not all(file.is_file() for file in block.images(folder)))
+    ]
     world.barrier()  # nobody writes before everybody has read
     mine = [todo[k] for k in world.share(len(todo))]
     total = sum(len(block.rows) for block in todo)
-    with tqdm(total=total, unit="image", disable=bool(world.rank), dynamic_ncols=True, smoothing=0.1) as bar:
+    with progress(total, hidden=bool(world.rank)) as bar:
         for block in mine:
-            _judge(folder, drawing, block, sampler, seed, micro_batch, world.rank, save_images)
+            images = draw(drawing, block.variant, block.of.prompts, block.rows, sampler, seed, micro_batch)
+            if save_images:
+                for file, image in zip(block.images(folder), images, strict=True):
+                    write_atomic(file, to_png(image))
+            if not done.issuperset(block.names()):
+                _judge(folder, block, images, world)
             bar.update(min(len(block.rows) * world.size, total - bar.n))  # the others have come as far, near enough
     world.barrier()
     results = _finish(folder, blocks, variants) if world.rank == 0 else {}
@@ -159,21 +173,16 @@ def run(
     return results
 
 
-def _judge(
-    folder: Path, drawing: Drawing, block: Block, sampler: Sampler, seed: int, micro_batch: MicroBatch, rank: int, save_images: bool
-) -> None:
-    one, variant, rows = block.of, block.variant, block.rows
-    images = draw(drawing, variant, one.prompts, rows, sampler, seed, micro_batch)
-    scores, notes = score(one.rewards, images, [one.prompts[index] for index, _ in rows])
+def _judge(folder: Path, block: Block, images: Tensor, world: World) -> None:
+    """Scores, the pictures for the report, and a line for each image."""
+    one, rows = block.of, block.rows
+    scores, notes = judge(one.rewards, images, [one.prompts[index] for index, _ in rows], world.device)
     pictures = to_pil(images)
     for k, (index, copy) in enumerate(rows):
-        file = f"{one.name}/{variant}/{index:05d}-{copy:02d}"
-        if save_images:
-            _write(folder / "images" / f"{file}.png", to_png(images[k]))
         small = pictures[k].copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         pixel_art = max(small.size) <= 64
-        picture = f"pictures/{file}.{'png' if pixel_art else 'jpg'}"
+        picture = f"pictures/{one.name}/{block.variant}/{index:05d}-{copy:02d}.{'png' if pixel_art else 'jpg'}"
         buffer = BytesIO()
         small.save(buffer, "PNG") if pixel_art else small.save(buffer, "JPEG", quality=85)
         _write(folder / picture, buffer.getvalue())
@@ -185,13 +194,13 @@ def _judge(
             "copy": copy,
             "prompt": prompt.text,
             "tag": prompt.tag,
-            "variant": variant,
+            "variant": block.variant,
             "scores": values,
             "note": notes[k],
             "picture": picture,
             **({"metadata": dict(prompt.metadata)} if prompt.metadata else {}),
         }
-        append_line(folder / f"scores-{rank}.jsonl", record)
+        append_line(folder / f"scores-{world.rank}.jsonl", record)
 
 
 def _write(path: Path, data: bytes) -> None:

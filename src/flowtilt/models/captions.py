@@ -115,7 +115,9 @@ def captions_of(
         said: what else decides an embedding.
     """
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
-    folder = cache_folder() / "captions" / _fingerprint(encoders, device.type, torch.__version__, *said) if offload else None
+    folder = (
+        cache_folder("FLOWTILT_CAPTIONS", "captions") / _fingerprint(encoders, device.type, torch.__version__, *said) if offload else None
+    )
     return Captions(encode, encoders, device, folder)
 
 

@@ -17,7 +17,7 @@ from flowtilt.errors import UserError
 from flowtilt.files import digest
 from flowtilt.models.base import Model
 from flowtilt.placement import stay_away
-from flowtilt.plugins import from_file
+from flowtilt.sources import from_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flowtilt.download import fetch
 from flowtilt.errors import UserError
+from flowtilt.files import cache_folder
 from flowtilt.prompts.files import load_prompts
 from flowtilt.prompts.prompt import Prompt
 
@@ -105,9 +106,7 @@ SETS: dict[str, PromptSet] = {
 
 def folder() -> Path:
     """Where sets are kept: FLOWTILT_PROMPTS, else flowtilt's cache."""
-    given = os.environ.get("FLOWTILT_PROMPTS")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else cache / "flowtilt" / "prompts"
+    return cache_folder("FLOWTILT_PROMPTS", "prompts")
 
 
 def load(source: str | Path) -> list[Prompt]:

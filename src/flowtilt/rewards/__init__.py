@@ -3,12 +3,13 @@
     def reward(images: Tensor[N, 3, H, W] in [0, 1], prompts: list[Prompt]) -> Tensor[N] | RewardOutput
 
 A class is built once, as `Class(device=…, **options)`, and its instance is called like a function. It may
-have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" where it can.
+have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" where it can. A class whose
+models may leave the device between two calls names them in `modules`, a tuple of torch.nn.Module; each call
+computes where they are at that moment.
 NaN means "has no score for this image". An exception is an error of the run, never a score of 0.
 """
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowtilt import sources
 from flowtilt.errors import UserError
+from flowtilt.faults import FAULTS, HINT, hint, told
 from flowtilt.prompts import Prompt
 
 BUILT_IN = {
@@ -34,9 +37,9 @@ BUILT_IN = {
     "unifiedreward": "flowtilt.rewards.unifiedreward:UnifiedReward",
     "jpeg_compressibility": "flowtilt.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowtilt.rewards.jpeg:incompressibility",
-    "playground": "flowtilt.rewards.playground:playground",
-    "playground_strict": "flowtilt.rewards.playground:playground_strict",
-    "playground_partial": "flowtilt.rewards.playground:playground_partial",
+    "playground": "flowtilt.rewards.playground:Playground",
+    "playground_strict": "flowtilt.rewards.playground:PlaygroundStrict",
+    "playground_partial": "flowtilt.rewards.playground:PlaygroundPartial",
 }
 PAPER = ("geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward")
 """The eight of DiffusionNFT's table, which `--rewards all` names."""
@@ -81,9 +84,8 @@ def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", o
             return build(device=torch.device(device), **options)
         except UserError:
             raise
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            raise UserError(f"rewards.{name}: building {source} failed: {type(error).__name__}: {cause} (--debug shows where)") from error
+        except FAULTS as error:
+            raise UserError(f"rewards.{name}: building {source} failed: {told(error)} ({HINT})") from error
     return partial(found, **options) if options else found
 
 
@@ -96,27 +98,14 @@ def find_reward(name: str, source: str) -> Any:
     target = BUILT_IN.get(source, source)
     place, colon, function = target.rpartition(":")
     if not colon:
+        if sources.is_file(source):
+            raise UserError(f"rewards.{name}: {sources.without_function(Path(source))}")
         near = get_close_matches(source, BUILT_IN, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f'built in are {", ".join(BUILT_IN)}; your own is "file.py:function"'
-        raise UserError(f"rewards.{name}: no reward {source!r}; {hint}")
+        rather = f"did you mean {near[0]!r}?" if near else f'built in are {", ".join(BUILT_IN)}; your own is "file.py:function"'
+        raise UserError(f"rewards.{name}: no reward {source!r}; {rather}")
     if source in BUILT_IN:
-        module = importlib.import_module(place)
-    else:
-        path = Path(place)
-        if not path.is_file():
-            raise UserError(f"rewards.{name}: no file {place}")
-        spec = importlib.util.spec_from_file_location(f"flowtilt_reward_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"rewards.{name}: {place} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise UserError(f"rewards.{name}: importing {place} failed: {type(error).__name__}: {error}") from error
-    found: Any = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"rewards.{name}: no function {function!r} in {place}")
-    return found
+        return getattr(importlib.import_module(place), function)
+    return sources.from_file(f"rewards.{name}", source)
 
 
 def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
@@ -127,14 +116,36 @@ def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}" if known else "it has no options"
-            raise UserError(f"rewards.{name}: unknown option {key!r}; {hint}")
+            rather = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}" if known else "it has no options"
+            raise UserError(f"rewards.{name}: unknown option {key!r}; {rather}")
 
 
 def applies(reward: Reward, prompt: Prompt) -> str:
-    """Why a reward can't judge images of this prompt; "" where it can."""
+    """Why a reward can't judge images of this prompt; "" where it can.
+
+    Raises:
+        UserError: the reward's own `applies` fails, or does not return text.
+    """
     ask = getattr(reward, "applies", None)
-    return ask(prompt) if ask else ""
+    if ask is None:
+        return ""
+    whose = getattr(ask, "__qualname__", "applies")
+    try:
+        why = ask(prompt)
+    except UserError:
+        raise
+    except FAULTS as error:
+        raise UserError(f'{whose} failed: {told(error)} (prompt "{prompt.text}"; {HINT})') from error
+    if not isinstance(why, str):
+        raise UserError(f'{whose}: returned {why!r}, want why a prompt can\'t be judged, "" where it can (prompt "{prompt.text}")')
+    return why
+
+
+def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
+    """The rewards that can judge at least one of the prompts; the others with the first prompt's reason."""
+    why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
+    able = {name: reward for name, reward in rewards.items() if not all(why[name])}
+    return able, {name: why[name][0] for name in rewards if name not in able}
 
 
 @torch.no_grad()
@@ -154,17 +165,16 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
         before = images._version
         try:
             output = reward(images, list(prompts))
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            raise UserError(f'reward {name} failed: {kind}{cause} (prompts from "{prompts[0].text}" on); nothing was scored') from error
+        except FAULTS as error:
+            more = "; ".join(part for part in (f'prompts from "{prompts[0].text}" on', hint(error)) if part)
+            raise UserError(f"reward {name} failed: {told(error)} ({more}); nothing was scored") from error
         if images._version != before:
             raise UserError(f"reward {name}: changes the images in place, which every later reward would see; work on a copy")
         output = output if isinstance(output, RewardOutput) else RewardOutput(output)
         for column, values in {name: output.scores, **{f"{name}/{key}": value for key, value in output.details.items()}}.items():
             scores[column] = _checked(column, values, prompts).masked_fill(broken, torch.nan)
         if output.notes and len(output.notes) != len(prompts):
-            raise UserError(f"reward {name}: returned {len(output.notes)} notes for {len(prompts)} images")
+            raise UserError(f"reward {name}: returned {len(output.notes)} of {len(prompts)} notes, want one an image")
         notes = [note or new for note, new in zip(notes, output.notes or notes, strict=True)]
     return scores, ["the image is not finite" if bad else note for note, bad in zip(notes, broken.tolist(), strict=True)]
 

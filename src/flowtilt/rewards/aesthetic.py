@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt import weights
 from flowtilt.errors import UserError
@@ -29,13 +29,18 @@ class Aesthetic:
     def __init__(self, *, device: torch.device | str):
         self.clip = clip.load("clip-l", device)
         path = weights.find("aesthetic")
-        vector, self.bias = fold(weights.read(path), self.clip.model.visual_projection.out_features, path)
-        self.vector = vector.to(self.clip.model.device)
+        self.vector, self.bias = fold(weights.read(path), self.clip.model.visual_projection.out_features, path)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may leave the device between two calls."""
+        return (self.clip.model,)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores [N] of images [N, 3, H, W] in [0, 1]."""
-        return self.clip.image_features(pixels.bicubic_crop(images)).mul(self.vector).sum(1) + self.bias
+        features = self.clip.image_features(pixels.bicubic_crop(images))
+        return features.mul(self.vector.to(features.device)).sum(1) + self.bias
 
 
 def fold(state: dict[str, Tensor], width: int, path: Path) -> tuple[Tensor, float]:

@@ -61,14 +61,15 @@ class CLIP:
             clean: texts go through `openclip.clean` first.
         """
         texts = [openclip.clean(text) for text in texts] if clean else texts
-        return torch.stack([self._encoded(text) for text in texts])
+        return torch.stack([self._encoded(text) for text in texts]).to(self.model.device)
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
         ids = self.tokenizer(text, truncation=True, max_length=TOKENS, return_tensors="pt").input_ids.to(self.model.device)
         with torch.autocast(ids.device.type, enabled=False):
             # causal attention: what would follow the end token changes nothing, so there is no padding
-            return F.normalize(_projected(self.model.get_text_features(input_ids=ids))[0], dim=-1)
+            features = F.normalize(_projected(self.model.get_text_features(input_ids=ids))[0], dim=-1)
+        return features.cpu()  # they are kept, and the model may be elsewhere by the next call
 
 
 def _projected(output: Any) -> Tensor:

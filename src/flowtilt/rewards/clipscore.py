@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import clip, pixels
@@ -24,6 +24,11 @@ class ClipScore:
 
     def __init__(self, *, device: torch.device | str):
         self.clip = clip.load("clip-l", device)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may leave the device between two calls."""
+        return (self.clip.model,)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

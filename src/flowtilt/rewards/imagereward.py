@@ -118,9 +118,13 @@ class ImageReward:
     """
 
     def __init__(self, *, device: torch.device | str):
-        self.device = torch.device(device)
-        self.network = network(weights.find("imagereward"), self.device)
+        self.network = network(weights.find("imagereward"), torch.device(device))
         self.tokenizer = BertTokenizer.from_pretrained(weights.find("bert"))
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may leave the device between two calls."""
+        return (self.network,)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -132,10 +136,11 @@ class ImageReward:
         return self._score(pixels.bicubic_crop_tensor(images, SIZE, "half_even"), prompts)
 
     def _score(self, crops: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        device = next(self.network.parameters()).device
         tokens = self.tokenizer(
             [prompt.text for prompt in prompts], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).to(self.device)
-        crops = pixels.normalize(crops.to(self.device, torch.float32))
+        ).to(device)
+        crops = pixels.normalize(crops.to(device, torch.float32))
         parts = (crops.split(IMAGES), tokens.input_ids.split(IMAGES), tokens.attention_mask.split(IMAGES))
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return torch.cat([self.network(*part) for part in zip(*parts, strict=True)])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput, clip, pixels
@@ -27,6 +27,11 @@ class PickScore:
 
     def __init__(self, *, device: torch.device | str):
         self.clip = clip.load("pickscore", device)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may leave the device between two calls."""
+        return (self.clip.model,)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:

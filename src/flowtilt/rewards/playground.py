@@ -3,25 +3,56 @@
 import torch
 from torch import Tensor
 
-from flowtilt.playground import verify
+from flowtilt.errors import UserError
+from flowtilt.playground import verify, world
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
 
 
-def playground(images: Tensor, prompts: list[Prompt]) -> RewardOutput:
-    """Mean of the strict and the partial score, in [0, 1]: the strict one alone says too little about a bad image."""
-    verdicts = verify.judge(images, prompts)
-    scores = torch.tensor([(v.strict + v.partial) / 2 for v in verdicts])
-    return RewardOutput(scores, ["; ".join(v.reasons) for v in verdicts])
+class Playground:
+    """Mean of the strict and the partial score, in [0, 1]: the strict one alone says too little about a bad image.
+
+    A prompt that is not in the playground's grammar has no score.
+
+    Args:
+        device: not used.
+    """
+
+    def __init__(self, *, device: torch.device | str = "cpu"):
+        pass
+
+    @staticmethod
+    def applies(prompt: Prompt) -> str:
+        """Why a prompt can't be judged; "" where it can."""
+        try:
+            world.parse(prompt.text)
+        except UserError:
+            return "not in the playground's grammar"
+        return ""
+
+    def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
+        """Scores of images [N, 3, 32, 32] in [0, 1], with what is wrong in each."""
+        notes = [self.applies(prompt) for prompt in prompts]
+        rows = [n for n, why in enumerate(notes) if not why]
+        scores = torch.full((len(prompts),), torch.nan)
+        verdicts = verify.judge(images[rows], [prompts[n] for n in rows]) if rows else []
+        for n, verdict in zip(rows, verdicts, strict=True):
+            scores[n], notes[n] = self.value(verdict), "; ".join(verdict.reasons)
+        return RewardOutput(scores, notes)
+
+    def value(self, verdict: verify.Verdict) -> float:
+        return (verdict.strict + verdict.partial) / 2
 
 
-def playground_strict(images: Tensor, prompts: list[Prompt]) -> RewardOutput:
+class PlaygroundStrict(Playground):
     """1 where everything in the image is as the prompt says, else 0."""
-    verdicts = verify.judge(images, prompts)
-    return RewardOutput(torch.tensor([float(v.strict) for v in verdicts]), ["; ".join(v.reasons) for v in verdicts])
+
+    def value(self, verdict: verify.Verdict) -> float:
+        return float(verdict.strict)
 
 
-def playground_partial(images: Tensor, prompts: list[Prompt]) -> RewardOutput:
+class PlaygroundPartial(Playground):
     """The share of the prompt's parts that are right, in [0, 1]."""
-    verdicts = verify.judge(images, prompts)
-    return RewardOutput(torch.tensor([v.partial for v in verdicts]), ["; ".join(v.reasons) for v in verdicts])
+
+    def value(self, verdict: verify.Verdict) -> float:
+        return verdict.partial

@@ -16,7 +16,7 @@ from flowtilt.download import fetch
 from flowtilt.errors import UserError
 from flowtilt.pictures import read_image
 from flowtilt.prompts import Prompt
-from flowtilt.rewards import PAPER, Reward, RewardOutput, load_reward
+from flowtilt.rewards import Reward, RewardOutput, load_reward
 
 OCEAN = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 CAT = "A cat with two horns on its head"
@@ -58,14 +58,14 @@ def compare(names: Sequence[str]) -> Iterator[str]:
     """A line for each check: "ok", "WRONG", "MISSING" (no weights) or "note".
 
     Args:
-        names: rewards, or "all" for the eight.
+        names: of built-in rewards.
 
     Raises:
         UserError: the published images can't be fetched.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images: list[Tensor] | None = None
-    for name in (reward for given in names for reward in (PAPER if given == "all" else (given,))):
+    for name in names:
         try:
             reward = load_reward(name, name, device=device)
         except UserError as error:

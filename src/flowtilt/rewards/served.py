@@ -64,17 +64,12 @@ class Served:
         outputs = in_threads([partial(self._ask, images[part], prompts[part]) for part in parts], self.workers)
         notes = [note for output in outputs for note in output.notes]
         names = dict.fromkeys(name for output in outputs for name in output.details)
-        # 8 bits would make a 0 of a NaN, and the server a score of it
-        broken = ~images.isfinite().flatten(1).all(1).cpu()
 
         def joined(values: Iterable[Tensor]) -> Tensor:
-            return torch.cat([torch.empty(0), *values]).masked_fill(broken, torch.nan)
+            return torch.cat([torch.empty(0), *values])
 
-        return RewardOutput(
-            joined(output.scores for output in outputs),
-            ["image is not finite" if bad else note for bad, note in zip(broken, notes, strict=True)],
-            {name: joined(o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs) for name in names},
-        )
+        details = {name: joined(o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs) for name in names}
+        return RewardOutput(joined(output.scores for output in outputs), notes, details)
 
     def applies(self, prompt: Prompt) -> str:
         """What the reward of that name says about the prompt, where it is a built-in one."""

@@ -7,6 +7,7 @@ names, versions and counts, nothing of any request.
 import asyncio
 import hmac
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +22,14 @@ from starlette.routing import Route
 
 import flowtilt
 from flowtilt.errors import UserError
+from flowtilt.faults import told
 from flowtilt.rewards import Reward, RewardOutput
 from flowtilt.rewards.batching import Batcher
 from flowtilt.rewards.prometheus import Metrics
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rewards.wire import KEY, Limits, Refusal, answer, picture, read_request
 
+log = logging.getLogger("flowtilt")
 READERS = 8
 """Requests that are read and decoded at a time, which bounds the memory they take; the others wait in their sockets."""
 
@@ -80,6 +83,8 @@ class _Service:
             response, status = _json(await self._score(request, named)), "200"
         except Refusal as refusal:
             response, status = _json({"error": refusal.line}, refusal.status), str(refusal.status)
+            if refusal.status == 422:
+                log.error("reward %s failed: %s", "".join(named), refusal.line)
         except ClientDisconnect:
             response, status = Response(), "gone"
         self.metrics.answered("".join(named), status)
@@ -115,7 +120,7 @@ class _Service:
         """Counts a request's images as waiting."""
         # an empty server takes whatever a request may be
         if self.images and (self.images + images > self.limits.waiting or self.pixels + pixels > self.limits.waiting_pixels):
-            raise Refusal(503, f"{self.images} images are waiting; try again later")
+            raise Refusal(503, f"waiting: {self.images} of at most {self.limits.waiting} images; try again later")
         self.images += images
         self.pixels += pixels
         try:
@@ -176,8 +181,7 @@ async def _unless_gone(request: Request, future: Future[RewardOutput]) -> Reward
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error  # `score` names a reward and a prompt
-        kind = "" if isinstance(cause, UserError) else f"{type(cause).__name__}: "
-        raise Refusal(422, f"{kind}{cause}") from None
+        raise Refusal(422, told(cause)) from None
     finally:
         gone.cancel()
         future.cancel()

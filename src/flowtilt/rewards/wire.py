@@ -110,7 +110,7 @@ def read_request(body: bytes | bytearray, rewards: Iterable[str], limits: Limits
     if not isinstance(images, list) or not isinstance(prompts, list):
         raise Refusal(400, '"images" and "prompts" must be lists')
     if len(images) != len(prompts):
-        raise Refusal(400, f"{len(images)} images and {len(prompts)} prompts; there must be one prompt an image")
+        raise Refusal(400, f'"images" has {len(images)} and "prompts" {len(prompts)}; there must be one prompt an image')
     if len(images) > limits.images:
         raise Refusal(413, f"{len(images)} images in a request; at most {limits.images}, send fewer (images_per_request)")
     files = [_file(image, i) for i, image in enumerate(images)]

@@ -47,7 +47,7 @@ def written(value: float, digits: int, signed: bool = False) -> str:
 def bracketed(estimate: Estimate, digits: int, signed: bool = False) -> str:
     """[0.918, 0.963]; what it says where there is no interval."""
     if not estimate.has_interval:
-        return "[no interval]"
+        return "[all alike]" if estimate.alike else "[no interval]"
     return f"[{written(estimate.low, digits, signed)}, {written(estimate.high, digits, signed)}]"
 
 
@@ -56,12 +56,12 @@ def verdict(estimate: Estimate) -> str:
     if not estimate.known:
         return ""
     if not estimate.has_interval:
-        return "no interval: too few prompts"
+        return "no interval: all prompts alike" if estimate.alike else "no interval: too few prompts"
     if estimate.low > 0:
         return "higher: interval excludes 0"
     if estimate.high < 0:
         return "lower: interval excludes 0"
-    return "no difference" if estimate.low == estimate.high else "may be chance: interval includes 0"
+    return "may be chance: interval includes 0"
 
 
 def missing(estimate: Estimate) -> str:

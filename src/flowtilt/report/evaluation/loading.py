@@ -24,6 +24,7 @@ class Estimate:
     high: float
     images: int = 0
     missing: int = 0
+    alike: bool = False  # no two prompts differ
 
     @property
     def known(self) -> bool:
@@ -150,7 +151,7 @@ def _summary(record: Record) -> Summary:
 
 def _estimate(record: Record) -> Estimate:
     mean, low, high = (number(record, key) for key in ("mean", "low", "high"))
-    return Estimate(mean, low, high, _count(record, "images"), _count(record, "missing"))
+    return Estimate(mean, low, high, _count(record, "images"), _count(record, "missing"), record.get("alike") is True)
 
 
 def _count(record: Record, key: str) -> int:

@@ -86,8 +86,11 @@ def _reading(results: Results) -> str:
             "The mean over tags counts every tag once, as GenEval's overall score does; the mean over images counts every image once. "
             "Where one mean is given, it is over prompts."
         )
-    if any(e.has_interval and e.low == e.high for _, of in found for e in of.values()):
-        said.append("An interval without width means that all prompts scored alike, not that the score is certain.")
+    if any(e.alike for _, of in found for e in of.values()):
+        said.append(
+            "Where all prompts scored alike, a bootstrap tells nothing: a score known to lie in [0, 1] has the interval that the number "
+            "of prompts gives, another has none. It does not mean that the score is certain."
+        )
     return "".join(f"<p>{sentence}</p>" for sentence in said)
 
 

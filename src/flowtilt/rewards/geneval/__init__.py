@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
@@ -49,6 +49,11 @@ class GenEval:
         self.detector = Detector(device, channel_order="upstream_bgr" if compat else "rgb")
         self.classifier = ColorClassifier(device)
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What may leave the device between two calls."""
+        return (self.detector.network, self.classifier.clip.model)
+
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores images [N, 3, H, W] in [0, 1]; see `score_batch`."""
         # in parts: every object's mask is kept until its part is judged
@@ -81,7 +86,7 @@ class GenEval:
 def score_batch(images: Tensor, prompts: Sequence[Prompt], detector: Detect, classifier: Classify, *, compat: bool = False) -> RewardOutput:
     """Detects, names colours where a verdict depends on them, and judges.
 
-    A prompt without GenEval's metadata and an image with a NaN have no score, NaN; the note says which it is.
+    A prompt without GenEval's metadata has no score, NaN; the note says so.
 
     Args:
         images: [N, 3, H, W] in [0, 1].
@@ -91,8 +96,7 @@ def score_batch(images: Tensor, prompts: Sequence[Prompt], detector: Detect, cla
     Raises:
         UserError: a prompt's metadata has a fault; names its line.
     """
-    finite = images.isfinite().flatten(1).all(1).tolist()
-    why_not = [GenEval.applies(prompt) or ("" if whole else "image with a NaN") for prompt, whole in zip(prompts, finite, strict=True)]
+    why_not = [GenEval.applies(prompt) for prompt in prompts]
     rows = [n for n, why in enumerate(why_not) if not why]
     found: dict[int, list[dict[str, Any]]] = {}
     if rows:

@@ -40,8 +40,7 @@ class ColorClassifier:
     """
 
     def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
-        self.clip = clip.load("clip-l", self.device)
+        self.clip = clip.load("clip-l", device)
         self._of_class: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -52,8 +51,8 @@ class ColorClassifier:
             crops: [N, 3, 224, 224] in [0, 1].
             names: the objects' classes, one a crop.
         """
-        images = self.clip.image_features(crops.to(self.device))
-        colors = torch.stack([self._describe(name) for name in names])
+        images = self.clip.image_features(crops)
+        colors = torch.stack([self._describe(name).to(images.device) for name in names])
         return [COLORS[k] for k in torch.einsum("nd,ncd->nc", images, colors).argmax(1).tolist()]
 
     def _describe(self, name: str) -> Tensor:

@@ -60,9 +60,8 @@ class Detector:
     def __init__(self, device: torch.device | str, *, channel_order: Literal["rgb", "upstream_bgr"] = "rgb"):
         if channel_order not in ("rgb", "upstream_bgr"):
             raise UserError(f'geneval: no channel_order {channel_order!r}; it is "rgb" or "upstream_bgr"')
-        self.device = torch.device(device)
         self.flip = channel_order == "upstream_bgr"
-        self.network = mask2former.network(weights.find("mask2former"), self.device)
+        self.network = mask2former.network(weights.find("mask2former"), torch.device(device))
 
     @torch.no_grad()
     def __call__(self, images: Tensor, threshold: Sequence[float]) -> list[list[Detection]]:
@@ -73,9 +72,10 @@ class Detector:
             threshold: one for each image; a score is compared in fp32 and must be greater.
         """
         found: list[list[Detection]] = []
+        device = next(self.network.parameters()).device
         for part in images.split(IMAGES):
-            pixels, valid = prepare(part.to(self.device), flip=self.flip)
-            with torch.autocast(self.device.type, enabled=False):
+            pixels, valid = prepare(part.to(device), flip=self.flip)
+            with torch.autocast(device.type, enabled=False):
                 classes, masks = self.network(pixels)
             if not (classes.isfinite().all() and masks.isfinite().all()):
                 raise UserError("geneval: the detector's output is not finite; fetch its weights again")

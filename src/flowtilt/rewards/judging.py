@@ -1,0 +1,39 @@
+"""Many images before their rewards: part by part on the device, models that wait elsewhere coming for their turn."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowtilt.placement import visiting
+from flowtilt.prompts import Prompt
+from flowtilt.rewards import Reward, score
+
+PART = 64
+"""Images that are on the device at once."""
+
+
+def judge(
+    rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Prompt], device: torch.device | str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """`score` of images [N, 3, H, W] that may lie elsewhere; one reward after the other, so that one model's memory is enough.
+
+    Raises:
+        UserError: as `score`.
+    """
+    device = torch.device(device)
+    found: dict[str, Tensor] = {}
+    notes = [""] * len(prompts)
+    for name, reward in rewards.items():
+        with visiting(getattr(reward, "modules", ()), device):
+            parts = [
+                score({name: reward}, images[start : start + PART].to(device), prompts[start : start + PART])
+                for start in range(0, len(prompts), PART)
+            ]
+        columns = dict.fromkeys(column for scores, _ in parts for column in scores)
+        for column in columns:
+            blank = [torch.full((len(said),), torch.nan) for _, said in parts]
+            found[column] = torch.cat([scores.get(column, nothing) for (scores, _), nothing in zip(parts, blank, strict=True)])
+        said = [note for _, part in parts for note in part]
+        notes = [note or new for note, new in zip(notes, said, strict=True)]
+    return found, notes

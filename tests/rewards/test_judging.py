@@ -1,0 +1,61 @@
+"""Judging part by part: the same scores as at once, models on the device for their own turn only, notes of the first that has one."""
+
+import torch
+from torch import nn
+
+from flowtilt.prompts import Prompt
+from flowtilt.rewards import RewardOutput, judging, score
+from flowtilt.rewards.judging import judge
+
+PROMPTS = [Prompt(f"picture {k}") for k in range(7)]
+IMAGES = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def mean(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def odd(images, prompts):
+    """Has a detail and notes for some images, and calls without that detail."""
+    numbers = [int(p.text.split()[1]) for p in prompts]
+    details = {"seven": torch.full((len(prompts),), 7.0)} if 5 in numbers else {}
+    return RewardOutput(torch.tensor([float(n) for n in numbers]), ["odd" if n % 2 else "" for n in numbers], details)
+
+
+def test_parts_are_joined_in_order(monkeypatch):
+    monkeypatch.setattr(judging, "PART", 3)
+    found, notes = judge({"mean": mean, "odd": odd}, IMAGES, PROMPTS, "cpu")
+    assert torch.equal(found["mean"], score({"mean": mean}, IMAGES, PROMPTS)[0]["mean"])
+    assert found["odd"].tolist() == [0, 1, 2, 3, 4, 5, 6] and notes == ["", "odd", "", "odd", "", "odd", ""]
+    assert found["odd/seven"].isnan().tolist() == [True, True, True, False, False, False, True]
+    assert list(found) == ["mean", "odd", "odd/seven"]
+
+
+def test_a_model_is_there_for_its_own_turn(monkeypatch):
+    visits = []
+
+    class Reward:
+        def __init__(self, name):
+            self.modules = (nn.Linear(1, 1),)
+            self.name = name
+
+        def __call__(self, images, prompts):
+            visits.append(self.name)
+            return images.mean((1, 2, 3))
+
+    from contextlib import contextmanager
+
+    @contextmanager
+    def visiting(modules, device):
+        visits.append(("in", len(modules)))
+        yield
+        visits.append("out")
+
+    monkeypatch.setattr(judging, "visiting", visiting)
+    monkeypatch.setattr(judging, "PART", 4)
+    judge({"a": Reward("a"), "b": Reward("b"), "plain": mean}, IMAGES, PROMPTS, "cpu")
+    assert visits == [("in", 1), "a", "a", "out", ("in", 1), "b", "b", "out", ("in", 0), "out"]
+
+
+def test_nothing_to_judge_is_no_error():
+    assert judge({"mean": mean}, torch.empty(0, 3, 4, 4), [], "cpu") == ({}, [])
