@@ -190,7 +190,7 @@ def test_a_reward_that_judges_none_of_a_set_is_left_out_of_it_and_said(tmp_path)
         ({"rewards": ["ocr"]}, "none of the rewards can judge playground"),
         ({"rewards": ["clipscore"]}, "clip-l is missing: `flowtilt download clipscore`"),
         ({"prompts": ["gneval"], "rewards": ["ocr"]}, "no such set (did you mean 'geneval'?)"),
-        ({"model": "/nowhere/at/all", "rewards": ["jpeg_incompressibility"], "prompts": ["playground"]}, "can't be loaded"),
+        ({"model": "/nowhere/at/all", "rewards": ["jpeg_incompressibility"], "prompts": ["playground"]}, "no such folder"),
         ({"model": "/nowhere/at/all"}, "--prompts and --rewards must be named"),
         ({"compare_base": True}, "needs a --lora"),
     ],

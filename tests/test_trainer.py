@@ -159,7 +159,7 @@ def test_a_users_reward_and_prompts(tmp_path):
         ("raise RuntimeError('no server')", "RuntimeError: no server"),
         ("return images.mean((1, 2, 3)) * float('nan')", "no reward gives any image a score"),
         ("return images.mean((1, 2, 3)) / 0", "infinite"),
-        ("return images.mean()", "shape [24]"),
+        ("return images.mean()", "shape [2]"),
         ("return [0.0] * len(prompts)", "returned list"),
     ],
 )

@@ -27,6 +27,7 @@ from flowtilt.pictures import to_pil, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
 from flowtilt.rewards import Reward
+from flowtilt.rewards.judging import judge
 from flowtilt.rollout import Sampler
 
 THUMBNAIL = 256

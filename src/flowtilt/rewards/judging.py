@@ -21,6 +21,8 @@ def judge(
     Raises:
         UserError: as `score`.
     """
+    if not prompts:
+        return score(rewards, images, prompts)
     device = torch.device(device)
     found: dict[str, Tensor] = {}
     notes = [""] * len(prompts)
