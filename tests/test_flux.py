@@ -1,11 +1,13 @@
 """The FLUX.1 adapter on small pipelines saved to disk as -dev and -schnell are: what it draws is what the stock pipeline draws."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUICK
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from peft import PeftModel
 from tiny_pipelines import flux
 
 from flowtilt import Trainer, UserError, load_recipe
@@ -15,6 +17,7 @@ from flowtilt.export import export
 from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
 from flowtilt.lora.read import read_lora
+from flowtilt.models.base import Conditioning
 from flowtilt.models.flux import Flux, _shift
 from flowtilt.models.opening import load_pipeline, open_model
 from flowtilt.policy import ROLES, Policy
@@ -166,17 +169,28 @@ def test_a_half_precision_base_computes_the_bits_of_diffusers_with_the_same_lora
     plain.pipeline.load_lora_weights(tmp_path)
     given, t = plain.encode(TEXTS), torch.tensor(0.4)
     with torch.no_grad():
-        assert torch.equal(policy.velocity("ema", noise(plain), t, given), plain.velocity(noise(plain), t, given))
+        expected = plain.velocity(noise(plain), t, given)
+        assert torch.equal(policy.velocity("ema", noise(plain), t, given), expected)
+        stack = Stack(load(dev, "bfloat16"), [read_lora(tmp_path)])
+        assert torch.equal(stack.velocity("tuned", noise(plain), t, given), expected)
+        assert not torch.equal(stack.velocity("base", noise(plain), t, given), expected)
 
 
-def test_loras_go_on_the_layers_of_flowgrpos_flux():
-    """19 double blocks with 8 projections and 4 feed-forward layers, 38 single blocks with 3 projections, at FLUX.1-dev's size."""
+def test_at_full_size_loras_go_on_the_layers_of_flowgrpos_flux_and_shapes_are_right():
+    """19 double blocks with 8 projections and 4 feed-forward layers, 38 single blocks with 3 projections: FLUX.1-dev on the meta device."""
     with torch.device("meta"):
-        network = FluxTransformer2DModel(guidance_embeds=True)
-        ends = tuple(f".{target}" for target in Flux.lora_targets)
-        found = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear) and name.endswith(ends)]
-    assert len(found) == 19 * 12 + 38 * 3
-    assert sum(name.startswith("single_transformer_blocks") for name in found) == 38 * 3
+        network = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).requires_grad_(False)
+        known = {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "vae_scale_factor": 8, "default_sample_size": 128}
+        reads = {"text_encoder_2": network, "tokenizer_2": SimpleNamespace(model_max_length=512), "components": {}}
+        model = Flux(SimpleNamespace(transformer=network, **known, **reads), resolution=512)
+        policy = Policy(model, rank=64, alpha=128.0, seed=0)
+        captions = {"encoder_hidden_states": torch.empty(1, 512, 4096), "pooled_projections": torch.empty(1, 768)}
+        x, t = torch.empty(2, *model.latent_shape), torch.empty(2)
+    assert 11.9e9 < sum(x.numel() for name, x in network.named_parameters() if "lora" not in name) < 11.91e9
+    assert len(policy._layers) == 19 * 12 + 38 * 3
+    assert sum(name.startswith("single_transformer_blocks") for name in policy._layers) == 38 * 3
+    v = policy.velocity("current", x, t, Conditioning(captions, torch.zeros(2, dtype=torch.long)))
+    assert v.shape == x.shape == (2, 16, 64, 64) and v.dtype == torch.float32 and v.requires_grad
 
 
 def test_blocks_of_both_kinds_are_what_is_compiled_and_sharded(dev):
@@ -198,7 +212,14 @@ def run(dev, tmp_path_factory):
     (place / "flux.toml").write_text('base = "flux-dev"\n[rewards]\nmine = "reward.py:reward"\n')
     overrides = [f"model={dev}", f"model.resolution={SIZE}", "model.dtype=float32", "model.t5_length=20", "lora.rank=4"]
     overrides += ["model.options.embedded_guidance=2", f"prompts={place}/prompts.txt", f"evaluate.prompts={place}/prompts.txt"]
-    overrides += [f"rewards.mine={place}/reward.py:reward", 'evaluate.rewards=["mine"]', f"run={place}/run", "steps=2"]
+    overrides += [
+        f"rewards.mine={place}/reward.py:reward",
+        'evaluate.rewards=["mine"]',
+        f"run={place}/run",
+        "steps=2",
+        "optimizer.lr=0.1",
+        "ema=0",
+    ]
     Trainer(load_recipe(place / "flux.toml", [*QUICK, *overrides])).run()
     return place / "run"
 
@@ -211,7 +232,7 @@ def test_a_run_trains_and_stock_diffusers_draws_its_lora(dev, run):
     pipeline.load_lora_weights(run / "lora")
     tuned = ours(model, loras=[lora], role="tuned")
     torch.testing.assert_close(tuned, stock(pipeline, model), atol=1e-5, rtol=0)
-    assert (tuned - ours(load(dev))).abs().max() > 1e-4
+    assert (tuned - ours(load(dev))).abs().max() > 1e-2
 
 
 def test_the_runs_card_draws_with_the_runs_guidance(run):
@@ -226,12 +247,22 @@ def test_the_runs_card_draws_with_the_runs_guidance(run):
 @pytest.mark.parametrize("to", ["diffusers", "peft", "generator_ema", "pipeline"])
 def test_every_export_draws_what_the_run_draws(dev, run, tmp_path, to):
     export([run], tmp_path / "out", to)
-    tuned = ours(load(dev), loras=[read_lora(run)], role="tuned")
-    exported = (load(tmp_path / "out"), []) if to == "pipeline" else (load(dev), [read_lora(tmp_path / "out")])
-    found = ours(exported[0], loras=exported[1], role="tuned")
-    torch.testing.assert_close(found, tuned, atol=1e-5, rtol=0)
+    model = load(dev)
+    tuned = ours(model, loras=[read_lora(run)], role="tuned")
     if to == "pipeline":
-        assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")) is FluxPipeline
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+        assert type(pipeline) is FluxPipeline
+    else:
+        again = ours(model, loras=[read_lora(tmp_path / "out")], role="tuned")
+        assert torch.equal(again, tuned)
+        pipeline = FluxPipeline.from_pretrained(dev)
+        if to == "peft":
+            PeftModel.from_pretrained(pipeline.transformer, str(tmp_path / "out"))  # puts its layers into the network
+        elif to == "diffusers":
+            pipeline.load_lora_weights(tmp_path / "out")
+        else:
+            return
+    torch.testing.assert_close(stock(pipeline, model), tuned, atol=1e-5, rtol=0)
 
 
 def test_sample_and_evaluate_take_the_pipeline_and_the_run(dev, run, tmp_path, capsys):

@@ -49,7 +49,19 @@ def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
         inspect.signature(family).bind(pipeline, offload=offload, **keywords)
     except TypeError as error:
         raise UserError(f"model: {settings.adapter or family.__name__} can't be built with the recipe's model settings: {error}") from None
-    return family(pipeline, offload=offload, **keywords)
+    if not settings.adapter:
+        return family(pipeline, offload=offload, **keywords)
+    try:
+        model = family(pipeline, offload=offload, **keywords)
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"model.adapter: {settings.adapter} fails as it is built: {said} (--debug shows where)") from error
+    asked = [*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))]
+    if missing := [name for name in asked if not hasattr(model, name)]:
+        raise UserError(f"model.adapter: {settings.adapter} has no {', '.join(missing)}; flowtilt.models.base.Model says what each is")
+    return model
 
 
 def _family(settings: ModelSettings, pipeline: Any) -> Any:
