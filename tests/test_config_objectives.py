@@ -15,7 +15,9 @@ STEPS = "rollout.steps=9"  # as many levels as most methods train on by default
 def leaves(tree: dict, prefix: str = "") -> set[str]:
     found = set()
     for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and key not in ("rewards", "tags") else {prefix + key}
+        found |= (
+            leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and key not in ("rewards", "tags", "options") else {prefix + key}
+        )
     return found
 
 

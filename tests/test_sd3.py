@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import QUICK
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny_pipelines import letters, vae
+from transformers import T5Config, T5EncoderModel
 
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.files import read_lines
@@ -19,9 +20,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("sd3")
     words = tokenizer(place / "words")
-    letters = T5Tokenizer(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")], extra_ids=0
-    )
+    t5 = letters()
     pipeline = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -39,25 +38,13 @@ def folder(tmp_path_factory):
             dual_attention_layers=(0, 1),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=4,
-            sample_size=16,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-        ),
+        vae=vae(scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=build_text_encoder(words),
         tokenizer=words,
         text_encoder_2=build_text_encoder(words),
         tokenizer_2=words,
-        text_encoder_3=T5EncoderModel(T5Config(vocab_size=len(letters), d_model=160, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
-        tokenizer_3=letters,
+        text_encoder_3=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=160, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        tokenizer_3=t5,
     )
     pipeline.save_pretrained(place / "pipeline")
     return place / "pipeline"

@@ -29,11 +29,13 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen base; "auto" is bfloat16 on a GPU and float32 on a CPU. LoRA weights and latents are always float32."""
     t5_length: int | None = Field(default=None, ge=0, le=512)
-    """Tokens of the T5 prompt; none takes DiffusionNFT's 128, or fewer where the T5 reads no more, or 0 where there is no T5."""
+    """Tokens of the T5 prompt; none takes the family's own: for SD3 DiffusionNFT's 128, or what its T5 reads, 0 without one."""
     resolution: int | None = Field(default=None, ge=8)
     """Height and width of the images in pixels; none takes the pipeline's own."""
     adapter: str | None = Field(default=None, min_length=1)
     """The class "file.py:Class" that adapts a family which flowtilt does not know (docs/add-a-model.md)."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further keywords for the adapter: FLUX.1-dev's `embedded_guidance`, or those of your own class."""
     offload: Literal["auto"] | bool = "auto"
     """Text encoders and reward models are on the GPU only while they work; "auto" does so below 40 GiB of memory."""
     recompute: Literal["auto"] | bool = "auto"

@@ -43,18 +43,18 @@ A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, reinforced with {objective}
 ```python
 {load}
 pipe.load_lora_weights("{folder}")
-# the noise levels of the evaluation; num_inference_steps={solver_steps} alone takes slightly others
+# the noise levels of the evaluation; num_inference_steps={solver_steps} alone may take slightly others
 sigmas = [1 - k / {solver_steps} for k in range({solver_steps})]
-image = pipe({prompt!r}, sigmas=sigmas, guidance_scale={guidance:.1f}{options}).images[0]
+image = pipe({prompt!r}, sigmas=sigmas, {options}).images[0]
 ```
 
 The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run.
 """
 
 LOAD = """import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained({base!r}{revision}, dtype=torch.{dtype}).to("{device}")"""
+pipe = DiffusionPipeline.from_pretrained({base!r}{revision}, dtype=torch.{dtype}).to("{device}")"""
 
 LOAD_PLAYGROUND = """from diffusers import StableDiffusion3Pipeline
 from flowtilt.playground import pipeline_path
@@ -97,8 +97,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         solver_steps=recipe.evaluate.steps,
-        guidance=recipe.evaluate.guidance,
-        options="".join(f", {name}={value!r}" for name, value in policy.model.call_options.items()),
+        options=", ".join(f"{name}={value!r}" for name, value in policy.model.call_options(recipe.evaluate.guidance).items()),
     )
 
 

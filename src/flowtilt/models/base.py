@@ -42,7 +42,11 @@ class Conditioning:
 
 
 class Model(Protocol):
-    """A frozen pipeline around the one network that is trained."""
+    """A frozen pipeline around the one network that is trained.
+
+    Its class is called with the pipeline and the keyword `offload`, and with `resolution`, `t5_length` and `[model]`'s
+    `options` where the recipe has them.
+    """
 
     network: Any
     """The network that predicts velocities; adapters are put on it, everything else stays as it was loaded."""
@@ -61,8 +65,6 @@ class Model(Protocol):
     """The diffusers pipeline, with its `vae`."""
     protocol: Mapping[str, object]
     """What besides weights and sampler decides an image, by name: shift, resolution, lengths of prompts, …"""
-    call_options: Mapping[str, object]
-    """What a call of the diffusers pipeline must be told to draw what this model draws."""
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """v [N, ...] fp32 at x [N, ...] fp32 and t [] or [N] in (0, 1]; `weights` replace the network's own by name."""
@@ -70,6 +72,10 @@ class Model(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [N, 3, H, W] fp32 in [0, 1]; carries a gradient where the caller records one."""
+        ...
+
+    def call_options(self, guidance: float) -> Mapping[str, object]:
+        """What a call of the diffusers pipeline must be told to draw what this model draws with that classifier-free guidance."""
         ...
 
     def save_lora(self, folder: str, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:

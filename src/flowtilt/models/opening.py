@@ -1,5 +1,6 @@
 """Opening a model: a diffusers pipeline by folder or hub id, and the adapter of its family."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +31,36 @@ def open_model(settings: ModelSettings, device: torch.device) -> Model:
     """
     offload = stay_away(settings.offload, device)
     pipeline = load_pipeline(settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload)
-    family = _family(settings, pipeline)
-    model = family(pipeline, t5_length=settings.t5_length, resolution=settings.resolution, offload=offload)
+    model = _adapted(settings, pipeline, offload)
     if settings.attention:
         try:
             model.network.set_attention_backend(settings.attention)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"model.attention: {settings.attention!r} can't be used here: {_first_line(error)}") from error
+    return model
+
+
+def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
+    """The pipeline's adapter, built with what the recipe sets for it."""
+    family = _family(settings, pipeline)
+    given = {"t5_length": settings.t5_length, "resolution": settings.resolution}
+    keywords: dict[str, Any] = {**settings.options, **{name: value for name, value in given.items() if value is not None}}
+    try:
+        inspect.signature(family).bind(pipeline, offload=offload, **keywords)
+    except TypeError as error:
+        raise UserError(f"model: {settings.adapter or family.__name__} can't be built with the recipe's model settings: {error}") from None
+    if not settings.adapter:
+        return family(pipeline, offload=offload, **keywords)
+    try:
+        model = family(pipeline, offload=offload, **keywords)
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"model.adapter: {settings.adapter} fails as it is built: {said} (--debug shows where)") from error
+    asked = [*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))]
+    if missing := [name for name in asked if not hasattr(model, name)]:
+        raise UserError(f"model.adapter: {settings.adapter} has no {', '.join(missing)}; flowtilt.models.base.Model says what each is")
     return model
 
 
@@ -49,6 +73,10 @@ def _family(settings: ModelSettings, pipeline: Any) -> Any:
             from flowtilt.models.sd3 import SD3
 
             return SD3
+        case "FluxPipeline":
+            from flowtilt.models.flux import Flux
+
+            return Flux
     raise UserError(
         f"model {settings.path}: a {type(pipeline).__name__}, for which flowtilt has no adapter; "
         'write one and name it as model.adapter = "file.py:Class" (docs/add-a-model.md)'

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from flowtilt.errors import UserError
+from flowtilt.models import pipeline as common
 from flowtilt.models.base import Conditioning
 from flowtilt.models.captions import captions_of
 
@@ -58,16 +58,12 @@ class SD3:
         self.blocks: Sequence[nn.Module] = list(self.network.transformer_blocks)
         self.device: torch.device = self.network.device
         scale = pipeline.vae_scale_factor
-        size = resolution or self.network.config.sample_size * scale
         largest = scale * self.network.config.patch_size * self.network.config.pos_embed_max_size
-        if size > largest:
-            raise UserError(f"model.resolution: {size} is beyond the {largest} that this network has positions for")
-        if size % (scale * self.network.config.patch_size):
-            raise UserError(f"model.resolution: {size} is not a multiple of {scale * self.network.config.patch_size}")
+        size = resolution or self.network.config.sample_size * scale
+        self.resolution = common.check_resolution(size, scale * self.network.config.patch_size, largest)
         self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, size // scale, size // scale)
         self.shift = float(pipeline.scheduler.config.shift)
         self.protocol: Mapping[str, object] = {"shift": self.shift, "resolution": size, "t5_length": t5_length}
-        self.call_options: Mapping[str, object] = {"max_sequence_length": t5_length}
         self.encode = captions_of(pipeline, self._encode, self.device, offload, t5_length, str(self.network.dtype))
 
     def _encode(self, text: str) -> dict[str, Tensor]:
@@ -81,22 +77,23 @@ class SD3:
     def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """v at x [N, C, h, w] and t [] or [N]; see `Model.velocity`."""
         dtype = self.network.dtype
-        inputs = {
-            "hidden_states": x.to(dtype),
-            "timestep": (1000 * t).expand(len(x)),
-            "return_dict": False,
+        return common.call(
+            self.network,
+            weights,
+            hidden_states=x.to(dtype),
+            timestep=(1000 * t).expand(len(x)),
             **{name: value.to(dtype) for name, value in conditioning.tensors().items()},
-        }
-        out = functional_call(self.network, dict(weights), (), inputs) if weights else self.network(**inputs)
-        return out[0].float()
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1]."""
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return common.decode(self.pipeline.vae, latents)
+
+    def call_options(self, guidance: float) -> Mapping[str, object]:
+        """See `Model.call_options`."""
+        size = {"height": self.resolution, "width": self.resolution}
+        return {"guidance_scale": guidance, **size, "max_sequence_length": self.t5_length}
 
     def save_lora(self, folder: str, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
         """Writes the LoRA in diffusers' format; see `Model.save_lora`."""
-        self.pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=dict(config))
+        common.save_lora(self.pipeline, folder, state, config)

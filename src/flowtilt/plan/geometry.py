@@ -119,7 +119,7 @@ def find_geometry(path: str, revision: str | None = None) -> Geometry:
         return KNOWN[path]
     raise UserError(
         f"model {path}: neither a folder nor in the hub's cache, and plan knows the shapes of {', '.join(KNOWN)} alone; "
-        "give the folder, or download it first"
+        "give the folder, or download it first; families other than Stable Diffusion 3 can't be planned"
     )
 
 

@@ -12,6 +12,7 @@ GENERIC = {"lora", "transformer", "pytorch_lora_weights.safetensors", "adapter_m
 FORMS = {
     "steps": "{} steps",
     "guidance": "guidance {}",
+    "embedded_guidance": "embedded guidance {}",
     "resolution": "{} px",
     "images_per_prompt": "{} per prompt",
     "seed": "seed {}",

@@ -1,0 +1,41 @@
+"""What families of diffusers pipelines have in common: one network to call, an AutoencoderKL, sizes in pixels, a LoRA file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flowtilt.errors import UserError
+
+
+def call(network: nn.Module, weights: Mapping[str, Tensor] | None, **inputs: Any) -> Tensor:
+    """The network's first output in fp32, computed with `weights` in the place of its own, by name."""
+    inputs["return_dict"] = False
+    out = functional_call(network, dict(weights), (), inputs) if weights else network(**inputs)
+    return out[0].float()
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images [N, 3, H, W] fp32 in [0, 1] of latents [N, C, h, w] as the network has them: scaled and, in newer families, shifted."""
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def check_resolution(size: int, multiple: int, largest: int | None = None) -> int:
+    """Gives `size` back.
+
+    Raises:
+        UserError: it is not a multiple of what becomes one token, or larger than the network has positions for.
+    """
+    if largest and size > largest:
+        raise UserError(f"model.resolution: {size} is beyond the {largest} that this network has positions for")
+    if size % multiple:
+        raise UserError(f"model.resolution: {size} is not a multiple of {multiple}")
+    return size
+
+
+def save_lora(pipeline: Any, folder: str, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    """Writes `pytorch_lora_weights.safetensors` for a pipeline whose network is its `transformer`; see `Model.save_lora`."""
+    pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=dict(config))

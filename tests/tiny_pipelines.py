@@ -1,0 +1,103 @@
+"""Small random pipelines of the true classes, saved to disk as the published ones are."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from flowtilt.playground.pretrain import tokenizer
+
+WIDTH = 48
+
+
+def letters() -> T5Tokenizer:
+    """A T5 tokenizer with a token for each letter."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+
+
+def vae(**config: float | None) -> AutoencoderKL:
+    """An autoencoder of a factor of two; `config` replaces its 16 channels or FLUX.1's factors."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **{"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **config},
+    )
+
+
+def flux(place: Path, schnell: bool = False) -> Path:
+    """A FLUX.1 pipeline with both kinds of blocks; -dev's configuration or -schnell's."""
+    torch.manual_seed(0)
+    words = tokenizer(place / "words")
+    t5 = letters()
+    clip = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=words.model_max_length,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    shifting = {"use_dynamic_shifting": False, "shift": 1.0} if schnell else {"use_dynamic_shifting": True, "shift": 3.0}
+    pipeline = FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=not schnell,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shifting),
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=words,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        tokenizer_2=t5,
+    )
+    pipeline.save_pretrained(place / "pipeline")
+    return place / "pipeline"
+
+
+def aura_flow(place: Path) -> Path:
+    """An AuraFlow pipeline with both kinds of blocks."""
+    torch.manual_seed(0)
+    t5 = letters()
+    pipeline = AuraFlowPipeline(
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=2,
+            num_single_dit_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=vae(latent_channels=4, scaling_factor=0.13025, shift_factor=None),
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        tokenizer=t5,
+    )
+    pipeline.save_pretrained(place)
+    return place
