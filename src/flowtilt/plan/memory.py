@@ -195,7 +195,7 @@ class Memory:
         e, costs = self.recipe.evaluate, self.costs
         images = min(BLOCK, e.images)
         captions = images * costs.caption
-        held = {"captions": captions, "noise and latents": 3 * images * costs.latent}
+        held = {"captions": captions, "noise and latents": 2 * images * costs.latent}
         match of:
             case "encode":  # all captions are encoded before the first block
                 return self._phase("evaluate", self.encode().held, costs.encode.peak)
@@ -226,8 +226,7 @@ class Memory:
 
     @property
     def _drawn(self) -> Held:
-        part, latents = self.part * self.costs.latent, self.images * self.costs.latent
-        return {"captions": self.captions, "noise": part, "latents": latents, "latents before they are joined": part}
+        return {"captions": self.captions, "noise": self.part * self.costs.latent, "latents": self.images * self.costs.latent}
 
     def _judged(self, name: str, held: Held, judging: Judging, images: int) -> Phase:
         """The fullest reward; with offload its models are the only ones on the GPU."""
