@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from flowtilt.config import Recipe
+from flowtilt.config_objectives import GRPOSettings
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK
 from flowtilt.memory import MicroBatch
@@ -119,9 +120,9 @@ class Memory:
 
     @property
     def pairs(self) -> int:
-        """Pairs of image and time in a GPU's share of an update."""
+        """Rows that a GPU trains in an update: pairs of image and time, or steps of images."""
         r, updates = self.recipe.rollout, self.recipe.optimizer.steps_per_rollout
-        return self.machine.share(-(-r.prompts * r.images_per_prompt // updates)) * self.recipe.objective.times_per_image
+        return self.machine.share(-(-r.prompts * r.images_per_prompt // updates)) * self.recipe.rows_per_image()
 
     @property
     def captions(self) -> float:
@@ -185,9 +186,14 @@ class Memory:
 
     def learn(self, size: int, recompute: bool) -> Phase:
         """A micro-batch is put together on the GPU: x0, eps, t and advantages of its rows, then the network's own tensors."""
-        rows = min(size, self.pairs)
-        batch = rows * (2 * self.costs.latent + 8)
-        held = {"captions": self.captions, "latents": self.images * self.costs.latent, "micro-batch": batch}
+        rows, guidance = min(size, self.pairs), self.recipe.rollout.guidance
+        held = {
+            "captions": self.captions,
+            "latents": self.images * self.costs.latent,
+            "micro-batch": rows * (2 * self.costs.latent + 8),
+        }
+        if isinstance(self.recipe.objective, GRPOSettings) and guidance != 1:  # guided steps are trained guided
+            rows, held = 2 * rows, {**held, "captions with the empty one": self._joined(self.captions)}
         return self._phase("train", held, self.costs.train(recompute).at(rows).peak)
 
     def evaluate(self, of: str, size: int) -> Phase:
@@ -214,13 +220,14 @@ class Memory:
         if self.offload:
             stay |= {"text encoders": costs.encoders.bytes, "reward models": sum(model.weights.bytes for model in models)}
         loaded = costs.network.bytes + costs.vae.bytes + (0 if self.offload else costs.encoders.bytes)
-        # images and noises pile up in parts until they are joined, and then are there twice; an update's go when the next one's are there
-        updates = 2 if self.recipe.optimizer.steps_per_rollout == 1 else 3
-        moments = {
-            "the pipeline while it is loaded": loaded,
-            "images": 2 * self.images * costs.image,
-            "noise of the training pairs": updates * self.pairs * costs.latent,
-        }
+        # parts pile up until they are joined, and then are there twice; an update's noises go when the next one's are there
+        copies = 2 if self.recipe.optimizer.steps_per_rollout == 1 else 3
+        moments = {"the pipeline while it is loaded": loaded, "images": 2 * self.images * costs.image}
+        if isinstance(self.recipe.objective, GRPOSettings):
+            steps = self.recipe.rows_per_image()
+            moments["steps that are trained"] = 2 * self.images * (2 * steps + 1) * costs.latent
+        else:
+            moments["noise of the training pairs"] = copies * self.pairs * costs.latent
         most = max(moments, key=lambda name: moments[name])
         return _there({**stay, most: moments[most]})
 
@@ -246,9 +253,12 @@ class Memory:
         """Bytes of `rows` images on their way through the solver."""
         if guidance == 1:
             return self.costs.forward.at(rows).peak + rows * STATES * self.costs.latent
-        # guidance doubles x, and joins all captions with the empty one
-        joined = captions + 2 * self.costs.caption
-        return self.costs.forward.at(2 * rows).peak + joined + rows * (STATES + 2) * self.costs.latent
+        # guidance doubles x
+        return self.costs.forward.at(2 * rows).peak + self._joined(captions) + rows * (STATES + 2) * self.costs.latent
+
+    def _joined(self, captions: float) -> float:
+        """Bytes of the empty caption, and of all captions with it."""
+        return captions + 2 * self.costs.caption
 
     def _phase(self, name: str, held: Held, activations: float) -> Phase:
         return Phase(name, _there(held), activations, sum(self.resident.values()) + sum(held.values()) + activations)
