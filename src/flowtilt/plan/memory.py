@@ -220,14 +220,14 @@ class Memory:
         if self.offload:
             stay |= {"text encoders": costs.encoders.bytes, "reward models": sum(model.weights.bytes for model in models)}
         loaded = costs.network.bytes + costs.vae.bytes + (0 if self.offload else costs.encoders.bytes)
-        # parts pile up until they are joined, and then are there twice; an update's noises go when the next one's are there
-        copies = 2 if self.recipe.optimizer.steps_per_rollout == 1 else 3
+        # parts pile up until they are joined, and then are there twice; an update's noise goes when the next one's is there
+        updates = min(2, self.recipe.optimizer.steps_per_rollout)
         moments = {"the pipeline while it is loaded": loaded, "images": 2 * self.images * costs.image}
         if isinstance(self.recipe.objective, GRPOSettings):
             steps = self.recipe.rows_per_image()
             moments["steps that are trained"] = 2 * self.images * (2 * steps + 1) * costs.latent
         else:
-            moments["noise of the training pairs"] = copies * self.pairs * costs.latent
+            moments["noise of the training pairs"] = updates * self.pairs * costs.latent
         most = max(moments, key=lambda name: moments[name])
         return _there({**stay, most: moments[most]})
 
