@@ -146,8 +146,8 @@ def with_numbers(dtype, shapes, recompute=False):
     policy = build_policy(load_recipe("playground", [f"model.dtype={dtype}"]), CPU)
     rows = torch.zeros(len(shapes), dtype=torch.long)
     given = Conditioning({k: torch.rand(x.shape).to(x.dtype) for k, x in shapes.conditioning.distinct.items()}, rows)
-    numbers = TrainingBatch(*(torch.rand(x.shape) for x in (shapes.x0, shapes.eps, shapes.t, shapes.advantages)), given)
-    return ready(policy, numbers, recompute)
+    x0, eps, t, advantages = (torch.rand(x.shape) for x in (shapes.x0, shapes.eps, shapes.t, shapes.advantages))
+    return ready(policy, TrainingBatch(x0, eps, t, advantages, given), recompute)
 
 
 def ready(policy, rows, recompute):

@@ -21,6 +21,7 @@ from flowtilt.placement import SMALL
 from flowtilt.plan.judges import Judging
 from flowtilt.plan.machine import Machine
 from flowtilt.plan.network import Costs
+from flowtilt.rewards.judging import PART
 from flowtilt.scoring import PARTS
 
 GIB = 2**30
@@ -32,8 +33,6 @@ SPARE = 0.1
 """Share of a GPU's memory that is left to what is not modelled."""
 STATES = 4
 """Latents that a solver has at hand: x, the velocity, and two predictions of x0."""
-SCORED = 64
-"""Images that rewards see at once."""
 
 Held = Mapping[str, float]
 """Bytes by what they are."""
@@ -237,7 +236,7 @@ class Memory:
 
     def _judged(self, name: str, held: Held, judging: Judging, images: int) -> Phase:
         """The fullest reward; with offload its models are the only ones on the GPU."""
-        part = min(images, SCORED)
+        part = min(images, PART)
         seen = {**held, "images": part * self.costs.image if judging.models else 0}
         found = [
             self._phase(
