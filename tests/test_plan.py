@@ -42,6 +42,7 @@ def typed(capsys, *words):
         ('objective.old_policy="delayed"', 'rollout.solver="dpm2"', "rollout.steps=3", 'objective.times="rollout"'),
         ('objective.old_policy="copy"', "optimizer.steps_per_rollout=1", "model.recompute=true"),
         ("objective.type=ram", "objective.times_per_image=2"),
+        ("objective.type=grpo", "objective.kl=0.1", "rollout.guidance=2.0", "rollout.solver=euler"),
         ("objective.type=awm", "objective.times_per_image=2", "objective.kl=0", "objective.norm_guard=0.1"),
     ],
     ids=lambda words: " ".join(words) or "as it is",
@@ -117,6 +118,7 @@ def test_every_recipe_has_a_plan_of_at_most_110_columns(name):
         assert max(map(len, lines)) <= 110
         assert "computed, none is measured" in lines[0] and name in lines[0]
         json.dumps(found.as_json(), allow_nan=False)
+        assert found.fits and "DOES NOT FIT" not in lines[-1]
 
 
 def test_rewards_that_are_not_counted_are_named():

@@ -44,6 +44,18 @@ def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(tmp_path, dtype, r
     assert found.recompute == recompute
 
 
+def test_the_peak_of_training_guided_steps_is_that_of_a_real_one_on_a_cpu(tmp_path):
+    overrides = ["objective.type=grpo", "objective.kl=0.1", "rollout.guidance=2.0", "optimizer.steps_per_rollout=1", "micro_batch=12"]
+    recipe = quick(tmp_path / "run", "model.dtype=float32", *overrides)
+    trainer, found = Trainer(recipe), make_plan(recipe, Machine())
+    trainer._step()
+    scored, _ = trainer._rollout(2, trainer.walk.draw(6, 6), Phases(torch.device("cpu")))
+    learning = measure(lambda: trainer.learner.learn(2, scored, Phases(torch.device("cpu"))))
+    train = phase(found, "train")
+    inside = train.held["micro-batch"] + train.held["captions with the empty one"]
+    assert learning.peak == pytest.approx(train.activations + inside + found.costs.lora.bytes, rel=5e-3)
+
+
 def test_a_caption_is_held_once_however_many_images_share_it():
     for gpus, groups in ((1, 48), (5, 11), (8, 6), (1000, 1)):  # 1152 / 5 = 230.4 images begin and end within a group of 24
         found = make_plan(load_recipe("sd35m-geneval"), Machine(gpus=gpus))
