@@ -115,12 +115,13 @@ class Learner:
         settings: Any = self.recipe.objective  # of a method on clean samples, whichever
         model = self.policy.model
         sigmas = sigma_schedule(self.recipe.rollout.steps, model.shift)
-        times, eps = [torch.empty(0)], [torch.empty(0, *model.latent_shape)]
-        for i in own:
+        times = torch.empty(len(own), settings.times_per_image)
+        eps = torch.empty(len(own), settings.times_per_image, *model.latent_shape)
+        for k, i in enumerate(own):
             rng = generator(self.recipe.seed, "train", step, rollout.indices.start + i)
-            times.append(draw_times(settings.times, settings.times_per_image, sigmas, model.shift, rng))
-            eps.append(torch.randn(settings.times_per_image, *model.latent_shape, generator=rng))
-        return torch.cat(times), torch.cat(eps)
+            times[k] = draw_times(settings.times, settings.times_per_image, sigmas, model.shift, rng)
+            torch.randn(eps.shape[1:], generator=rng, out=eps[k])  # in place: a rollout's noise may be gigabytes
+        return times.flatten(), eps.flatten(0, 1)
 
     def _gradients(self, own: Pairs | Transitions, number: int, size: int) -> dict[str, Tensor]:
         """Puts this rank's part of the gradient of the mean over all `number` rows into .grad; returns sums of the metrics."""

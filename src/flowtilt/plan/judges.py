@@ -21,7 +21,7 @@ MODELS = {
     "imagereward": ("imagereward",),
     "geneval": ("mask2former", "clip-l"),
 }
-"""Which models are on the device for a built-in reward; what two rewards share is there once."""
+"""Which models a built-in reward has; what two rewards share is there once."""
 OCR_SECONDS = 0.14
 """Seconds of one core for an image of 512 pixels with side = 512; the default side takes about three times as long (docs/rewards.md)."""
 
@@ -46,11 +46,11 @@ class Model:
     crop: int
     whole: bool
 
-    def working(self, images: int) -> float:
-        """Bytes at most while `images` are judged."""
+    def working(self, images: int, size: int) -> float:
+        """Bytes at most while `images` of `size` bytes are judged."""
         part = min(images, self.chunk)
-        # resized, less the mean, divided by the deviation: three copies
-        return part * self.activations + 3 * (images if self.whole else part) * self.crop
+        # resized, less the mean, divided by the deviation: three copies; before that, rounded to 8 bits with two copies
+        return max(part * self.activations + 3 * (images if self.whole else part) * self.crop, 2 * images * size)
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,27 @@ class Judging:
     """What the rewards of a rollout or an evaluation ask of a machine.
 
     Args:
-        models: on the device, by name.
-        readers: the model that reads every image, by the reward's name.
+        models: those that work on the device, by name.
+        readers: the models of a reward, by its name; the first reads every image.
         beside: what is not counted, by the reward's name.
         off_device: whether a reward works elsewhere while images are drawn, so that they are drawn in parts.
     """
 
     models: Mapping[str, Model]
-    readers: Mapping[str, str]
+    readers: Mapping[str, tuple[str, ...]]
     beside: Mapping[str, str]
     off_device: bool
 
     def flops(self, images: int, prompts: int) -> dict[str, float]:
         """Operations for `images` of `prompts` distinct captions."""
-        models = [self.models[name] for name in self.readers.values()]
+        models = [self.models[names[0]] for names in self.readers.values()]
         return added(*(scaled(model.image, images) for model in models), *(scaled(model.prompt, prompts) for model in models))
-
-    def working(self, images: int) -> float:
-        """Bytes at most while `images` are judged, one reward after the other."""
-        return max((self.models[name].working(images) for name in self.readers.values()), default=0)
 
 
 def judging(rewards: Sequence[Named], resolution: int) -> Judging:
     """The models of rewards for images of `resolution` pixels."""
     models: dict[str, Model] = {}
-    readers: dict[str, str] = {}
+    readers: dict[str, tuple[str, ...]] = {}
     beside: dict[str, str] = {}
     off_device = False
     for one in rewards:
@@ -90,7 +86,7 @@ def judging(rewards: Sequence[Named], resolution: int) -> Judging:
         if source in MODELS:
             names = MODELS[source]
             models |= {name: _model(name, resolution if name == "mask2former" else 224) for name in names}
-            readers[one.name] = names[0]
+            readers[one.name] = names
             if source == "geneval":
                 beside[one.name] = "without the colours' crops, whose number depends on the images"
         elif source == "ocr":

@@ -1,6 +1,7 @@
 """GPUs that can be rented, by what their makers promise."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flowtilt.errors import UserError
 
@@ -71,6 +72,12 @@ class Machine:
     def share(self, rows: int) -> int:
         """The most of `rows` that one GPU gets; see `distributed.World.share`."""
         return -(-rows // self.gpus)
+
+    def groups(self, prompts: int, images_per_prompt: int) -> int:
+        """The most prompts of a rollout that the images of one GPU belong to."""
+        images = prompts * images_per_prompt
+        ends = [images * rank // self.gpus for rank in range(self.gpus + 1)]
+        return max((end - 1) // images_per_prompt - start // images_per_prompt + 1 for start, end in pairwise(ends) if start < end)
 
     def hours(self, flops: dict[str, float]) -> float:
         """Hours that work takes, each precision at its own peak; twice the GPUs take half the time."""

@@ -1,27 +1,41 @@
-"""What one GPU holds in each phase of a rollout, as flowtilt is: every model stays on the device all the time.
+"""What one GPU holds in each phase of a rollout and in an evaluation, and what its process holds beside it.
 
 Bytes of weights and of tensors that the loops hold follow from shapes and are exact. Activations are exact for
 torch's own kernels taken one by one; what kernels and libraries take beside is `CONTEXT` and the spare tenth.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from flowtilt.config import Recipe
+from flowtilt.config_objectives import GRPOSettings
+from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK
-from flowtilt.memory import START
+from flowtilt.memory import MicroBatch
+from flowtilt.models.captions import IN_MEMORY
+from flowtilt.placement import SMALL
 from flowtilt.plan.judges import Judging
 from flowtilt.plan.machine import Machine
 from flowtilt.plan.network import Costs
+from flowtilt.rewards.judging import PART
 from flowtilt.scoring import PARTS
 
 GIB = 2**30
 CONTEXT = 0.5 * GIB
 """Bytes of a CUDA context with its libraries, an assumption."""
+PROCESS = 2 * GIB
+"""Bytes of the computer's memory for Python, torch and the libraries, an assumption."""
 SPARE = 0.1
-"""Share of the memory that is left to what is not modelled."""
+"""Share of a GPU's memory that is left to what is not modelled."""
 STATES = 4
 """Latents that a solver has at hand: x, the velocity, and two predictions of x0."""
+
+Held = Mapping[str, float]
+"""Bytes by what they are."""
 
 
 @dataclass(frozen=True)
@@ -29,117 +43,225 @@ class Phase:
     """Bytes on one GPU.
 
     Args:
-        held: what flowtilt's loops keep meanwhile, by what it is.
+        held: what flowtilt's loops keep meanwhile, models that visit the GPU among it.
         activations: what passes through a network, at most.
         total: with all resident weights and the context.
     """
 
     name: str
-    held: Mapping[str, float]
+    held: Held
     activations: float
     total: float
 
 
-def resident(recipe: Recipe, costs: Costs, models: Judging) -> dict[str, float]:
-    """Bytes that stay on a GPU from the first optimizer step on, by what they are."""
-    return {
-        "network": costs.network.bytes,
-        "text encoders": costs.encoders.bytes,
-        "vae": costs.vae.bytes,
-        **{name: model.weights.bytes for name, model in models.models.items()},
-        "lora (current, old, ema)": 3 * costs.lora.bytes,
-        "gradient and AdamW": 3 * costs.lora.bytes,
-        # of the roles that draw, kept until they change
-        "merged weights (old, ema)": 2 * costs.merged,
-        "CUDA context": CONTEXT,
-    }
+@dataclass(frozen=True)
+class Fitted:
+    """How a run settles into a GPU.
+
+    Args:
+        micro_batches: rows through a network at once, of "sample", "decode" and "train".
+        recompute: whether activations are computed anew in the backward pass.
+        fits: whether all phases leave the spare.
+    """
+
+    micro_batches: Mapping[str, int]
+    recompute: bool
+    phases: list[Phase]
+    fits: bool
 
 
-def phases(
-    recipe: Recipe, costs: Costs, train: Judging, judge: Judging, machine: Machine, kept: Mapping[str, float], size: int
-) -> list[Phase]:
-    """Bytes on a GPU in each phase of a rollout and in an evaluation.
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A recipe's bytes on a machine.
 
     Args:
         train, judge: rewards of the rollouts and of the evaluations.
-        kept: what stays.
-        size: the micro-batch.
     """
-    found = {**_rollout(recipe, costs, train, machine, size), "train": _train(recipe, costs, machine, size)}
-    found["evaluate"] = _evaluate(recipe, costs, judge, size)
-    resident = sum(kept.values())
-    return [
-        Phase(name, {what: count for what, count in held.items() if count}, activations, resident + sum(held.values()) + activations)
-        for name, (held, activations) in found.items()
-    ]
+
+    recipe: Recipe
+    costs: Costs
+    train: Judging
+    judge: Judging
+    machine: Machine
+
+    @property
+    def offload(self) -> bool:
+        """Whether text encoders and reward models come to the GPU only while they work; see `placement.stay_away`."""
+        told = self.recipe.model.offload
+        return told if isinstance(told, bool) else self.machine.gib * GIB < SMALL
+
+    @cached_property
+    def resident(self) -> dict[str, float]:
+        """Bytes that stay on a GPU from the first optimizer step on."""
+        costs, models = self.costs, {**self.train.models, **self.judge.models}
+        beside = {"text encoders": costs.encoders.bytes, **{name: model.weights.bytes for name, model in models.items()}}
+        found = {
+            "network": costs.network.bytes,
+            "vae": costs.vae.bytes,
+            **({} if self.offload else beside),
+            "lora (current, old, ema)": 3 * costs.lora.bytes,
+            "gradient and AdamW": 3 * costs.lora.bytes,
+            # of the roles that draw, kept until they change
+            "as the network takes it (old, ema)": 2 * costs.brought,
+            "CUDA context": CONTEXT,
+        }
+        return _there(found)
+
+    @property
+    def images(self) -> int:
+        """The most images of a rollout that one GPU gets."""
+        return self.machine.share(self.recipe.rollout.prompts * self.recipe.rollout.images_per_prompt)
+
+    @property
+    def part(self) -> int:
+        """Of those, the ones that are drawn before any is judged."""
+        return -(-self.images // PARTS) if self.train.off_device else self.images
+
+    @property
+    def pairs(self) -> int:
+        """Rows that a GPU trains in an update: pairs of image and time, or steps of images."""
+        r, updates = self.recipe.rollout, self.recipe.optimizer.steps_per_rollout
+        return self.machine.share(-(-r.prompts * r.images_per_prompt // updates)) * self.recipe.rows_per_image()
+
+    @property
+    def captions(self) -> float:
+        """Bytes of the captions of one GPU's share of a rollout, each of which is there once."""
+        r = self.recipe.rollout
+        return self.machine.groups(r.prompts, r.images_per_prompt) * self.costs.caption
+
+    def fit(self) -> Fitted:
+        """The micro-batches that a run finds by running out of memory, where the spare counts as taken."""
+        micro, recompute = MicroBatch(self.recipe.micro_batch, "cuda"), self.recipe.model.recompute is True
+
+        def save_memory() -> bool:
+            nonlocal recompute
+            possible = not recompute and self.recipe.model.recompute == "auto"
+            recompute |= possible
+            return possible
+
+        def tried(kind: str, size: int) -> list[Phase]:
+            match kind:
+                case "sample":
+                    return [self.sample(size), self.evaluate("sample", size)]
+                case "decode":
+                    return [self.decode(size), self.evaluate("decode", size)]
+            return [self.learn(size, recompute)]
+
+        def work(kind: str, size: int) -> None:
+            if not self.fits(*tried(kind, size)):
+                raise torch.OutOfMemoryError
+
+        for kind in ("sample", "decode", "train"):
+            with suppress(UserError):  # the phase says by how much it does not fit
+                micro.fit(kind, lambda size, kind=kind: work(kind, size), save_memory if kind == "train" else lambda: False)
+        sizes = {kind: min(micro.size(kind), rows) for kind, rows in (("sample", self.part), ("decode", self.part), ("train", self.pairs))}
+        phases = [
+            self.encode(),
+            self.sample(micro.size("sample")),
+            self.decode(micro.size("decode")),
+            self.reward(),
+            self.learn(micro.size("train"), recompute),
+            max((self.evaluate(of, micro.size(of)) for of in ("encode", "sample", "decode", "reward")), key=lambda phase: phase.total),
+        ]
+        return Fitted(sizes, recompute, phases, self.fits(*phases))
+
+    def fits(self, *phases: Phase) -> bool:
+        """Whether each leaves the spare."""
+        return max(phase.total for phase in phases) <= (1 - SPARE) * self.machine.gib * GIB
+
+    def encode(self) -> Phase:
+        """Captions go to the computer's memory one by one."""
+        return self._phase("encode", {"text encoders": self.costs.encoders.bytes if self.offload else 0}, self.costs.encode.peak)
+
+    def sample(self, size: int) -> Phase:
+        return self._phase("sample", self._drawn, self._drawing(min(size, self.part), self.recipe.rollout.guidance, self.captions))
+
+    def decode(self, size: int) -> Phase:
+        """Images go to the computer's memory micro-batch by micro-batch."""
+        return self._phase("decode", self._drawn, self.costs.decode.at(min(size, self.part)).peak)
+
+    def reward(self) -> Phase:
+        return self._judged("reward", self._drawn, self.train, self.images)
+
+    def learn(self, size: int, recompute: bool) -> Phase:
+        """A micro-batch is put together on the GPU: x0, eps, t and advantages of its rows, then the network's own tensors."""
+        rows, guidance = min(size, self.pairs), self.recipe.rollout.guidance
+        held = {
+            "captions": self.captions,
+            "latents": self.images * self.costs.latent,
+            "micro-batch": rows * (2 * self.costs.latent + 8),
+        }
+        if isinstance(self.recipe.objective, GRPOSettings) and guidance != 1:  # guided steps are trained guided
+            rows, held = 2 * rows, {**held, "captions with the empty one": self._joined(self.captions)}
+        return self._phase("train", held, self.costs.train(recompute).at(rows).peak)
+
+    def evaluate(self, of: str, size: int) -> Phase:
+        """The work "encode", "sample", "decode" or "reward" of an evaluation, which goes block by block."""
+        e, costs = self.recipe.evaluate, self.costs
+        images = min(BLOCK, e.images)
+        captions = images * costs.caption
+        held = {"captions": captions, "noise and latents": 2 * images * costs.latent}
+        match of:
+            case "encode":  # all captions are encoded before the first block
+                return self._phase("evaluate", self.encode().held, costs.encode.peak)
+            case "sample":
+                return self._phase("evaluate", held, self._drawing(min(size, images), e.guidance, captions))
+            case "decode":
+                return self._phase("evaluate", held, costs.decode.at(min(size, images)).peak)
+        return self._judged("evaluate", held, self.judge, images)
+
+    @property
+    def host(self) -> dict[str, float]:
+        """Bytes of the computer's memory that each GPU's process takes at most."""
+        r, costs = self.recipe.rollout, self.costs
+        models = {**self.train.models, **self.judge.models}.values()
+        stay = {"process": PROCESS, "captions": min(IN_MEMORY, self.recipe.steps * r.prompts * costs.caption)}
+        if self.offload:
+            stay |= {"text encoders": costs.encoders.bytes, "reward models": sum(model.weights.bytes for model in models)}
+        loaded = costs.network.bytes + costs.vae.bytes + (0 if self.offload else costs.encoders.bytes)
+        # parts pile up until they are joined, and then are there twice; an update's noise goes when the next one's is there
+        updates = min(2, self.recipe.optimizer.steps_per_rollout)
+        moments = {"the pipeline while it is loaded": loaded, "images": 2 * self.images * costs.image}
+        if isinstance(self.recipe.objective, GRPOSettings):
+            steps = self.recipe.rows_per_image()
+            moments["steps that are trained"] = 2 * self.images * (2 * steps + 1) * costs.latent
+        else:
+            moments["noise of the training pairs"] = updates * self.pairs * costs.latent
+        most = max(moments, key=lambda name: moments[name])
+        return _there({**stay, most: moments[most]})
+
+    @property
+    def _drawn(self) -> Held:
+        return {"captions": self.captions, "noise": self.part * self.costs.latent, "latents": self.images * self.costs.latent}
+
+    def _judged(self, name: str, held: Held, judging: Judging, images: int) -> Phase:
+        """The fullest reward; with offload its models are the only ones on the GPU."""
+        part = min(images, PART)
+        seen = {**held, "images": part * self.costs.image if judging.models else 0}
+        found = [
+            self._phase(
+                name,
+                {**seen, f"reward {reward}": sum(judging.models[model].weights.bytes for model in models) if self.offload else 0},
+                judging.models[models[0]].working(part, self.costs.image),
+            )
+            for reward, models in judging.readers.items()
+        ]
+        return max(found, key=lambda phase: phase.total, default=self._phase(name, held, 0))
+
+    def _drawing(self, rows: int, guidance: float, captions: float) -> float:
+        """Bytes of `rows` images on their way through the solver."""
+        if guidance == 1:
+            return self.costs.forward.at(rows).peak + rows * STATES * self.costs.latent
+        # guidance doubles x
+        return self.costs.forward.at(2 * rows).peak + self._joined(captions) + rows * (STATES + 2) * self.costs.latent
+
+    def _joined(self, captions: float) -> float:
+        """Bytes of the empty caption, and of all captions with it."""
+        return captions + 2 * self.costs.caption
+
+    def _phase(self, name: str, held: Held, activations: float) -> Phase:
+        return Phase(name, _there(held), activations, sum(self.resident.values()) + sum(held.values()) + activations)
 
 
-Use = tuple[Mapping[str, float], float]
-"""Bytes that are held, by what they are, and activations at most."""
-
-
-def _rollout(recipe: Recipe, costs: Costs, judging: Judging, machine: Machine, size: int) -> dict[str, Use]:
-    r = recipe.rollout
-    images = machine.share(r.prompts * r.images_per_prompt)
-    part = -(-images // PARTS) if judging.off_device else images
-    rows = min(size, part)
-    captions, latents, pictures = images * costs.caption, images * costs.latent, images * costs.image
-    drawn = {
-        "captions of all images": captions,
-        "captions of the part being drawn": part * costs.caption,
-        "noise": part * costs.latent,
-        "latents": latents,
-    }
-    # chunks pile up until they are joined, then they are there twice
-    decoding = max(costs.decode.at(rows).peak + (part - rows) * costs.image, 2 * part * costs.image)
-    joined = 2 if judging.off_device and judging.models else 1
-    return {
-        "encode": ({"captions of all images": captions}, costs.encode.peak),
-        "sample": ({**drawn, "parts before they are joined": latents}, _drawing(costs, rows, r.guidance)),
-        "decode": ({**drawn, "images": pictures if judging.off_device else 0}, decoding),
-        "reward": ({**drawn, "images": joined * pictures}, judging.working(images)),
-    }
-
-
-def _train(recipe: Recipe, costs: Costs, machine: Machine, size: int) -> Use:
-    images, updates = recipe.rollout.prompts * recipe.rollout.images_per_prompt, recipe.optimizer.steps_per_rollout
-    own = machine.share(images)
-    pairs = machine.share(-(-images // updates)) * recipe.rows_per_image()
-    rows = min(size, pairs)
-    pair = 2 * costs.latent + costs.caption
-    held = {"captions of all images": own * costs.caption, "latents": own * costs.latent, "pairs of image and time": pairs * pair}
-    # while a share is made the one before it is still there
-    return held, max(costs.train.at(rows).peak + rows * pair, pairs * pair if updates > 1 else 0)
-
-
-def _evaluate(recipe: Recipe, costs: Costs, judging: Judging, size: int) -> Use:
-    e = recipe.evaluate
-    images = min(BLOCK, e.images)
-    rows = min(size, images)
-    held = {"captions": images * costs.caption, "noise and latents": 3 * images * costs.latent, "images": images * costs.image}
-    decoding = costs.decode.at(rows).peak + images * costs.image
-    return held, max(_drawing(costs, rows, e.guidance), decoding, judging.working(images))
-
-
-def _drawing(costs: Costs, rows: int, guidance: float) -> float:
-    """Bytes of `rows` images on their way through the solver."""
-    through = rows * (2 if guidance != 1 else 1)
-    # guidance joins the captions with the empty one: theirs, its copies, and both
-    captions = (rows if guidance == 1 else 4 * rows) * costs.caption
-    return costs.forward.at(through).peak + captions + rows * STATES * costs.latent
-
-
-def fits(found: list[Phase], machine: Machine) -> bool:
-    """Whether every phase leaves the spare."""
-    return max(phase.total for phase in found) <= (1 - SPARE) * machine.gib * GIB
-
-
-def sizes(recipe: Recipe) -> list[int]:
-    """The micro-batches that a run would try: its own, or what "auto" begins with, halved and halved again."""
-    if isinstance(recipe.micro_batch, int):
-        return [recipe.micro_batch]
-    size, found = START["cuda"], []
-    while size:
-        found.append(size)
-        size //= 2
-    return found
+def _there(held: Held) -> dict[str, float]:
+    return {what: count for what, count in held.items() if count}

@@ -7,15 +7,15 @@ probabilities: torch itself would take the plain one on meta tensors.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -33,7 +33,7 @@ class Work:
         flops: floating-point operations of products and convolutions, a multiplication and an addition being two, by precision:
             "half" (bf16, fp16), "tf32" (fp32 convolutions, which cuDNN rounds to it) and "single" (other fp32).
         alive: bytes that lived at once, after each tensor that was made.
-        saved: bytes that the forward pass keeps for the backward one, weights and inputs left out.
+        saved: bytes that live between the forward and the backward pass; weights and inputs are from before, and not among them.
     """
 
     flops: Mapping[str, float]
@@ -85,20 +85,13 @@ def through(measured: Callable[[int], Work], low: int = 2, high: int = 4) -> Lin
 def measure(forward: Callable[[], object]) -> Work:
     """What `forward` does and, where it returns a scalar with a gradient, its backward pass; tensors from before are not counted."""
     meter = _Meter()
-    saved: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata in meter.alive:
-            saved[storage._cdata] = storage.nbytes()  # what is saved lives on, so that no other has its address
-        return x.detach()  # the tensor itself would hold its own graph, and never die
-
-    with meter, _FusedAttention():
-        with saved_tensors_hooks(keep, lambda x: x):
-            loss = forward()
+    saved = 0
+    with meter, _fused_attention():
+        loss = forward()
         if isinstance(loss, Tensor) and loss.requires_grad:
+            saved = meter.bytes - loss.nbytes
             loss.backward()
-    return Work(dict(meter.flops), np.array(meter.history, dtype=np.float64), sum(saved.values()))
+    return Work(dict(meter.flops), np.array(meter.history, dtype=np.float64), saved)
 
 
 class _Meter(TorchDispatchMode):
@@ -162,14 +155,22 @@ def _precision(operation: Any, dtype: torch.dtype) -> str:
     return "tf32" if operation in _CONVOLUTIONS else "single"
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On meta tensors, and on no others, attention is the fused kernel."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On meta tensors, and on no others, attention is the fused kernel.
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        query = kwargs["query"] if "query" in kwargs else args[0] if args else None
-        attends = func is torch.nn.functional.scaled_dot_product_attention and isinstance(query, Tensor) and query.is_meta
-        return _fused(*args, **kwargs) if attends else func(*args, **kwargs)
+    No mode of torch does it: in a backward pass, which may compute attention anew, modes for functions are off.
+    """
+    own = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (_fused if query.is_meta else own)(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
 def _fused(

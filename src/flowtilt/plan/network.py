@@ -1,6 +1,6 @@
 """The recipe's model on the meta device, and what each of its passes costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -45,12 +45,14 @@ class Costs:
         dtype: of the frozen base.
         network, encoders, vae: weights of the frozen parts.
         lora: of one role, fp32.
-        merged: bytes of one role's merged weights and operations that make them; none on a half-precision base.
+        brought: bytes of what a role brings along to its forwards: merged weights, or A and B in the base's half precision.
+        bringing: operations that make it.
         latent, caption, image: bytes of one image's latents, of what the network reads of a caption, of one decoded image.
         resolution: in pixels.
         encode: one caption.
         forward: rows through a role's network, without a gradient.
-        train: rows through the objective and back, the old policy's pass and, where the recipe has it, the reference's among them.
+        train: rows through the objective and back, the old policy's pass and, where the recipe has it, the reference's among them;
+            told whether activations are recomputed.
         decode: latents to images.
     """
 
@@ -60,15 +62,15 @@ class Costs:
     encoders: Weights
     vae: Weights
     lora: Weights
-    merged: int
-    merging: Mapping[str, float]
+    brought: int
+    bringing: Mapping[str, float]
     latent: int
     caption: int
     image: int
     resolution: int
     encode: Work
     forward: Line
-    train: Line
+    train: Callable[[bool], Line]
     decode: Line
 
 
@@ -135,9 +137,14 @@ def _costs(
     policy.changed()  # so that the old policy is not the current one, and has its own pass
     given = conditioning(geometry, model)
     one = batch(model, given, 1)
-    if policy.merge:
-        _forward(policy, one)  # merges the role's weights, once, which is no row's work
-    merged = [layer.base_layer.weight for layer in policy._layers.values()] if policy.merge else []
+    with torch.no_grad():
+        bringing = measure(lambda: policy._weights_for("old"))  # once, and kept: no row's work
+
+    @cache
+    def train(recompute: bool) -> Line:
+        policy.recompute(recompute)
+        return through(lambda rows: train_work(policy, batch(model, given, rows), reference))
+
     side = model.latent_shape[1] * pipeline.vae_scale_factor
     return Costs(
         source=geometry.source,
@@ -146,15 +153,15 @@ def _costs(
         encoders=weights_of(*encoders),
         vae=weights_of(pipeline.vae),
         lora=Weights(sum(p.numel() for p in policy.parameters), sum(p.nbytes for p in policy.parameters)),
-        merged=sum(weight.nbytes for weight in merged),
-        merging={"single": float(sum(2 * rank * weight.numel() for weight in merged))},
+        brought=sum(weight.nbytes for weight in policy._weights_for("old").values()),
+        bringing=bringing.flops,
         latent=one.x0.nbytes,
         caption=sum(x.nbytes for x in given.distinct.values()),
         image=3 * side * side * 4,
         resolution=side,
         encode=_encode(geometry, model, encoders),
         forward=through(lambda rows: _forward(policy, batch(model, given, rows))),
-        train=through(lambda rows: train_work(policy, batch(model, given, rows), reference)),
+        train=train,
         decode=through(lambda rows: _decode(model, rows)),
     )
 
@@ -169,7 +176,7 @@ def conditioning(geometry: Geometry, model: SD3) -> Conditioning:
             "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype, device="meta"),
             "pooled_projections": torch.empty(1, config.pooled_projection_dim, dtype=dtype, device="meta"),
         },
-        torch.zeros(1, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long, device="meta"),
     )
 
 
@@ -177,7 +184,7 @@ def batch(model: SD3, given: Conditioning, rows: int) -> TrainingBatch:
     """A batch to train on, of shapes alone."""
     x0, eps = (torch.empty(rows, *model.latent_shape, device="meta") for _ in range(2))
     t, advantages = (torch.empty(rows, device="meta") for _ in range(2))
-    return TrainingBatch(x0, eps, t, advantages, given.select(torch.zeros(rows, dtype=torch.long)))
+    return TrainingBatch(x0, eps, t, advantages, given.select(torch.zeros(rows, dtype=torch.long, device="meta")))
 
 
 def train_work(policy: Policy, rows: TrainingBatch, reference: bool) -> Work:

@@ -6,9 +6,9 @@ from typing import Any
 
 from flowtilt.config import Recipe
 from flowtilt.plan import memory
-from flowtilt.plan.judges import Judging, judging
+from flowtilt.plan.judges import judging
 from flowtilt.plan.machine import Machine
-from flowtilt.plan.memory import GIB, Phase
+from flowtilt.plan.memory import GIB, Fitted, Memory, Phase
 from flowtilt.plan.meter import added, scaled
 from flowtilt.plan.network import Costs, Weights, costs_of
 from flowtilt.plan.passes import evaluations_in_all, evaluations_per_image, passes_in_all
@@ -37,7 +37,10 @@ class Plan:
     Args:
         resident: bytes that stay on a GPU, by what they are.
         phases: bytes on a GPU in each phase of a rollout and in an evaluation.
-        micro_batch: rows through the network at once.
+        host: bytes of the computer's memory for each GPU's process at most, by what they are.
+        micro_batches: rows through a network at once, by kind of work.
+        offload: whether text encoders and reward models visit the GPU.
+        recompute: whether activations are computed anew in the backward pass.
         fits: whether all phases leave the spare.
         work: of the whole run, by phase; "evaluate" is all evaluations.
         beside: rewards of which not everything is counted, and why.
@@ -50,7 +53,10 @@ class Plan:
     weights: Mapping[str, Weights]
     resident: Mapping[str, float]
     phases: list[Phase]
-    micro_batch: int
+    host: Mapping[str, float]
+    micro_batches: Mapping[str, int]
+    offload: bool
+    recompute: bool
     fits: bool
     work: Mapping[str, Effort]
     evaluations: int
@@ -68,6 +74,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: bytes, operations, hours."""
+        saved = self.costs.train(self.recompute)
         return {
             "figures": "computed, not measured",
             "recipe": self.recipe.name,
@@ -80,14 +87,17 @@ class Plan:
             "machine": {**asdict(self.machine), "memory": self.machine.gib * GIB},
             "parameters": {name: {"number": found.number, "bytes": found.bytes} for name, found in self.weights.items()},
             "memory": {
-                "micro_batch": self.micro_batch,
+                "micro_batches": dict(self.micro_batches),
+                "offload": self.offload,
+                "recompute": self.recompute,
                 "fits": self.fits,
                 "spare": memory.SPARE,
-                "saved_for_backward": {"once": self.costs.train.fixed.saved, "a_row": self.costs.train.each.saved},
+                "saved_for_backward": {"once": saved.fixed.saved, "a_row": saved.each.saved},
                 "resident": dict(self.resident),
                 "phases": {
                     phase.name: {"held": dict(phase.held), "activations": phase.activations, "total": phase.total} for phase in self.phases
                 },
+                "host": dict(self.host),
             },
             "rollouts": self.recipe.steps,
             "evaluations": self.evaluations,
@@ -109,14 +119,14 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha, recipe.objective)
     train, judge = (judging(rewards, costs.resolution) for rewards in (rewards_of(recipe), judges_of(recipe)))
-    both = Judging({**train.models, **judge.models}, {}, {**judge.beside, **train.beside}, False)
-    kept = memory.resident(recipe, costs, both)
-    size, phases = _fitted(recipe, costs, train, judge, machine, kept)
+    models = {**train.models, **judge.models}
+    needed = Memory(recipe, costs, train, judge, machine)
+    found = needed.fit()
     weights = {
         "network": costs.network,
         "text encoders": costs.encoders,
         "vae": costs.vae,
-        **{f"reward model {name}": model.weights for name, model in both.models.items()},
+        **{f"reward model {name}": model.weights for name, model in models.items()},
         f"lora, rank {recipe.lora.rank}": costs.lora,
     }
     return Plan(
@@ -124,57 +134,42 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         machine=machine,
         costs=costs,
         weights=weights,
-        resident={name: count for name, count in kept.items() if count},
-        phases=phases,
-        micro_batch=size,
-        fits=memory.fits(phases, machine),
-        work={
-            name: Effort(evaluations, flops, machine.hours(flops))
-            for name, (evaluations, flops) in _work(recipe, costs, train, judge, machine, size).items()
-        },
+        resident=needed.resident,
+        phases=found.phases,
+        host=needed.host,
+        micro_batches=found.micro_batches,
+        offload=needed.offload,
+        recompute=found.recompute,
+        fits=found.fits,
+        work={name: Effort(evaluations, flops, machine.hours(flops)) for name, (evaluations, flops) in _work(needed, found).items()},
         evaluations=evaluations_in_all(recipe),
-        beside=both.beside,
+        beside={**judge.beside, **train.beside},
     )
 
 
-def _fitted(
-    recipe: Recipe, costs: Costs, train: Judging, judge: Judging, machine: Machine, kept: Mapping[str, float]
-) -> tuple[int, list[Phase]]:
-    """The first micro-batch that fits, else the last that is tried, and the phases with it."""
-    *larger, smallest = memory.sizes(recipe)
-    for size in larger:
-        found = memory.phases(recipe, costs, train, judge, machine, kept, size)
-        if memory.fits(found, machine):
-            return size, found
-    return smallest, memory.phases(recipe, costs, train, judge, machine, kept, smallest)
-
-
-def _work(
-    recipe: Recipe, costs: Costs, train: Judging, judge: Judging, machine: Machine, size: int
-) -> dict[str, tuple[int, dict[str, float]]]:
+def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float]]]:
     """Network evaluations and operations of a whole run by phase."""
+    recipe, costs, machine = needed.recipe, needed.costs, needed.machine
     r, e, steps = recipe.rollout, recipe.evaluate, recipe.steps
     images = r.prompts * r.images_per_prompt
     passes, times = passes_in_all(recipe), evaluations_in_all(recipe)
     drawn = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)
-    forward, through = costs.forward.each.flops, costs.train
+    forward, through = costs.forward.each.flops, costs.train(found.recompute)
     # each GPU has its own micro-batches, and where weights are merged each of them pays for that once
-    updates = recipe.optimizer.steps_per_rollout
-    pairs = machine.share(images // updates * recipe.rows_per_image())
-    micro = steps * updates * machine.gpus * -(-pairs // size)
+    micro = steps * recipe.optimizer.steps_per_rollout * machine.gpus * -(-needed.pairs // found.micro_batches["train"])
     equal = passes.pairs - passes.old
     evaluation = added(
         scaled(costs.encode.flops, times * e.images),
         scaled(forward, drawn),
-        scaled(costs.merging, times * machine.gpus),
+        scaled(costs.bringing, times * machine.gpus),
         scaled(costs.decode.each.flops, times * e.images),
-        scaled(judge.flops(e.images, e.images), times),
+        scaled(needed.judge.flops(e.images, e.images), times),
     )
     return {
         "encode": (0, scaled(costs.encode.flops, steps * r.prompts)),
-        "sample": (passes.sample, added(scaled(forward, passes.sample), scaled(costs.merging, steps * machine.gpus))),
+        "sample": (passes.sample, added(scaled(forward, passes.sample), scaled(costs.bringing, steps * machine.gpus))),
         "decode": (0, scaled(costs.decode.each.flops, steps * images)),
-        "reward": (0, scaled(train.flops(images, r.prompts), steps)),
+        "reward": (0, scaled(needed.train.flops(images, r.prompts), steps)),
         "train": (
             passes.evaluations - passes.sample,
             added(scaled(through.each.flops, passes.pairs), scaled(through.fixed.flops, micro), scaled(forward, -equal)),

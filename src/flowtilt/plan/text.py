@@ -32,10 +32,10 @@ def summary(plan: Plan) -> str:
     r, m, peak = plan.recipe.rollout, plan.machine, plan.peak
     evaluations = sum(effort.evaluations for effort in plan.work.values())
     flops = sum(sum(effort.flops.values()) for effort in plan.work.values())
-    fit = f"peak {peak.total / GIB:.1f} GiB in {peak.name} with micro-batch {plan.micro_batch}"
+    fit = f"fits with {_micro_batches(plan)}, peak {peak.total / GIB:.1f} GiB in {peak.name}"
     if not plan.fits:
         over = peak.total / GIB - (1 - SPARE) * m.gib
-        needs = f"{peak.name} needs {peak.total / GIB:.1f} GiB with micro-batch {plan.micro_batch}"
+        needs = f"{peak.name} needs {peak.total / GIB:.1f} GiB with {_micro_batches(plan)}"
         fit = f"DOES NOT FIT: {needs}, {over:.1f} more than {100 * (1 - SPARE):.0f} % of {m.gib:.4g} GiB"
     return (
         f"{plan.recipe.name}: {plan.recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images = "
@@ -58,12 +58,23 @@ def _memory(plan: Plan) -> str:
         rows.append([phase.name, *(f"{cell / GIB:.2f}" for cell in cells)])
     said = "resident: " + ", ".join(f"{what} {count / GIB:.2f}" for what, count in plan.resident.items() if count >= 0.005 * GIB)
     held = [f"{what} {_bytes(count)}" for what, count in plan.peak.held.items()]
-    lines = wrapped(said) + wrapped(f"held in {plan.peak.name}: {', '.join(held)}")
     chosen = "given" if isinstance(plan.recipe.micro_batch, int) else "auto"
+    how = "computes activations anew, and keeps" if plan.recompute else "keeps"
+    saved = f"training {how} {_bytes(plan.costs.train(plan.recompute).each.saved)} of a row until its backward pass"
     spare = f"{100 * SPARE:.0f} % of {plan.machine.gib:.4g} GiB are left to what is not modelled"
-    saved = f"training keeps {_bytes(plan.costs.train.each.saved)} of a row until its backward pass"
-    lines += wrapped(f"micro-batch {plan.micro_batch} ({chosen}); {saved}; {spare}")
-    return "\n".join([aligned(rows), *lines])
+    visits = ["text encoders and reward models are on the GPU only while they work"] if plan.offload else []
+    beside = ", ".join(f"{what} {count / GIB:.2f}" for what, count in plan.host.items() if count >= 0.005 * GIB)
+    notes = [
+        said,
+        f"held in {plan.peak.name}: {', '.join(held)}",
+        "; ".join([f"{_micro_batches(plan)} ({chosen})", saved, *visits, spare]),
+        f"host memory about {sum(plan.host.values()) / GIB:.0f} GiB for each GPU's process: {beside}",
+    ]
+    return "\n".join([aligned(rows), *(line for note in notes for line in wrapped(note))])
+
+
+def _micro_batches(plan: Plan) -> str:
+    return "micro-batches " + ", ".join(f"{kind} {rows}" for kind, rows in plan.micro_batches.items())
 
 
 def _work(plan: Plan) -> str:
