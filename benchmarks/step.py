@@ -35,19 +35,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-for library in ("TRANSFORMERS", "DIFFUSERS"):
-    os.environ.setdefault(f"{library}_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
-from clocks import Watch, begin_memory, cap_memory, needed_operations, now, peak_memory, peak_rate
+from clocks import Watch, begin_memory, cap_memory, clock_name, needed_operations, now, peak_memory, peak_rate
 from models import SCALES, write
 from plain import PlainLoop
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.environment import processor
 from flowtilt.placement import SMALL as SMALL_GPU
-from flowtilt.playground import pipeline_path
 from flowtilt.plan.memory import GIB
+from flowtilt.playground import pipeline_path
 
 COMMON = ["evaluate.every=0", "evaluate.images=1", "guards=off"]
 RECIPES: dict[str, tuple[str, list[str], list[int]]] = {
@@ -108,12 +108,13 @@ class Bench:
             begin = now(self.device)
             metrics = self.trainer._step()
             seconds = now(self.device) - begin
-            parts = watch.seconds() | {"rewards": metrics["time/reward"]}
             peak = peak_memory(self.device)
         if not math.isfinite(metrics["loss"]) or metrics["skipped_updates"]:
             sys.exit("step.py: the loss is not finite: these weights can't be trained, and their speed says nothing")
-        phases = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
-        return {"seconds": seconds, "phases": phases, "parts": parts | {"rest": seconds - sum(parts.values())}, "peak": peak}
+        times = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+        phases = {name: value / sum(times.values()) for name, value in times.items()}
+        parts = {part: value / seconds for part, value in watch.seconds().items()} | {"rewards": phases["reward"]}
+        return {"seconds": seconds, "phases": phases, "parts": parts | {"rest": 1 - sum(parts.values())}, "peak": peak}
 
     def _plain(self, number: int, size: int, same_noise: bool) -> dict[str, Any]:
         assert self.plain
@@ -158,10 +159,14 @@ class Bench:
             entry["utilisation"] = rate and sum(operations.values()) / entry["median"] / rate
             found.append(entry)
         found[0] |= {
-            "phases": {name: statistics.median(t["phases"][name] / t["seconds"] for t in ours) for name in ours[0]["phases"]},
-            "parts": {name: statistics.median(t["parts"][name] / t["seconds"] for t in ours) for name in ours[0]["parts"]},
+            **{
+                what: {name: statistics.median(turn[what][name] for turn in ours) for name in ours[0][what]} for what in ("phases", "parts")
+            },
             "utilisation_by_phase": rate
-            and {name: count / statistics.median(t["phases"][name] for t in ours) / rate for name, count in operations.items()},
+            and {
+                name: count / statistics.median(turn["phases"][name] * turn["seconds"] for turn in ours) / rate
+                for name, count in operations.items()
+            },
             "needed_operations": operations,
             "micro_batch": {kind: self.trainer.micro_batch.size(kind) for kind in ("sample", "decode", "train")},
             "recomputed": self.trainer.learner.recompute,
@@ -182,6 +187,7 @@ class Bench:
                 "resolution": self.trainer.policy.model.protocol["resolution"],
             },
             "reward": ", ".join(recipe.rewards),
+            "clock": clock_name(),
             "base": str(self.network.dtype).removeprefix("torch."),
             "plain base": "float32, autocast to bfloat16" if self.network.dtype == torch.bfloat16 else "float32",
             "machine": _machine(self.device),
@@ -227,7 +233,9 @@ def report(entries: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="playground", help="playground, small, full, or a folder that models.py wrote (%(default)s)")
-    parser.add_argument("--name", help="under which figures are kept in the results, where older ones of that name go; none takes the model")
+    parser.add_argument(
+        "--name", help="under which figures are kept in the results, where older ones of that name go; none takes the model"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured ones (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them, the first of which compares (%(default)s)")
     parser.add_argument("--sizes", type=int, nargs="*", help="micro-batches of the plain loop; without a number flowtilt runs alone")
