@@ -135,8 +135,7 @@ def _costs(
     policy.changed()  # so that the old policy is not the current one, and has its own pass
     given = conditioning(geometry, model)
     one = batch(model, given, 1)
-    if policy.merge:
-        _forward(policy, one)  # merges the role's weights, once, which is no row's work
+    _forward(policy, one)  # makes what the role brings along, once, which is no row's work
     merged = [layer.base_layer.weight for layer in policy._layers.values()] if policy.merge else []
     side = model.latent_shape[1] * pipeline.vae_scale_factor
     return Costs(
