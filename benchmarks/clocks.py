@@ -11,11 +11,10 @@ from unittest.mock import patch
 import torch
 
 from flowtilt import Trainer
-from flowtilt.plan.machine import GPUS
+from flowtilt.config import Recipe
+from flowtilt.plan.machine import GPUS, Machine
 from flowtilt.plan.memory import CONTEXT, GIB
-from flowtilt.plan.meter import added, scaled
-from flowtilt.plan.network import costs_of
-from flowtilt.plan.passes import passes_of
+from flowtilt.plan.plan import make_plan
 
 VARIANTS = {"pcie", "nvl", "ti", "d", "laptop", "mig"}
 """Words in the names of GPUs whose figures are not those of their namesakes."""
@@ -110,17 +109,15 @@ def peak_memory(device: torch.device) -> dict[str, float] | None:
     return {"tensors": torch.cuda.max_memory_allocated(device) / GIB, "taken": torch.cuda.max_memory_reserved(device) / GIB}
 
 
-def needed_operations(trainer: Trainer) -> dict[str, float]:
+def needed_operations(recipe: Recipe, dtype: str) -> dict[str, float]:
     """Floating-point operations that a step's mathematics asks of the network, whatever a loop computes twice.
 
     "sample": the rollout forward. "train": current policy forward and backward, old policy forward, and the reference where the
-    recipe has it. As `flowtilt plan` counts them, every update of a run that has left its first behind.
+    recipe has it. As `flowtilt plan` counts them, on the average of the recipe's rollouts.
     """
-    recipe = trainer.recipe
-    costs, passes = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha, recipe.objective), passes_of(recipe, 2)
-    equal = passes.pairs - passes.old
-    train = added(scaled(costs.train.each.flops, passes.pairs), scaled(costs.forward.each.flops, -equal))
-    return {"sample": passes.sample * sum(costs.forward.each.flops.values()), "train": sum(train.values())}
+    model = recipe.model.model_copy(update={"recompute": False, "dtype": dtype})
+    work = make_plan(recipe.model_copy(update={"model": model}), Machine()).work
+    return {phase: sum(work[phase].flops.values()) / recipe.steps for phase in ("sample", "train")}
 
 
 def peak_rate() -> float | None:

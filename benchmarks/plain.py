@@ -3,7 +3,7 @@
 A micro-batch of images goes through captions, sampling, decoding, rewards and training together; each caption is encoded
 once an image; adapters stay unmerged; old, current and reference velocities are three passes; training times are a loop
 around backward. The network is fp32; in half precision it runs under autocast, as sampling and decoding do, with text encoders in
-bfloat16 and the VAE in fp32. Left out: its all-reduce in every backward pass, since this is one process.
+half precision and the VAE in fp32. Left out: its all-reduce in every backward pass, since this is one process.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from flowtilt import Trainer
 from flowtilt.advantages import combine, group_advantages
 from flowtilt.flow import sigma_schedule
 from flowtilt.objectives import ema_decay
-from flowtilt.objectives.nft import old_policy_decay, optimality
+from flowtilt.objectives.forward import old_policy_decay
+from flowtilt.objectives.nft import optimality
 from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.rewards import score
 from flowtilt.rollout import draw_times
@@ -37,7 +38,7 @@ class PlainLoop:
     def __init__(self, trainer: Trainer, folder: str):
         self.recipe, self.trainer, self.model = trainer.recipe, trainer, trainer.policy.model
         self.device, self.pipeline = self.model.device, self.model.pipeline
-        self.half = self.model.network.dtype == torch.bfloat16
+        self.half = self.model.network.dtype != torch.float32
         network: Any = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
         self.network = network.to(self.device).requires_grad_(False).eval()
         lora = self.recipe.lora
@@ -172,4 +173,4 @@ class PlainLoop:
         )[0].float()
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+        return torch.autocast(self.device.type, self.model.network.dtype, enabled=self.half)

@@ -7,14 +7,14 @@ On a CPU:
 On a GPU, at SD3.5-Medium's size, with random weights (16 GB on disk; written once, for all that follows):
     python benchmarks/models.py full /tmp/full
     # a whole rollout of the published recipe, 1,152 images at 9 times each: phases, peak memory, utilisation
-    python benchmarks/step.py --model /tmp/full --name full --sizes --warm-up 0 --rounds 1
+    python benchmarks/step.py --model /tmp/full --name full --alone --warm-up 0 --rounds 1
     # against the reference, on half of what each of its eight GPUs has of a rollout: ratios
-    python benchmarks/step.py --model /tmp/full --name full-ratio --sizes 9 18 36 --rounds 2 rollout.prompts=3
+    python benchmarks/step.py --model /tmp/full --name full-ratio --rounds 2 rollout.prompts=3
     # on a card of 24 GB: peak memory; flowtilt alone, since the reference's fp32 base leaves no room
     python benchmarks/step.py --model /tmp/full --name full-24 --memory-cap 24 --rounds 1 rollout.prompts=3
     # the same with torch.compile, or with activations recomputed
-    python benchmarks/step.py --model /tmp/full --name full-compiled --sizes --rounds 2 rollout.prompts=3 model.compile=true
-    python benchmarks/step.py --model /tmp/full --name full-recomputed --sizes --rounds 2 rollout.prompts=3 model.recompute=true
+    python benchmarks/step.py --model /tmp/full --name full-compiled --alone --rounds 2 rollout.prompts=3 model.compile=true
+    python benchmarks/step.py --model /tmp/full --name full-recomputed --alone --rounds 2 rollout.prompts=3 model.recompute=true
 
 Models with random weights run sd35m-geneval with the playground's prompts and the mean brightness as a reward, in place of the
 GenEval detector's weights; any key of the recipe can be overridden, `rewards={geneval=1.0} prompts=geneval-train` among them.
@@ -146,7 +146,7 @@ class Bench:
 
     def entries(self) -> list[dict[str, Any]]:
         """One for each side."""
-        operations, rate = needed_operations(self.trainer), peak_rate()
+        operations, rate = needed_operations(self.trainer.recipe, self._base()), peak_rate()
         ours, found = self.turns["flowtilt"], []
         for name, turns in self.turns.items():
             seconds = [turn["seconds"] for turn in turns]
@@ -174,6 +174,9 @@ class Bench:
         }
         return found
 
+    def _base(self) -> str:
+        return str(self.network.dtype).removeprefix("torch.")
+
     def facts(self) -> dict[str, Any]:
         """What was measured, on what."""
         recipe = self.trainer.recipe
@@ -188,8 +191,8 @@ class Bench:
             },
             "reward": ", ".join(recipe.rewards),
             "clock": clock_name(),
-            "base": str(self.network.dtype).removeprefix("torch."),
-            "plain base": "float32, autocast to bfloat16" if self.network.dtype == torch.bfloat16 else "float32",
+            "base": self._base(),
+            "plain base": "float32" if self._base() == "float32" else f"float32, autocast to {self._base()}",
             "machine": _machine(self.device),
             "command": "python " + " ".join(["benchmarks/step.py", *sys.argv[1:]]),
         }
@@ -230,6 +233,10 @@ def report(entries: list[dict[str, Any]]) -> None:
     print("micro-batch:", ", ".join(f"{kind} {size}" for kind, size in ours["micro_batch"].items()))
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="playground", help="playground, small, full, or a folder that models.py wrote (%(default)s)")
@@ -238,7 +245,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured ones (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them, the first of which compares (%(default)s)")
-    parser.add_argument("--sizes", type=int, nargs="*", help="micro-batches of the plain loop; without a number flowtilt runs alone")
+    parser.add_argument("--sizes", type=_numbers, metavar="N,N,…", help="micro-batches of the plain loop")
+    parser.add_argument("--alone", action="store_const", const=[], dest="sizes", help="no plain loop")
     parser.add_argument("--memory-cap", type=float, metavar="GIB", help="flowtilt alone, as on a GPU of so much memory")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
