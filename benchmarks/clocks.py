@@ -121,10 +121,12 @@ def needed_operations(recipe: Recipe, dtype: str) -> dict[str, float]:
 
 
 def peak_rate() -> float | None:
-    """FLOP/s of this GPU's dense 16-bit products by its maker; none for one of which flowtilt knows no figures, and for a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name().lower()
-    words = set(name.replace("-", " ").split())
+    """FLOP/s of this GPU's dense 16-bit products by its maker; none where flowtilt knows no figures, and for a CPU."""
+    return rate_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def rate_of(name: str) -> float | None:
+    """As `peak_rate`, of a GPU by the name that its driver gives it."""
+    words = set(name.lower().replace("-", " ").split())
     known = [key for key in GPUS if key in words]
     return GPUS[known[0]].rate("half") if known and not words & VARIANTS else None

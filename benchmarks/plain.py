@@ -66,6 +66,7 @@ class PlainLoop:
         images = r.prompts * r.images_per_prompt
         drawn = PromptWalk(self.trainer.prompts, recipe.seed, recipe.tags).draw((number - 1) * r.prompts, r.prompts)
         prompts = [drawn[i // r.images_per_prompt] for i in range(images)]
+        self.network.enable_adapters()  # a step that ran out of memory may have left them off
         self.network.set_adapter("old")
         parts = [range(start, min(start + size, images)) for start in range(0, images, size)]
         kept = [self.rollout(number, rows, [prompts[i] for i in rows], same_noise) for rows in parts]

@@ -82,6 +82,7 @@ class Bench:
         # the old policy gets its own pass from the first step on, as in all others
         self.trainer.policy.changed()
         self.device, self.network = self.trainer.policy.model.device, self.trainer.policy.model.network
+        self.operations = needed_operations(self.trainer.recipe, self._base())
         self.begun = [p.detach().clone() for p in self.trainer.policy.parameters]
         self.sizes = [] if args.memory_cap else sizes if args.sizes is None else args.sizes
         self.plain = PlainLoop(self.trainer, str(folder)) if self.sizes else None
@@ -94,14 +95,16 @@ class Bench:
     def round(self, number: int, measured: bool, compared: bool) -> None:
         """Every side's turn at rollout `number`."""
         took = {"flowtilt": self._flowtilt()}
-        for size in self.sizes:
-            took[f"plain {size}"] = self._plain(number, size, compared and size == self.sizes[0])
-            if compared and size == self.sizes[0]:
+        for k, size in enumerate(self.sizes):
+            took[f"plain {size}"] = self._plain(number, size, compared and k == 0)
+            if compared and k == 0 and took[f"plain {size}"]:
                 self.difference = self._apart()
-        print(f"round {number}:", "  ".join(f"{name} {_seconds(turn['seconds'])}" for name, turn in took.items()), flush=True)
+        said = (f"{name} {turn['seconds']:.2f} s" if turn else f"{name} out of memory" for name, turn in took.items())
+        print(f"round {number}:", "  ".join(said), flush=True)
+        self.sizes = [size for size in self.sizes if took[f"plain {size}"]]
         if measured:
             for name, turn in took.items():
-                self.turns[name].append(turn)
+                self.turns[name] += [turn] if turn else []
 
     def _flowtilt(self) -> dict[str, Any]:
         with self._alone(self.network), Watch(self.trainer) as watch:
@@ -116,7 +119,8 @@ class Bench:
         parts = {part: value / seconds for part, value in watch.seconds().items()} | {"rewards": phases["reward"]}
         return {"seconds": seconds, "phases": phases, "parts": parts | {"rest": 1 - sum(parts.values())}, "peak": peak}
 
-    def _plain(self, number: int, size: int, same_noise: bool) -> dict[str, Any]:
+    def _plain(self, number: int, size: int, same_noise: bool) -> dict[str, Any] | None:
+        """None where it does not fit."""
         assert self.plain
         with self._alone(self.plain.network):
             begin = now(self.device)
@@ -124,7 +128,7 @@ class Bench:
                 self.plain.step(number, size, same_noise)
                 seconds = now(self.device) - begin
             except torch.OutOfMemoryError:
-                seconds = None
+                return None
             return {"seconds": seconds, "peak": peak_memory(self.device)}
 
     @contextmanager
@@ -146,11 +150,11 @@ class Bench:
 
     def entries(self) -> list[dict[str, Any]]:
         """One for each side."""
-        operations, rate = needed_operations(self.trainer.recipe, self._base()), peak_rate()
+        operations, rate = self.operations, peak_rate()
         ours, found = self.turns["flowtilt"], []
         for name, turns in self.turns.items():
             seconds = [turn["seconds"] for turn in turns]
-            if None in seconds:
+            if len(turns) < len(ours):
                 found.append({"method": name, "seconds": None, "why": "out of memory"})
                 continue
             ratios = sorted(s / turn["seconds"] for s, turn in zip(seconds, ours, strict=True))
@@ -203,10 +207,6 @@ def _machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _seconds(value: float | None) -> str:
-    return "out of memory" if value is None else f"{value:.2f} s"
-
-
 def _shares(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in values.items())
 
@@ -237,7 +237,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="playground", help="playground, small, full, or a folder that models.py wrote (%(default)s)")
     parser.add_argument(
@@ -250,10 +250,11 @@ def main() -> None:
     parser.add_argument("--memory-cap", type=float, metavar="GIB", help="flowtilt alone, as on a GPU of so much memory")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(words)
     if args.memory_cap and not torch.cuda.is_available():
         parser.error("--memory-cap needs a GPU")
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ["XDG_CACHE_HOME"] = temporary  # or captions that an earlier command left there would be read, not encoded
         folder, model = Path(args.model), args.model if args.model in RECIPES else "full"
         if args.model in SCALES:
             write(args.model, folder := Path(temporary) / "model")
@@ -262,15 +263,20 @@ def main() -> None:
         bench = Bench(args, model, folder, Path(temporary) / "run")
         for number in range(1, args.warm_up + args.rounds + 1):
             bench.round(number, number > args.warm_up, compared=args.warm_up > 0 and number == 1)
-    entries, name, facts = bench.entries(), args.name or args.model, bench.facts()
+    entries, facts = bench.entries(), bench.facts()
     report(entries)
     if bench.difference is not None:
         print(f"LoRA weights after one step differ by {bench.difference:.1e} of how far they moved")
         if facts["base"] == "float32" and not bench.difference < AGREE:
             sys.exit(f"step.py: that is more than {AGREE}: both sides do not compute the same, and nothing is kept")
-    before = json.loads(args.output.read_text()) if args.output.exists() else []
-    kept = [entry for entry in before if entry["run"] != name]
-    args.output.write_text(json.dumps([*kept, *({"run": name, **entry, **facts} for entry in entries)], indent=1) + "\n")
+    keep(args.output, args.name or args.model, [{**entry, **facts} for entry in entries])
+
+
+def keep(output: Path, name: str, entries: list[dict[str, Any]]) -> None:
+    """Puts entries into the results in place of those of the same name."""
+    before = json.loads(output.read_text()) if output.exists() else []
+    others = [entry for entry in before if entry["run"] != name]
+    output.write_text(json.dumps([*others, *({"run": name, **entry} for entry in entries)], indent=1) + "\n")
 
 
 if __name__ == "__main__":
