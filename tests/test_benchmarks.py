@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,12 @@ def test_utilisation_is_told_for_gpus_whose_figures_are_known_alone():
     assert {name: clocks.rate_of(name) for name in names} == names
     for other in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla V100-SXM2-16GB"):
         assert clocks.rate_of(other) is None
+
+
+def test_a_card_is_stood_for_by_what_it_leaves_beside_the_cuda_context(monkeypatch):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    clocks.cap_memory(24)
+    clocks.cap_memory(1000)
+    assert shares == [pytest.approx(23.5 * 2**30 / 141e9), 1.0]
