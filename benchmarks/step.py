@@ -1,16 +1,28 @@
-"""One NFT step of the playground: flowtilt against a plain loop of the reference's structure.
+"""One NFT step: flowtilt against a plain loop of the reference's structure, in turns, in one process.
 
-    python benchmarks/step.py --rounds 5
+On a CPU:
+    python benchmarks/step.py --rounds 5                                    # the playground
+    python benchmarks/step.py --model small --rounds 3 model.dtype=float32  # SD3.5-Medium's structure, small
 
-The plain loop does what DiffusionNFT's public training script does, on the same network, noise and
-numbers: a micro-batch of images goes through sampling, decoding and training together; each caption is
-encoded once an image; adapters stay unmerged; old, current and reference velocities are three passes;
-training times are a loop around backward. Both take turns in one process. The LoRA weights after the
-first step are compared, so that a difference in speed is not one in maths.
+On a GPU, at SD3.5-Medium's size, with random weights (16 GB on disk; written once, for all that follows):
+    python benchmarks/models.py full /tmp/full
+    # a whole rollout of the published recipe, 1,152 images at 9 times each: phases, peak memory, utilisation
+    python benchmarks/step.py --model /tmp/full --name full --alone --warm-up 0 --rounds 1
+    # against the reference, on half of what each of its eight GPUs has of a rollout: ratios
+    python benchmarks/step.py --model /tmp/full --name full-ratio --rounds 2 rollout.prompts=3
+    # on a card of 24 GB: peak memory; flowtilt alone, since the reference's fp32 base leaves no room
+    python benchmarks/step.py --model /tmp/full --name full-24 --memory-cap 24 --rounds 1 rollout.prompts=3
+    # the same with torch.compile, or with activations recomputed
+    python benchmarks/step.py --model /tmp/full --name full-compiled --alone --rounds 2 rollout.prompts=3 model.compile=true
+    python benchmarks/step.py --model /tmp/full --name full-recomputed --alone --rounds 2 rollout.prompts=3 model.recompute=true
+
+Models with random weights run sd35m-geneval with the playground's prompts and the mean brightness as a reward, in place of the
+GenEval detector's weights; any key of the recipe can be overridden, `rewards={geneval=1.0} prompts=geneval-train` among them.
+The plain loop (benchmarks/plain.py) is given the same network, noise and numbers in the first round, and the LoRA weights after
+it are compared, so that a difference in speed is not one in maths. While one side works, the other's network waits on the CPU.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -18,193 +30,253 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
-from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
+from clocks import Watch, begin_memory, cap_memory, clock_name, needed_operations, now, peak_memory, peak_rate
+from models import SCALES, write
+from plain import PlainLoop
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.advantages import combine, group_advantages
 from flowtilt.environment import processor
-from flowtilt.flow import sigma_schedule
-from flowtilt.objectives import ema_decay
-from flowtilt.objectives.nft import old_policy_decay, optimality
+from flowtilt.placement import SMALL as SMALL_GPU
+from flowtilt.plan.memory import GIB
 from flowtilt.playground import pipeline_path
-from flowtilt.prompts import PromptWalk
-from flowtilt.rewards import score
-from flowtilt.rollout import draw_times
-from flowtilt.seeding import generator, noise
 
-OVERRIDES = ["objective.kl=1e-4", "evaluate.every=0", "evaluate.images=1"]
+COMMON = ["evaluate.every=0", "evaluate.images=1", "guards=off"]
+RECIPES: dict[str, tuple[str, list[str], list[int]]] = {
+    "playground": ("playground", ["objective.kl=1e-4"], [9, 18, 36, 72, 144]),
+    "small": (
+        "sd35m-geneval",
+        ["model.resolution=128", "rollout.prompts=6", "rollout.images_per_prompt=6", "rollout.steps=5", "objective.times_per_image=4"],
+        [9, 36],
+    ),
+    "full": ("sd35m-geneval", [], [9, 18, 36]),
+}
+"""Recipe, overrides and the plain loop's micro-batches of a model; the first is what the reference takes on every GPU."""
+AGREE = 0.02
+"""Greatest difference of the LoRA weights after a step on an fp32 base, relative to how far they moved; Adam magnifies roundings
+where a gradient is nearly zero."""
 
 
-class PlainLoop:
-    """The reference's structure with `size` images a micro-batch."""
+class Bench:
+    """Both sides, and what was measured of them."""
 
-    def __init__(self, trainer: Trainer, size: int):
-        self.recipe, self.size, self.trainer = trainer.recipe, size, trainer
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
-        self.network = self.pipeline.transformer.requires_grad_(False)
-        config = LoraConfig(
-            r=self.recipe.lora.rank, lora_alpha=self.recipe.lora.alpha, target_modules=list(trainer.policy.model.lora_targets)
+    def __init__(self, args: argparse.Namespace, model: str, folder: Path, run: Path):
+        recipe, overrides, sizes = RECIPES[model]
+        overrides = [*COMMON, *overrides, f"run={run}"]
+        if model != "playground":
+            reward = f"rewards={{brightness='{Path(__file__).parent}/models.py:brightness'}}"
+            overrides += [f"model.path={folder}", reward, "prompts=playground", "evaluate.prompts=playground"]
+            overrides += ["evaluate.rewards=['brightness']"]
+        if args.memory_cap:
+            cap_memory(args.memory_cap)
+            overrides.append(f"model.offload={str(args.memory_cap * GIB < SMALL_GPU).lower()}")
+        self.trainer = Trainer(load_recipe(recipe, [*overrides, *args.overrides]))
+        # the old policy gets its own pass from the first step on, as in all others
+        self.trainer.policy.changed()
+        self.device, self.network = self.trainer.policy.model.device, self.trainer.policy.model.network
+        self.operations = needed_operations(self.trainer.recipe, self._base())
+        self.begun = [p.detach().clone() for p in self.trainer.policy.parameters]
+        self.sizes = [] if args.memory_cap else sizes if args.sizes is None else args.sizes
+        self.plain = PlainLoop(self.trainer, str(folder)) if self.sizes else None
+        if self.plain:
+            self.plain.network.to("cpu")
+            self.network.to("cpu")
+        self.turns: dict[str, list[dict[str, Any]]] = {"flowtilt": [], **{f"plain {size}": [] for size in self.sizes}}
+        self.difference: float | None = None
+
+    def round(self, number: int, measured: bool, compared: bool) -> None:
+        """Every side's turn at rollout `number`."""
+        took = {"flowtilt": self._flowtilt()}
+        for k, size in enumerate(self.sizes):
+            took[f"plain {size}"] = self._plain(number, size, compared and k == 0)
+            if compared and k == 0 and took[f"plain {size}"]:
+                self.difference = self._apart()
+        said = (f"{name} {turn['seconds']:.2f} s" if turn else f"{name} out of memory" for name, turn in took.items())
+        print(f"round {number}:", "  ".join(said), flush=True)
+        self.sizes = [size for size in self.sizes if took[f"plain {size}"]]
+        if measured:
+            for name, turn in took.items():
+                self.turns[name] += [turn] if turn else []
+
+    def _flowtilt(self) -> dict[str, Any]:
+        with self._alone(self.network), Watch(self.trainer) as watch:
+            begin = now(self.device)
+            metrics = self.trainer._step()
+            seconds = now(self.device) - begin
+            peak = peak_memory(self.device)
+        if not math.isfinite(metrics["loss"]) or metrics["skipped_updates"]:
+            sys.exit("step.py: the loss is not finite: these weights can't be trained, and their speed says nothing")
+        times = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+        phases = {name: value / sum(times.values()) for name, value in times.items()}
+        parts = {part: value / seconds for part, value in watch.seconds().items()} | {"rewards": phases["reward"]}
+        return {"seconds": seconds, "phases": phases, "parts": parts | {"rest": 1 - sum(parts.values())}, "peak": peak}
+
+    def _plain(self, number: int, size: int, same_noise: bool) -> dict[str, Any] | None:
+        """None where it does not fit."""
+        assert self.plain
+        with self._alone(self.plain.network):
+            begin = now(self.device)
+            try:
+                self.plain.step(number, size, same_noise)
+                seconds = now(self.device) - begin
+            except torch.OutOfMemoryError:
+                return None
+            return {"seconds": seconds, "peak": peak_memory(self.device)}
+
+    @contextmanager
+    def _alone(self, network: Any) -> Iterator[None]:
+        network.to(self.device)
+        begin_memory(self.device)
+        try:
+            yield
+        finally:
+            if self.plain:
+                network.to("cpu")
+
+    def _apart(self) -> float:
+        """How far both sides' LoRA weights are from each other, relative to how far flowtilt's moved."""
+        assert self.plain
+        ours = [p.detach().cpu() for p in self.trainer.policy.parameters]
+        apart = math.hypot(*(float((a.detach().cpu() - b).norm()) for a, b in zip(self.plain.current, ours, strict=True)))
+        return apart / math.hypot(*(float((b - c.cpu()).norm()) for b, c in zip(ours, self.begun, strict=True)))
+
+    def entries(self) -> list[dict[str, Any]]:
+        """One for each side."""
+        operations, rate = self.operations, peak_rate()
+        ours, found = self.turns["flowtilt"], []
+        for name, turns in self.turns.items():
+            seconds = [turn["seconds"] for turn in turns]
+            if len(turns) < len(ours):
+                found.append({"method": name, "seconds": None, "why": "out of memory"})
+                continue
+            ratios = sorted(s / turn["seconds"] for s, turn in zip(seconds, ours, strict=True))
+            entry = {"method": name, "seconds": seconds, "median": statistics.median(seconds), "ratio": statistics.median(ratios)}
+            entry |= {"ratio_range": [ratios[0], ratios[-1]], "peak_gib": turns[-1]["peak"]}
+            entry["utilisation"] = rate and sum(operations.values()) / entry["median"] / rate
+            found.append(entry)
+        found[0] |= {
+            **{
+                what: {name: statistics.median(turn[what][name] for turn in ours) for name in ours[0][what]} for what in ("phases", "parts")
+            },
+            "utilisation_by_phase": rate
+            and {
+                name: count / statistics.median(turn["phases"][name] * turn["seconds"] for turn in ours) / rate
+                for name, count in operations.items()
+            },
+            "needed_operations": operations,
+            "micro_batch": {kind: self.trainer.micro_batch.size(kind) for kind in ("sample", "decode", "train")},
+            "recomputed": self.trainer.learner.recompute,
+            "relative_weight_difference_after_one_step": self.difference,
+        }
+        return found
+
+    def _base(self) -> str:
+        return str(self.network.dtype).removeprefix("torch.")
+
+    def facts(self) -> dict[str, Any]:
+        """What was measured, on what."""
+        recipe = self.trainer.recipe
+        r = recipe.rollout
+        return {
+            "seed": recipe.seed,
+            "geometry": {
+                "images": [r.prompts, r.images_per_prompt],
+                "solver": [r.solver, r.steps],
+                "times": recipe.objective.times_per_image,
+                "resolution": self.trainer.policy.model.protocol["resolution"],
+            },
+            "reward": ", ".join(recipe.rewards),
+            "clock": clock_name(),
+            "base": self._base(),
+            "plain base": "float32" if self._base() == "float32" else f"float32, autocast to {self._base()}",
+            "machine": _machine(self.device),
+            "command": "python " + " ".join(["benchmarks/step.py", *sys.argv[1:]]),
+        }
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _shares(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in values.items())
+
+
+def report(entries: list[dict[str, Any]]) -> None:
+    """What was measured, for people."""
+    for entry in entries:
+        if entry["seconds"] is None:
+            print(f"{entry['method']:12} {entry['why']}")
+            continue
+        low, high = entry["ratio_range"]
+        peak, used = entry["peak_gib"], entry["utilisation"]
+        print(
+            f"{entry['method']:12} median {entry['median']:.2f} s   {entry['ratio']:.2f} x flowtilt ({low:.2f} to {high:.2f})",
+            f"peak {peak['tensors']:.1f} GiB of tensors, {peak['taken']:.1f} taken" if peak else "peak n/a",
+            f"utilisation {used:.1%}" if used else "utilisation n/a",
+            sep="   ",
         )
-        for name in ("default", "old"):
-            self.network.add_adapter(config, adapter_name=name)
-        state = trainer.policy.state("current")
-        named = dict(self.network.named_parameters())
-        with torch.no_grad():
-            for adapter in ("default", "old"):
-                for name, value in state.items():
-                    named[name.removesuffix(".weight") + f".{adapter}.weight"].copy_(value)
-        self.network.set_adapter("default")
-        self.current = [named[name.removesuffix(".weight") + ".default.weight"] for name in state]
-        self.old = [named[name.removesuffix(".weight") + ".old.weight"] for name in state]
-        self.ema = [p.detach().clone() for p in self.current]
-        o = self.recipe.optimizer
-        self.optimizer = torch.optim.AdamW(self.current, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps)
-        self.step_number = self.updates = 0
-        self.shift = self.pipeline.scheduler.config.shift
-
-    def velocity(self, x, t, embeds, pooled):
-        return self.network(
-            hidden_states=x, timestep=(1000 * t).expand(len(x)), encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False
-        )[0]
-
-    def encode(self, prompts):
-        texts = [p.text for p in prompts]
-        with torch.no_grad():
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=1
-            )
-        return embeds, pooled
-
-    def step(self):
-        r, recipe = self.recipe.rollout, self.recipe
-        self.step_number += 1
-        step = self.step_number
-        number = r.prompts * r.images_per_prompt
-        drawn = PromptWalk(self.trainer.prompts, recipe.seed).draw((step - 1) * r.prompts, r.prompts)
-        prompts = [drawn[i // r.images_per_prompt] for i in range(number)]
-        sigmas = sigma_schedule(r.steps, self.shift)
-        kept = []
-        self.network.set_adapter("old")
-        for start in range(0, number, self.size):
-            rows = range(start, min(start + self.size, number))
-            own = [prompts[i] for i in rows]
-            embeds, pooled = self.encode(own)
-            x = noise(recipe.seed, "rollout", [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in rows], (8, 8, 8))
-            with torch.no_grad():
-                for s, s_next in itertools.pairwise(sigmas):
-                    x = x + (s_next - s) * self.velocity(x, s, embeds, pooled)
-                vae = self.pipeline.vae
-                images = (vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5).clamp(0, 1)
-            scores, _ = score(self.trainer.rewards, images, own)
-            kept.append((x, embeds, pooled, scores))
-        x0, embeds, pooled = (torch.cat([part[k] for part in kept]) for k in range(3))
-        rewards = combine({n: torch.cat([part[3][n] for part in kept]) for n in self.trainer.rewards}, self.trainer.weights)
-        advantages = group_advantages(rewards, torch.arange(number) // r.images_per_prompt, recipe.advantage)
-        self.network.set_adapter("default")
-        order = torch.randperm(number, generator=generator(recipe.seed, "order", step)).tolist()
-        per = recipe.optimizer.steps_per_rollout
-        for k in range(per):
-            self.update(step, order[number * k // per : number * (k + 1) // per], x0, embeds, pooled, advantages, sigmas)
-        decay = old_policy_decay(recipe.objective.old_policy, self.updates)
-        with torch.no_grad():
-            for old, current in zip(self.old, self.current, strict=True):
-                old.copy_(decay * old + (1 - decay) * current)
-
-    def update(self, step, chunk, x0, embeds, pooled, advantages, sigmas):
-        settings = self.recipe.objective
-        self.optimizer.zero_grad()
-        for start in range(0, len(chunk), self.size):
-            rows = chunk[start : start + self.size]
-            times, eps = [], []
-            for i in rows:
-                rng = generator(self.recipe.seed, "train", step, i)
-                times.append(draw_times(settings.times, settings.times_per_image, sigmas, self.shift, rng))
-                eps.append(torch.randn(settings.times_per_image, 8, 8, 8, generator=rng))
-            for j in range(settings.times_per_image):
-                t = torch.stack([one[j] for one in times])
-                loss = self.loss(x0[rows], torch.stack([one[j] for one in eps]), t, embeds[rows], pooled[rows], advantages[rows])
-                (loss * len(rows) / (len(chunk) * settings.times_per_image)).backward()
-        torch.nn.utils.clip_grad_norm_(self.current, self.recipe.optimizer.clip)
-        self.optimizer.step()
-        with torch.no_grad():
-            decay = ema_decay(self.updates, self.recipe.ema)
-            for ema, current in zip(self.ema, self.current, strict=True):
-                ema.copy_(decay * ema + (1 - decay) * current)
-        self.updates += 1
-
-    def loss(self, x0, eps, t, embeds, pooled, advantages):
-        o, at = self.recipe.objective, t.view(-1, 1, 1, 1)
-        x_t = (1 - at) * x0 + at * eps
-        self.network.set_adapter("old")
-        with torch.no_grad():
-            v_old = self.velocity(x_t, t, embeds, pooled)
-        self.network.set_adapter("default")
-        v = self.velocity(x_t, t, embeds, pooled)
-        self.network.disable_adapters()
-        with torch.no_grad():
-            v_ref = self.velocity(x_t, t, embeds, pooled)
-        self.network.enable_adapters()
-        r = optimality(advantages + o.consistency, o.advantage_clip).view(-1, 1, 1, 1)
-        total = 0.0
-        for share, mixed in ((r, (1 - o.beta) * v_old + o.beta * v), (1 - r, (1 + o.beta) * v_old - o.beta * v)):
-            off = x_t - at * mixed - x0
-            weight = off.detach().double().abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5)
-            total = total + share * off.square() / weight
-        return o.advantage_clip * total.mean() / o.beta + o.kl * (v - v_ref).square().mean()
+    ours = entries[0]
+    print("share of a step by phase:", _shares(ours["phases"]))
+    print("share of a step by part: ", _shares(ours["parts"]))
+    if ours["utilisation_by_phase"]:
+        print("utilisation:", _shares(ours["utilisation_by_phase"]))
+    print("micro-batch:", ", ".join(f"{kind} {size}" for kind, size in ours["micro_batch"].items()))
 
 
-def main():
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="playground", help="playground, small, full, or a folder that models.py wrote (%(default)s)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[9, 18, 36, 72, 144], help="micro-batches of the plain loop; 9 is the reference's"
+        "--name", help="under which figures are kept in the results, where older ones of that name go; none takes the model"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="measured ones (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before them, the first of which compares (%(default)s)")
+    parser.add_argument("--sizes", type=_numbers, metavar="N,N,…", help="micro-batches of the plain loop")
+    parser.add_argument("--alone", action="store_const", const=[], dest="sizes", help="no plain loop")
+    parser.add_argument("--memory-cap", type=float, metavar="GIB", help="flowtilt alone, as on a GPU of so much memory")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(load_recipe("playground", [*OVERRIDES, f"run={folder}/run"]))
-        begun = [p.detach().clone() for p in trainer.policy.parameters]
-        plain = {size: PlainLoop(trainer, size) for size in args.sizes}
-        seconds, phases, differences = {"flowtilt": [], **{f"plain {size}": [] for size in args.sizes}}, [], {}
-        for round_number in range(args.rounds + 1):
-            begin = time.perf_counter()
-            metrics = trainer._step()
-            took = {"flowtilt": time.perf_counter() - begin}
-            for size, loop in plain.items():
-                begin = time.perf_counter()
-                loop.step()
-                took[f"plain {size}"] = time.perf_counter() - begin
-                if round_number == 0:
-                    pairs = zip(loop.current, trainer.policy.parameters, strict=True)
-                    apart = [
-                        (float((a - b).detach().norm()), float((b - c).detach().norm())) for (a, b), c in zip(pairs, begun, strict=True)
-                    ]
-                    differences[size] = math.hypot(*(d for d, _ in apart)) / math.hypot(*(m for _, m in apart))
-            if round_number:  # the first round warms up
-                phases.append({name: value for name, value in metrics.items() if name.startswith("time/")})
-                for name, value in took.items():
-                    seconds[name].append(value)
-            print(f"round {round_number}:", "  ".join(f"{name} {value:.2f} s" for name, value in took.items()), flush=True)
-    print(f"difference of the LoRA weights after one step, relative to how far they moved: {max(differences.values()):.1e}")
-    entries = []
-    for name, values in seconds.items():
-        ratios = sorted(v / f for v, f in zip(values, seconds["flowtilt"], strict=True))
-        entry = {"method": name, "seed": 0, "seconds": values, "median": statistics.median(values), "ratio": statistics.median(ratios)}
-        entries.append(entry | {"ratio_range": [ratios[0], ratios[-1]]})
-        print(f"{name:12} median {entry['median']:.2f} s   {entry['ratio']:.2f} x flowtilt ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    shares = {name: statistics.median(p[name] / sum(p.values()) for p in phases) for name in phases[0]}
-    print("share of a step:", ", ".join(f"{name.removeprefix('time/')} {share:.1%}" for name, share in shares.items()))
-    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    common = {"command": "python " + " ".join(["benchmarks/step.py", *sys.argv[1:]]), "machine": machine}
-    entries[0] |= {"phases": shares, "relative_weight_difference_after_one_step": differences}
-    args.output.write_text(json.dumps([entry | common for entry in entries], indent=1) + "\n")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    args = parser.parse_intermixed_args(words)
+    if args.memory_cap and not torch.cuda.is_available():
+        parser.error("--memory-cap needs a GPU")
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["XDG_CACHE_HOME"] = temporary  # or captions that an earlier command left there would be read, not encoded
+        folder, model = Path(args.model), args.model if args.model in RECIPES else "full"
+        if args.model in SCALES:
+            write(args.model, folder := Path(temporary) / "model")
+        elif args.model == "playground":
+            folder = pipeline_path()
+        bench = Bench(args, model, folder, Path(temporary) / "run")
+        for number in range(1, args.warm_up + args.rounds + 1):
+            bench.round(number, number > args.warm_up, compared=args.warm_up > 0 and number == 1)
+    entries, facts = bench.entries(), bench.facts()
+    report(entries)
+    if bench.difference is not None:
+        print(f"LoRA weights after one step differ by {bench.difference:.1e} of how far they moved")
+        if facts["base"] == "float32" and not bench.difference < AGREE:
+            sys.exit(f"step.py: that is more than {AGREE}: both sides do not compute the same, and nothing is kept")
+    keep(args.output, args.name or args.model, [{**entry, **facts} for entry in entries])
+
+
+def keep(output: Path, name: str, entries: list[dict[str, Any]]) -> None:
+    """Puts entries into the results in place of those of the same name."""
+    before = json.loads(output.read_text()) if output.exists() else []
+    others = [entry for entry in before if entry["run"] != name]
+    output.write_text(json.dumps([*others, *({"run": name, **entry} for entry in entries)], indent=1) + "\n")
 
 
 if __name__ == "__main__":
