@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import Parser, plan
 from flowtilt.config import recipe_names
+from flowtilt.distributed import World
 from flowtilt.models.base import Conditioning
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
@@ -159,7 +160,7 @@ def without_numbers(dtype, rows):
 
 def with_numbers(dtype, shapes):
     """The playground's policy, and a batch of the same shapes."""
-    policy = build_policy(load_recipe("playground", [f"model.dtype={dtype}"]), CPU)
+    policy = build_policy(load_recipe("playground", [f"model.dtype={dtype}"]), World(0, 1, CPU))
     given = Conditioning({k: torch.rand(x.shape).to(x.dtype) for k, x in shapes.conditioning.distinct.items()}, shapes.conditioning.rows)
     return ready(policy, TrainingBatch(*(torch.rand(x.shape) for x in (shapes.x0, shapes.eps, shapes.t, shapes.advantages)), given))
 

@@ -7,7 +7,7 @@ A rank owns a contiguous share of a rollout's images; what it needs of the other
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor
 from flowtilt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process among its peers."""
 
     rank: int
     size: int
     device: torch.device
+    before_message: Callable[[], None] = field(default=lambda: None, compare=False)
+    """What every rank does before a message to the others; see `sharding`."""
 
     def share(self, number: int) -> range:
         """Which of `number` rows are this rank's; shares differ by at most one row."""
@@ -37,6 +39,7 @@ class World:
         """All `number` rows, in order, from each rank's share of them."""
         if self.size == 1:
             return rows
+        self.before_message()
         longest = max(len(self._share_of(number, rank)) for rank in range(self.size))
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -67,6 +70,7 @@ class World:
         """Every rank's list, joined in the order of ranks."""
         if self.size == 1:
             return list(values)
+        self.before_message()
         text = torch.tensor(list(json.dumps(list(values)).encode()), dtype=torch.uint8, device=self.device)
         length = torch.zeros(self.size, dtype=torch.long, device=self.device)
         length[self.rank] = len(text)
@@ -81,6 +85,7 @@ class World:
         """Adds tensors up over the ranks, in place, in one message."""
         if self.size == 1:
             return
+        self.before_message()
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat)
         for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
@@ -94,6 +99,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
+            self.before_message()
             dist.barrier()
 
 

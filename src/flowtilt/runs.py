@@ -15,7 +15,7 @@ from flowtilt.files import append_line, clean, disk_errors, read_lines, whole_fo
 from flowtilt.pictures import to_png
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
-MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch")
+MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
 """Keys that a resumed run may set anew: they do not touch what was computed before."""
 
 
