@@ -6,6 +6,7 @@ A rank owns a contiguous share of a rollout's images; what it needs of the other
 
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -120,3 +121,19 @@ def stop() -> None:
     """Leaves the group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started this job anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def may_restart() -> bool:
+    """Whether torchrun starts this job anew where it fails."""
+    return restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def job() -> str | None:
+    """What names a torchrun job through its restarts: its --rdzv-id, or else the torchrun process; none without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
