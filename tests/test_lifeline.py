@@ -109,6 +109,15 @@ def test_torchrun_starts_a_job_anew_and_it_goes_on_with_the_run_it_made(finished
     assert rewards(tmp_path / "runs" / "playground") == pytest.approx(rewards(finished)[:3], abs=1e-6)
 
 
+def test_a_run_that_was_meant_to_stop_is_not_started_again(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    scores = images.mean((1, 2, 3))\n    scores[0] = float('nan')\n    return scores\n")
+    given = ["train", "playground", *QUICK, f"rewards.mine={tmp_path}/mine.py:f", "guards=stop", "evaluate.images=2", "evaluate.every=0"]
+    assert main([*given, f"run={tmp_path}/run"]) == 3
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert main([*given, f"run={tmp_path}/again"]) == 0
+    assert rewards(tmp_path / "again") == rewards(tmp_path / "run") and len(rewards(tmp_path / "run")) == 1
+
+
 def test_a_restart_finds_its_own_run_and_no_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     world, recipe = distributed.start(), quick(tmp_path / "run").model_copy(update={"run": None})

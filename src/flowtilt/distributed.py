@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowtilt import rendezvous
 from flowtilt.errors import UserError
 
 
@@ -105,16 +106,22 @@ class World:
 
 
 def start() -> World:
-    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Alone without torchrun."""
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Alone without torchrun.
+
+    Raises:
+        UserError: some of them did not come.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    rank = int(os.environ.get("RANK", "0"))
     if size > 1 and not dist.is_initialized():
+        backend, store = "nccl" if device.type == "cuda" else "gloo", rendezvous.meet(rank, size)
         # longer than a reward server may stay away: one rank waits for it, the others for that rank
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return World(int(os.environ.get("RANK", "0")), size, device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+    return World(rank, size, device)
 
 
 def stop() -> None:
