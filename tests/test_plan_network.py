@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowtilt import load_recipe
 from flowtilt.config import recipe_names
+from flowtilt.distributed import World
 from flowtilt.models.base import Conditioning
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
@@ -143,7 +144,7 @@ def without_numbers(dtype, rows, recompute=False):
 
 def with_numbers(dtype, shapes, recompute=False):
     """The playground's policy, and a batch of the same shapes."""
-    policy = build_policy(load_recipe("playground", [f"model.dtype={dtype}"]), CPU)
+    policy = build_policy(load_recipe("playground", [f"model.dtype={dtype}"]), World(0, 1, CPU))
     rows = torch.zeros(len(shapes), dtype=torch.long)
     given = Conditioning({k: torch.rand(x.shape).to(x.dtype) for k, x in shapes.conditioning.distinct.items()}, rows)
     x0, eps, t, advantages = (torch.rand(x.shape) for x in (shapes.x0, shapes.eps, shapes.t, shapes.advantages))

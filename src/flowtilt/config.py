@@ -159,7 +159,7 @@ class Recipe(Settings):
     micro_batch: int | Literal["auto"] = "auto"
     """Images, or noised images, that pass through the network at once: a matter of memory, never of results."""
     shard: Literal["none", "base"] = "none"
-    """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a single device."""
+    """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a device; needs a micro_batch."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     guards: Literal["warn", "stop", "off"] = "warn"
@@ -195,6 +195,13 @@ class Recipe(Settings):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             raise ValueError("micro_batch: must be at least 1")
+        if self.shard == "base":
+            if self.micro_batch == "auto":
+                raise ValueError(
+                    "micro_batch: a sharded base needs a number; memory that ends on one rank alone would leave the others behind"
+                )
+            if self.model.compile:
+                raise ValueError('model.compile: does not go with shard = "base"; leave one of them out')
         for name in self.rewards:
             if "/" in name or name == "total" or re.fullmatch(r"top_\d+|.*_std", name):
                 raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")

@@ -6,8 +6,9 @@ A rank owns a contiguous share of a rollout's images; what it needs of the other
 
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -15,16 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowtilt import rendezvous
 from flowtilt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process among its peers."""
 
     rank: int
     size: int
     device: torch.device
+    before_message: Callable[[], None] = field(default=lambda: None, compare=False)
+    """What every rank does before a message to the others; see `sharding`."""
 
     def share(self, number: int) -> range:
         """Which of `number` rows are this rank's; shares differ by at most one row."""
@@ -37,6 +41,7 @@ class World:
         """All `number` rows, in order, from each rank's share of them."""
         if self.size == 1:
             return rows
+        self.before_message()
         longest = max(len(self._share_of(number, rank)) for rank in range(self.size))
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -67,6 +72,7 @@ class World:
         """Every rank's list, joined in the order of ranks."""
         if self.size == 1:
             return list(values)
+        self.before_message()
         text = torch.tensor(list(json.dumps(list(values)).encode()), dtype=torch.uint8, device=self.device)
         length = torch.zeros(self.size, dtype=torch.long, device=self.device)
         length[self.rank] = len(text)
@@ -81,6 +87,7 @@ class World:
         """Adds tensors up over the ranks, in place, in one message."""
         if self.size == 1:
             return
+        self.before_message()
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat)
         for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
@@ -94,23 +101,46 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
+            self.before_message()
             dist.barrier()
 
 
 def start() -> World:
-    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Alone without torchrun."""
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Alone without torchrun.
+
+    Raises:
+        UserError: some of them did not come.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    rank = int(os.environ.get("RANK", "0"))
     if size > 1 and not dist.is_initialized():
+        backend, store = "nccl" if device.type == "cuda" else "gloo", rendezvous.meet(rank, size)
         # longer than a reward server may stay away: one rank waits for it, the others for that rank
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return World(int(os.environ.get("RANK", "0")), size, device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+    return World(rank, size, device)
 
 
 def stop() -> None:
     """Leaves the group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started this job anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def may_restart() -> bool:
+    """Whether torchrun starts this job anew where it fails."""
+    return restarts() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def job() -> str | None:
+    """What names a torchrun job through its restarts: its --rdzv-id, or else the torchrun process; none without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name

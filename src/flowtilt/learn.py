@@ -74,8 +74,8 @@ class Learner:
         return {**means, "skipped_updates": skipped, "lr": self.rate()}
 
     def _save_memory(self) -> bool:
-        """Turns gradient checkpointing on; false where it is on already or was not left to us."""
-        if self.recompute or self.recipe.model.recompute != "auto":
+        """Turns gradient checkpointing on; false where it is on already, was not left to us, or would be on one rank of a sharded base."""
+        if self.recompute or self.recipe.model.recompute != "auto" or self.recipe.shard != "none":
             return False
         self.recompute = True
         return True

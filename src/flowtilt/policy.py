@@ -7,7 +7,7 @@ update away; there PEFT's layers add it to each activation, A and B cast to the 
 what diffusers computes with the same LoRA.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,13 +59,20 @@ class Policy:
         self._brought: dict[str, Tensor] = {}
         self.evaluations = 0
         """Network evaluations so far: samples times forwards, a backward counting as two."""
+        self.in_turn: Callable[[bool, Callable[[], Tensor]], Tensor] = lambda recorded, forward: forward()
+        """Around every forward, told whether it is recorded for a backward; see `sharding`."""
         for role in ("old", "ema"):
             self._weights[role] = {name: weight.detach().clone() for name, weight in self._weights[_SLOT].items()}
         self._adapt(not self.merge)
 
     def velocity(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """v [N, ...] of a role ("reference" too); a gradient reaches the LoRA weights of "current" where it is recorded."""
-        self.evaluations += len(x_t) * (3 if torch.is_grad_enabled() and role == "current" else 1)
+        recorded = torch.is_grad_enabled() and role == "current"
+        self.evaluations += len(x_t) * (3 if recorded else 1)
+        return self.in_turn(recorded, lambda: self.forward(role, x_t, t, conditioning))
+
+    def forward(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """As `velocity`, neither counted nor in turn."""
         if role == "reference":
             return self._bare(x_t, t, conditioning)
         self._brought = self._weights_for(role)

@@ -1,6 +1,6 @@
 """A run's folder: made, found again, and put back to where its newest checkpoint is.
 
-recipe.toml, environment.json, metrics.jsonl, evaluations.jsonl, guards.jsonl, checkpoints/, samples/,
+recipe.toml, torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl, guards.jsonl, checkpoints/, samples/,
 lora/, summary.json, report.html.
 """
 
@@ -8,14 +8,17 @@ import json
 import shutil
 from pathlib import Path
 
+from flowtilt import distributed
 from flowtilt.config import Recipe, load_recipe, to_toml
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
 from flowtilt.files import append_line, clean, disk_errors, read_lines, whole_folder, write_atomic, write_json
 from flowtilt.pictures import to_png
 
+JOB = "torchrun.txt"
+"""The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
-MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch")
+MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
 """Keys that a resumed run may set anew: they do not touch what was computed before."""
 
 
@@ -29,7 +32,7 @@ def create(recipe: Recipe) -> Path:
         folder = Path(recipe.run)
         if folder.is_dir():
             clean(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.name != JOB for path in folder.iterdir())):
             raise UserError(f"run {folder}: not empty; go on with `flowtilt train --resume {folder}` or choose another run=…")
     else:
         folder, number = Path("runs") / recipe.name, 2
@@ -37,8 +40,26 @@ def create(recipe: Recipe) -> Path:
             folder, number = Path("runs") / f"{recipe.name}-{number}", number + 1
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if name := distributed.job():
+        write_atomic(folder / JOB, name)
     write_atomic(folder / "recipe.toml", to_toml(recipe))
     return folder
+
+
+def of_job(recipe: Recipe, world: distributed.World) -> Path | None:
+    """The run that an earlier start of this torchrun job made, where torchrun has restarted it; none where there is none."""
+    # where another machine failed, torchrun does not count this one's restart
+    if not world.any(distributed.restarts() > 0):
+        return None
+
+    def find() -> str | None:
+        folders = [Path(recipe.run)] if recipe.run else Path("runs").glob(f"{recipe.name}*")
+        made = [folder / JOB for folder in folders if (folder / "recipe.toml").is_file() and (folder / JOB).is_file()]
+        ours = [place for place in made if place.read_text() == distributed.job()]
+        return str(max(ours, key=lambda place: place.stat().st_mtime).parent) if ours else None
+
+    found = world.first(find)
+    return Path(found) if found else None
 
 
 def open_run(folder: Path, overrides: list[str], recipe: Recipe | None = None) -> Recipe:

@@ -6,6 +6,7 @@ import torch
 
 from flowtilt.config import Recipe
 from flowtilt.config_objectives import ObjectiveSettings
+from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.lora.fit import load_lora
 from flowtilt.lora.read import read_lora
@@ -22,13 +23,19 @@ from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
+from flowtilt.sharding import Lockstep
 
 
-def build_policy(recipe: Recipe, device: torch.device) -> Policy:
-    """The recipe's model with fresh adapters."""
-    policy = Policy(open_model(recipe.model, device), rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+def build_policy(recipe: Recipe, world: World) -> Policy:
+    """The recipe's model with fresh adapters, spread over the ranks where the recipe says so and there are several."""
+    sharded = recipe.shard == "base" and world.size > 1
+    model = open_model(recipe.model, world.device, sharded)
+    merge = False if sharded else None  # merged weights would be whole on every rank
+    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge)
     if recipe.lora.init:
         load_lora(policy, read_lora(recipe.lora.init))
+    if sharded:
+        Lockstep(policy, world)
     return policy
 
 

@@ -76,7 +76,7 @@ class Trainer:
         self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
         check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
-        self.policy = build_policy(recipe, self.world.device)
+        self.policy = build_policy(recipe, self.world)
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],

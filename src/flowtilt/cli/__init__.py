@@ -1,10 +1,14 @@
 """The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
+from flowtilt.cli.quiet import quieten
 from flowtilt.errors import UserError
 
 EPILOG = """examples:
@@ -40,19 +44,33 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@contextmanager
+def _all_ranks() -> Iterator[None]:
+    """Under torchrun, the processes as one: where one fails, all end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from flowtilt.lifeline import together
+
+    quieten()
+    with together():
+        yield
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
     words = sys.argv[1:] if argv is None else argv
     try:
         args = parser().parse_args(words)
-        return args.call(args)
+        with _all_ranks():
+            return args.call(args)
     except UserError as error:
         if "--debug" in words:
             raise
         print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("flowtilt: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)
         return 130
 
 

@@ -57,7 +57,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UserError("evaluate: --images and --images-per-prompt exclude each other")
     if args.guidance is not None and not 1 <= args.guidance < float("inf"):
         raise UserError(f"evaluate: --guidance must be at least 1, which is none, not {args.guidance:g}")
-    from flowtilt import distributed
     from flowtilt.evaluate.assess import assess
     from flowtilt.report.evaluation.terminal import table
 
@@ -83,10 +82,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         more = "; the same command goes on from there" if (args.output / "protocol.json").is_file() else ""
-        say(f"flowtilt: interrupted{more}")
-        return 130
-    finally:
-        distributed.stop()
+        raise KeyboardInterrupt(more) from None
     if results:
         print(table(results))
         print(f"results  {args.output / 'results.json'}\nreport   {args.output / 'report.html'}")

@@ -58,33 +58,35 @@ def _train(args: argparse.Namespace) -> int:
     else:
         raise UserError(f"train: which recipe? one of {', '.join(recipe_names())}, a .toml file, or --resume RUN")
 
-    from flowtilt import distributed
+    from flowtilt import distributed, runs
     from flowtilt.trainer import Trainer
 
-    try:
-        trainer = Trainer(recipe, resume=args.resume)
+    world, resume = distributed.start(), args.resume
+    if not resume and (resume := runs.of_job(recipe, world)):
+        recipe = runs.open_run(resume, [], recipe)
+    trainer = Trainer(recipe, resume, world)
 
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            if trainer.interrupted:  # the second time, at once
-                raise KeyboardInterrupt
-            trainer.interrupted = True
-            if trainer.world.rank == 0:
-                print("\nstopping after this rollout; once more to stop at once", file=sys.stderr, flush=True)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if trainer.interrupted:  # the second time, at once
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+        if trainer.world.rank == 0:
+            print("\nstopping after this rollout; once more to stop at once", file=sys.stderr, flush=True)
 
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
-        summary = trainer.run()
-        if trainer.world.rank:
-            return 0
-        folder = trainer.run_folder
-        if summary is None:
-            why = f"stopped by a guard: {trainer.stopped_by}" if trainer.stopped_by else "interrupted"
-            print(f"{why}\nsaved after {trainer.clock.step} of {recipe.steps} rollouts; go on with: flowtilt train --resume {folder}")
-            return 3 if trainer.stopped_by else 130
-        report(recipe, summary, folder)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    summary = trainer.run()
+    if trainer.world.rank:
         return 0
-    finally:
-        distributed.stop()
+    folder = trainer.run_folder
+    if summary is None:
+        why = f"stopped by a guard: {trainer.stopped_by}" if trainer.stopped_by else "interrupted"
+        print(f"{why}\nsaved after {trainer.clock.step} of {recipe.steps} rollouts; go on with: flowtilt train --resume {folder}")
+        if distributed.may_restart():  # it was meant to stop, and torchrun starts what failed again
+            return 0
+        return 3 if trainer.stopped_by else 130
+    report(recipe, summary, folder)
+    return 0
 
 
 def report(recipe: Recipe, summary: dict, folder: Path) -> None:

@@ -18,20 +18,29 @@ from flowtilt.errors import UserError
 from flowtilt.files import digest
 from flowtilt.models.base import Model
 from flowtilt.placement import stay_away
+from flowtilt.sharding import shard
 from flowtilt.sources import from_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_model(settings: ModelSettings, device: torch.device) -> Model:
+def open_model(settings: ModelSettings, device: torch.device, sharded: bool = False) -> Model:
     """Loads a model.
+
+    Args:
+        sharded: every rank loads the network into the computer's memory and keeps its part of it on `device`.
 
     Raises:
         UserError: nothing can be loaded from there, or there is no adapter for its family.
     """
     offload = stay_away(settings.offload, device)
-    pipeline = load_pipeline(settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload)
+    pipeline = load_pipeline(
+        settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload, sharded=sharded
+    )
     model = _adapted(settings, pipeline, offload)
+    if sharded:
+        shard(model, device)
+        model = _adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
     if settings.attention:
         try:
             model.network.set_attention_backend(settings.attention)
@@ -83,7 +92,9 @@ def _family(settings: ModelSettings, pipeline: Any) -> Any:
     )
 
 
-def load_pipeline(path: str, *, revision: str | None, dtype: str, device: torch.device, offload: bool = False) -> Any:
+def load_pipeline(
+    path: str, *, revision: str | None, dtype: str, device: torch.device, offload: bool = False, sharded: bool = False
+) -> Any:
     """Loads a folder or hub id; "playground" is the pipeline inside the package.
 
     Components that the folder leaves empty, such as SD3's T5, stay empty. The VAE is always fp32.
@@ -91,6 +102,7 @@ def load_pipeline(path: str, *, revision: str | None, dtype: str, device: torch.
     Args:
         dtype: of the other modules; "auto" is bfloat16 on a GPU and float32 on a CPU.
         offload: text encoders stay in the computer's memory, off the device.
+        sharded: so does the network, for `sharding.shard`.
 
     Raises:
         UserError: nothing can be loaded from there.
@@ -115,7 +127,7 @@ def load_pipeline(path: str, *, revision: str | None, dtype: str, device: torch.
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-            if not (offload and name.startswith("text_encoder")):
+            if not (offload and name.startswith("text_encoder")) and not (sharded and name == "transformer"):
                 module.to(device)
     # eight bits of a bfloat16 are fewer than a picture's eight near white, and every score is of pictures
     pipeline.vae.to(torch.float32)

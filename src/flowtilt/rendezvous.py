@@ -1,0 +1,65 @@
+"""Where the ranks of one start of a job meet, apart from what its earlier starts have left there.
+
+torchrun keeps one store through all restarts of a job, with the addresses of ranks that are gone; a new rank that reads
+one of them fails or waits for good. Nor can torchrun's count of restarts tell starts apart, since it differs between machines.
+So the first rank invents a name for this start, and all meet under it:
+
+    rank r:  call/r   = a token of this process          rank 0:  answer/r = that token, the name
+    rank r:  heard/r  = the name, once the answer is to its own token
+
+What an earlier start has left has another token or another name, and is passed over.
+"""
+
+import secrets
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from flowtilt.errors import UserError
+
+WAIT = timedelta(minutes=10)
+"""How long ranks wait for each other at the start: imports from a slow file system take minutes."""
+
+
+def meet(rank: int, size: int, wait: timedelta = WAIT) -> dist.Store:
+    """The store of this start, where torchrun's environment says.
+
+    Raises:
+        UserError: not all ranks came.
+    """
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=wait)))
+    own, end = secrets.token_hex(8), time.monotonic() + wait.total_seconds()
+    name = _lead(store, own, size, end) if rank == 0 else _follow(store, own, rank, end)
+    return dist.PrefixStore(name, store)
+
+
+def _lead(store: dist.Store, name: str, size: int, end: float) -> str:
+    missing = list(range(1, size))
+    while missing:
+        for rank in missing:
+            if call := _read(store, f"call/{rank}"):
+                store.set(f"answer/{rank}", f"{call} {name}")
+        missing = [rank for rank in missing if _read(store, f"heard/{rank}") != name]
+        if missing:
+            _pause(end, f"{len(missing)} of {size} ranks did not come, rank {missing[0]} first")
+    return name
+
+
+def _follow(store: dist.Store, own: str, rank: int, end: float) -> str:
+    store.set(f"call/{rank}", own)
+    while not (answer := _read(store, f"answer/{rank}")).startswith(own):
+        _pause(end, f"rank {rank}: the first rank did not answer")
+    name = answer.removeprefix(own).strip()
+    store.set(f"heard/{rank}", name)
+    return name
+
+
+def _read(store: dist.Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _pause(end: float, complaint: str) -> None:
+    if time.monotonic() > end:
+        raise UserError(f"{complaint}; look at the other machines' output")
+    time.sleep(0.02)

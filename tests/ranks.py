@@ -1,0 +1,61 @@
+"""Processes that share one run, forked from one that has imported everything: what torchrun starts, without its seconds."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["flowtilt.trainer"])
+
+
+@dataclass
+class Done:
+    """How the ranks ended: their exit statuses, and what each wrote to stderr."""
+
+    codes: list[int | None]
+    errors: list[str]
+
+    @property
+    def stderr(self):
+        return "\n".join(self.errors)
+
+
+def _rank(environment, place, function, args):
+    os.environ.update(environment)
+    file = os.open(place, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    sys.exit(function(*args))
+
+
+def start(size, function, *args, folder, **environment):
+    """`size` processes at `function(*args)`, whose result is the exit status."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), **environment}
+    folder.mkdir(exist_ok=True)
+    processes = []
+    for rank in range(size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
+        processes.append(CONTEXT.Process(target=_rank, args=(own, str(folder / f"stderr-{rank}"), function, args)))
+        processes[-1].start()
+    return processes
+
+
+def together(size, function, *args, folder, within=120.0, **environment):
+    """The same, waited for; what is still there after so many seconds is killed and has the status None."""
+    processes = start(size, function, *args, folder=folder, **environment)
+    end = time.monotonic() + within
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return Done(codes, [(folder / f"stderr-{rank}").read_text(errors="replace") for rank in range(size)])
