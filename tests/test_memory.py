@@ -28,9 +28,9 @@ def test_auto_halves_for_good_and_for_its_kind_alone():
     assert again.size("train") == 6 and again.size("decode") == START["cpu"]
 
 
-def test_before_a_size_becomes_tiny_other_savings_are_tried_once():
+def test_before_a_size_becomes_tiny_other_savings_are_tried_once_and_the_search_begins_anew():
     micro, tried, saved = MicroBatch("auto", "cpu"), [], []
-    limit = {False: 2, True: 9}
+    limit = {False: 2, True: 30}
 
     def run(size):
         return work(limit[bool(saved)], tried)(size)
@@ -38,8 +38,8 @@ def test_before_a_size_becomes_tiny_other_savings_are_tried_once():
     def save():
         return not saved and not saved.append(True)
 
-    assert micro.fit("train", run, save) == 6
-    assert tried == [96, 48, 24, 12, 6, 6] and min(tried) >= FEWEST
+    assert micro.fit("train", run, save) == 24
+    assert tried == [96, 48, 24, 12, 6, 96, 48, 24] and min(tried) >= FEWEST
 
 
 def test_a_fixed_size_is_never_changed_but_savings_are_tried():

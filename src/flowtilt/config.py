@@ -37,7 +37,7 @@ class ModelSettings(Settings):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Further keywords for the adapter: FLUX.1-dev's `embedded_guidance`, or those of your own class."""
     offload: Literal["auto"] | bool = "auto"
-    """Text encoders and reward models are on the GPU only while they work; "auto" does so below 40 GiB of memory."""
+    """Text encoders and reward models are on the GPU only while they work; "auto" does so below 36 GiB of memory."""
     recompute: Literal["auto"] | bool = "auto"
     """Gradient checkpointing: less memory for a third more forward work; "auto" begins where fewer than 4 rows would fit."""
     compile: bool = False

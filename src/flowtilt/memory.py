@@ -37,7 +37,7 @@ class MicroBatch:
 
         Args:
             save_memory: asked before a size that is small already is halved, or a fixed one given up; true where
-                it found a way, and the same size is tried again.
+                it found a way, and the search begins anew.
 
         Raises:
             UserError: a fixed size, or a single row, does not fit.
@@ -51,6 +51,7 @@ class MicroBatch:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if (size < 2 * FEWEST or not self.auto) and save_memory():
+                self.sizes.pop(kind, None)
                 continue
             if not self.auto or size == 1:
                 raise UserError(f"out of memory with micro_batch = {size} ({kind}); lower it or model.resolution, or see `flowtilt plan`")

@@ -7,12 +7,12 @@ from itertools import chain
 import torch
 from torch import nn
 
-SMALL = 40 * 2**30
+SMALL = 36 * 2**30
 """A GPU with less memory, in bytes, holds text encoders and reward models only while they work, unless told otherwise."""
 
 
 def stay_away(offload: bool | str, device: torch.device) -> bool:
-    """Whether those modules wait in the computer's memory: as told, or with "auto" on a GPU of less than 40 GiB."""
+    """Whether those modules wait in the computer's memory: as told, or with "auto" on a GPU of less than 36 GiB."""
     if isinstance(offload, bool):
         return offload
     return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < SMALL

@@ -59,6 +59,7 @@ class Flux:
         self.network: Any = pipeline.transformer  # diffusers leaves its attributes untyped
         self.blocks: Sequence[nn.Module] = [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
         self.device: torch.device = self.network.device
+        self._dtype: torch.dtype = self.network.dtype  # kept: asking the network walks over all of its parameters
         reads_guidance = self.network.config.guidance_embeds
         if embedded_guidance is not None and not reads_guidance:
             raise UserError("model.options.embedded_guidance: this network reads none (guidance_embeds = false); leave it out")
@@ -79,7 +80,7 @@ class Flux:
         }
         axes = (torch.arange(float(n), device=self.device) for n in (1, side // 2, side // 2))
         self._positions = torch.cartesian_prod(*axes)
-        self.encode = captions_of(pipeline, self._encode, self.device, offload, self.t5_length, str(self.network.dtype))
+        self.encode = captions_of(pipeline, self._encode, self.device, offload, self.t5_length, str(self._dtype))
 
     def _encode(self, text: str) -> dict[str, Tensor]:
         """As the pipeline's own `encode_prompt` makes it."""
@@ -88,16 +89,16 @@ class Flux:
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """v at x [N, 16, h, w] and t [] or [N]; see `Model.velocity`."""
-        dtype, given = self.network.dtype, conditioning.tensors()
+        given = conditioning.tensors()
         v = common.call(
             self.network,
             weights,
-            hidden_states=pixel_unshuffle(x, 2).flatten(2).mT.to(dtype),
+            hidden_states=pixel_unshuffle(x, 2).flatten(2).mT.to(self._dtype),
             timestep=t.expand(len(x)),
             guidance=None if self.guidance is None else x.new_full((len(x),), self.guidance),
             img_ids=self._positions,
             txt_ids=self._positions.new_zeros(given["encoder_hidden_states"].shape[1], 3),
-            **{name: value.to(dtype) for name, value in given.items()},
+            **{name: value.to(self._dtype) for name, value in given.items()},
         )
         return pixel_shuffle(v.mT.unflatten(2, (x.shape[2] // 2, x.shape[3] // 2)), 2)
 

@@ -57,6 +57,7 @@ class SD3:
         self.network: Any = pipeline.transformer  # diffusers leaves its attributes untyped
         self.blocks: Sequence[nn.Module] = list(self.network.transformer_blocks)
         self.device: torch.device = self.network.device
+        self._dtype: torch.dtype = self.network.dtype  # kept: asking the network walks over all of its parameters
         scale = pipeline.vae_scale_factor
         largest = scale * self.network.config.patch_size * self.network.config.pos_embed_max_size
         size = resolution or self.network.config.sample_size * scale
@@ -64,7 +65,7 @@ class SD3:
         self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, size // scale, size // scale)
         self.shift = float(pipeline.scheduler.config.shift)
         self.protocol: Mapping[str, object] = {"shift": self.shift, "resolution": size, "t5_length": t5_length}
-        self.encode = captions_of(pipeline, self._encode, self.device, offload, t5_length, str(self.network.dtype))
+        self.encode = captions_of(pipeline, self._encode, self.device, offload, t5_length, str(self._dtype))
 
     def _encode(self, text: str) -> dict[str, Tensor]:
         """As the pipeline's own `encode_prompt` makes it."""
@@ -76,13 +77,12 @@ class SD3:
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """v at x [N, C, h, w] and t [] or [N]; see `Model.velocity`."""
-        dtype = self.network.dtype
         return common.call(
             self.network,
             weights,
-            hidden_states=x.to(dtype),
+            hidden_states=x.to(self._dtype),
             timestep=(1000 * t).expand(len(x)),
-            **{name: value.to(dtype) for name, value in conditioning.tensors().items()},
+            **{name: value.to(self._dtype) for name, value in conditioning.tensors().items()},
         )
 
     def decode(self, latents: Tensor) -> Tensor:
