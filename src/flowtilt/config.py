@@ -45,6 +45,12 @@ class ModelSettings(Settings):
     attention: str | None = Field(default=None, min_length=1)
     """A diffusers attention backend, "flash", "_flash_3", "sage", "native", …; none takes torch's own choice."""
 
+    @field_validator("adapter")
+    @classmethod
+    def _with_whole_path(cls, adapter: str | None) -> str | None:
+        """A run goes on, and its LoRA is drawn with, from anywhere."""
+        return adapter and absolute(adapter)
+
 
 class LoraSettings(Settings):
     rank: int = Field(default=32, ge=1)

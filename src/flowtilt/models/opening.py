@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from flowtilt.config import ModelSettings
 from flowtilt.errors import UserError
-from flowtilt.files import digest
+from flowtilt.faults import FAULTS, HINT, told
+from flowtilt.files import digest, shown
 from flowtilt.models.base import Model
 from flowtilt.placement import stay_away
 from flowtilt.sharding import shard
@@ -57,19 +58,20 @@ def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
     try:
         inspect.signature(family).bind(pipeline, offload=offload, **keywords)
     except TypeError as error:
-        raise UserError(f"model: {settings.adapter or family.__name__} can't be built with the recipe's model settings: {error}") from None
+        raise UserError(f"model: {family.__name__} can't be built with the recipe's model settings: {error}") from None
     if not settings.adapter:
         return family(pipeline, offload=offload, **keywords)
     try:
         model = family(pipeline, offload=offload, **keywords)
     except UserError:
         raise
-    except Exception as error:
-        said = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"model.adapter: {settings.adapter} fails as it is built: {said} (--debug shows where)") from error
+    except FAULTS as error:
+        raise UserError(f"model.adapter: building {shown(settings.adapter)} failed: {told(error)} ({HINT})") from error
     asked = [*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))]
     if missing := [name for name in asked if not hasattr(model, name)]:
-        raise UserError(f"model.adapter: {settings.adapter} has no {', '.join(missing)}; flowtilt.models.base.Model says what each is")
+        raise UserError(
+            f"model.adapter: {shown(settings.adapter)} has no {', '.join(missing)}; flowtilt.models.base.Model says what each is"
+        )
     return model
 
 
