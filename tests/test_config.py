@@ -24,6 +24,7 @@ from flowtilt.config import (
     validate,
 )
 from flowtilt.errors import UserError
+from flowtilt.sources import absolute
 
 FEW = settings(deadline=None, max_examples=25)
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
@@ -183,10 +184,10 @@ def test_the_three_forms_of_a_reward_are_one_table(tmp_path):
     text = 'model = "m"\nprompts = "p.txt"\n[rewards]\nplayground = 0.5\nmine = "file.py:f"\nother = { source = "g.py:h", weight = 2 }\n'
     assert load_recipe(file(tmp_path, text)).reward_table() == {
         "playground": RewardSettings(source="playground", weight=0.5),
-        "mine": RewardSettings(source="file.py:f", weight=1.0),
-        "other": RewardSettings(source="g.py:h", weight=2.0),
+        "mine": RewardSettings(source=absolute("file.py:f"), weight=1.0),
+        "other": RewardSettings(source=absolute("g.py:h"), weight=2.0),
     }
-    assert load_recipe("playground", ["rewards.mine=file.py:f"]).reward_table()["mine"].source == "file.py:f"
+    assert load_recipe("playground", ["rewards.mine=file.py:f"]).reward_table()["mine"].source == absolute("file.py:f")
     assert load_recipe("playground", ["rewards.mine={source='f.py:g', weight=0}"]).reward_table()["mine"].weight == 0
 
 
@@ -224,7 +225,7 @@ def test_a_base_may_be_a_file_beside_the_recipe_and_have_a_base_itself(tmp_path,
 def test_rewards_are_added_to_those_of_the_base(tmp_path):
     path = file(tmp_path, 'base = "playground"\n[rewards]\nplayground = 0\nmodel = "f.py:g"\n')
     assert {name: r.weight for name, r in load_recipe(path).reward_table().items()} == {"playground": 0, "model": 1}
-    assert load_recipe(path).rewards["model"] == "f.py:g"  # only the top level's `model` is the model
+    assert load_recipe(path).rewards["model"] == absolute("f.py:g")  # only the top level's `model` is the model
 
 
 @pytest.mark.parametrize("absolute", [False, True])
