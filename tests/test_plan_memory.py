@@ -99,7 +99,7 @@ def test_activations_are_recomputed_before_fewer_than_four_rows_are_trained():
         return make_plan(load_recipe("sd35m", ["model.offload=false", *overrides]), Machine("4090"))
 
     auto, never, always = planned(), planned("model.recompute=false"), planned("model.recompute=true")
-    assert auto.fits and auto.recompute and auto.micro_batches["train"] == 4
+    assert auto.fits and auto.recompute and auto.micro_batches == always.micro_batches  # the search begins anew
     assert never.fits and not never.recompute and never.micro_batches["train"] == 2
     assert always.fits and always.recompute and always.micro_batches["train"] > 8  # it starts with many
     assert "computes activations anew" in table(auto) and "computes activations anew" not in table(never)
@@ -120,8 +120,8 @@ def test_a_given_micro_batch_stays_and_is_recomputed_where_it_must_be():
 
 def test_encoders_and_rewards_visit_a_small_gpu_one_kind_of_work_at_a_time():
     recipe = load_recipe("sd35m-multireward")
-    auto = {gib: make_plan(recipe, Machine(memory=gib)).offload for gib in (24, 39.9, 40, 80)}
-    assert auto == {24: True, 39.9: True, 40: False, 80: False}
+    auto = {gib: make_plan(recipe, Machine(memory=gib)).offload for gib in (24, 35.9, 40, 80)}
+    assert auto == {24: True, 35.9: True, 40: False, 80: False}
     away, near = (make_plan(load_recipe("sd35m-multireward", [f"model.offload={word}"]), Machine()) for word in ("true", "false"))
     visitors = {"text encoders", "pickscore", "hpsv2", "clip-l"}
     assert set(near.resident) - set(away.resident) == visitors and set(away.resident) < set(near.resident)

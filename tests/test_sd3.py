@@ -3,51 +3,18 @@
 import pytest
 import torch
 from conftest import QUICK
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny_pipelines import letters, vae
-from transformers import T5Config, T5EncoderModel
+from diffusers import StableDiffusion3Pipeline
+from tiny_pipelines import sd35
 
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.files import read_lines
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
-from flowtilt.playground.pretrain import build_text_encoder, tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random pipeline with SD3.5-Medium's structure: dual attention, 16 latent channels, shift 3, a T5 that says something."""
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("sd3")
-    words = tokenizer(place / "words")
-    t5 = letters()
-    pipeline = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=160,
-            caption_projection_dim=32,
-            pooled_projection_dim=128,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm",
-            dual_attention_layers=(0, 1),
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=build_text_encoder(words),
-        tokenizer=words,
-        text_encoder_2=build_text_encoder(words),
-        tokenizer_2=words,
-        text_encoder_3=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=160, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
-        tokenizer_3=t5,
-    )
-    pipeline.save_pretrained(place / "pipeline")
-    return place / "pipeline"
+    return sd35(tmp_path_factory.mktemp("sd3"))
 
 
 def load(folder, dtype="float32", **options):

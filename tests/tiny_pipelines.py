@@ -10,10 +10,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from flowtilt.playground.pretrain import tokenizer
+from flowtilt.playground.pretrain import build_text_encoder, tokenizer
 
 WIDTH = 48
 
@@ -37,6 +39,40 @@ def vae(**config: float | None) -> AutoencoderKL:
         use_post_quant_conv=False,
         **{"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **config},
     )
+
+
+def sd35(place: Path) -> Path:
+    """A random pipeline with SD3.5-Medium's structure: dual attention, 16 latent channels, shift 3, a T5 that says something."""
+    torch.manual_seed(0)
+    words = tokenizer(place / "words")
+    t5 = letters()
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=160,
+            caption_projection_dim=32,
+            pooled_projection_dim=128,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0, 1),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=build_text_encoder(words),
+        tokenizer=words,
+        text_encoder_2=build_text_encoder(words),
+        tokenizer_2=words,
+        text_encoder_3=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=160, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        tokenizer_3=t5,
+    )
+    pipeline.save_pretrained(place / "pipeline")
+    return place / "pipeline"
 
 
 def flux(place: Path, schnell: bool = False) -> Path:
