@@ -48,7 +48,7 @@ def start(size, function, *args, folder, **environment):
     return processes
 
 
-def together(size, function, *args, folder, within=120.0, **environment):
+def together(size, function, *args, folder, within=240.0, **environment):
     """The same, waited for; what is still there after so many seconds is killed and has the status None."""
     processes = start(size, function, *args, folder=folder, **environment)
     end = time.monotonic() + within
