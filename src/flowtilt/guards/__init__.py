@@ -1,7 +1,6 @@
 """Alarms that act: each says once what happened, what it means and what to change."""
 
 from collections.abc import Mapping
-from math import sqrt
 from typing import Any
 
 from flowtilt.config import Recipe
@@ -44,10 +43,10 @@ class Guards:
         watched = [name for name in means if name not in trained and ("/" not in name or name in self._recipe.evaluate.rewards)]
         falls = {}
         for name in watched:
-            key = f"evaluation/{name}"
-            falls[name] = self._history.fall(key, means[name], stds[name], stds[name] / sqrt(images))
-            self._history.better(key, means[name])
-        message = held_out_falls(falls, self._recipe)
+            now = self._history.judged(means[name], stds[name], images)
+            falls[name] = self._history.fall(f"evaluation/{name}", now)
+            self._history.better(f"evaluation/{name}", now)
+        message = held_out_falls(falls, self._history, self._recipe)
         return {"held_out": message} if message and self._fires("held_out", 1, message) else {}
 
     def _fires(self, name: str, patience: int, message: str | None) -> bool:

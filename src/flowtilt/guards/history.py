@@ -1,7 +1,7 @@
 """What guards remember of a run's metrics: how it began, means over blocks of rollouts, and the best that there was."""
 
 from collections.abc import Mapping
-from math import isfinite, sqrt
+from math import hypot, isfinite, sqrt
 from statistics import fmean, pvariance
 from typing import Any, NamedTuple
 
@@ -14,17 +14,31 @@ BLOCK = 10
 EFFECT = 0.25
 """A reward has fallen once its mean is this many standard deviations of its images' scores below its best. By the table in
 DiffusionNFT's paper (second-hand) models count as good that lost .005 of HPSv2.1 or ClipScore, far less than this."""
-ERRORS = 4
-"""... and this many standard errors, so that the noise of few images is no fall: among a hundred blocks one is three from the mean."""
+ERRORS = 3
+"""... and this many standard errors, so that the noise of few images is no fall."""
+
+
+class Mean(NamedTuple):
+    """A reward's mean over images.
+
+    Args:
+        value: the mean.
+        std: standard deviation of the images' scores.
+        error: standard error of the mean.
+        trained: the trained reward at the same time; none before the first rollout.
+    """
+
+    value: float
+    std: float
+    error: float
+    trained: float | None
 
 
 class Fall(NamedTuple):
-    """A mean that lies below its best, and the trained reward at both times; none before the first rollout."""
+    """A mean that lies below its best by more than noise."""
 
-    best: float
-    now: float
-    trained_then: float | None
-    trained_now: float | None
+    best: Mean
+    now: Mean
 
 
 class History:
@@ -36,7 +50,7 @@ class History:
         self._start: dict[str, list[float]] = {name: list(values) for name, values in found.get("start", {}).items()}
         self._block: dict[str, list[float]] = {name: list(values) for name, values in found.get("block", {}).items()}
         self._before: dict[str, float] = dict(found.get("before", {}))
-        self._best: dict[str, tuple[float | None, float | None]] = {name: tuple(pair) for name, pair in found.get("best", {}).items()}
+        self._best = {name: Mean(*values) for name, values in found.get("best", {}).items()}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -52,9 +66,10 @@ class History:
     def add(self, values: Mapping[str, float]) -> None:
         """One rollout's metrics that are to be remembered; NaN is no value."""
         if self.block_ends:
+            for name in self._block:
+                if reward := self.reward(name):
+                    self.better(name, reward)
             self._before = {name: fmean(block) for name, block in self._block.items()}
-            for name, mean in self._before.items():
-                self.better(name, mean)
             self._block = {}
         self.rollouts += 1
         for name, value in values.items():
@@ -85,25 +100,32 @@ class History:
             return None
         return now / before
 
-    def error(self, name: str) -> float:
-        """Standard error of the block's mean, from the spread of its rollouts."""
-        block = self._block.get(name, [])
-        return sqrt(pvariance(block) / (len(block) - 1)) if len(block) > 1 else float("inf")
-
-    def fall(self, name: str, now: float, std: float, error: float) -> Fall | None:
-        """How far `now` lies below the best of this name, or none where there is no best, or it is not below by more than noise.
-
-        Args:
-            std: standard deviation of the scores that `now` is the mean of.
-            error: standard error of `now`.
-        """
-        best, then = self._best.get(name, (None, None))
-        if best is None or best - now <= max(EFFECT * std, ERRORS * sqrt(2) * error):
+    def reward(self, name: str) -> Mean | None:
+        """A reward over the block that goes on, its error from the spread of the rollouts; none without its `<name>_std`."""
+        values, stds = self._block.get(name, []), self._block.get(f"{name}_std")
+        if len(values) < 2 or not stds:
             return None
-        return Fall(best, now, then, self.mean(TRAINED))
+        return Mean(fmean(values), fmean(stds), sqrt(pvariance(values) / (len(values) - 1)), self.mean(TRAINED))
 
-    def better(self, name: str, value: float) -> None:
-        """Remembers a mean, with the trained reward of the time, if it is the best so far."""
-        best = self._best.get(name, (None, None))[0]
-        if best is None or value > best:
-            self._best[name] = (value, self.mean(TRAINED))
+    def judged(self, value: float, std: float, images: int) -> Mean:
+        """A reward's mean over an evaluation's images."""
+        return Mean(value, std, std / sqrt(images), self.mean(TRAINED))
+
+    def better(self, name: str, now: Mean) -> None:
+        """Remembers a mean if it is the best so far."""
+        if name not in self._best or now.value > self._best[name].value:
+            self._best[name] = now
+
+    def fall(self, name: str, now: Mean) -> Fall | None:
+        """How a mean lies below the best of this name; none where there is no best, or no more than noise between."""
+        best = self._best.get(name)
+        if best is None:
+            return None
+        noise = ERRORS * hypot(best.error, now.error)
+        return Fall(best, now) if best.value - now.value > max(EFFECT * max(best.std, now.std), noise) else None
+
+    def trained_rose(self, fall: Fall) -> bool:
+        """Whether the trained reward is higher than it was at the best; before the first rollout it was what the first ones have."""
+        first = self._start.get(TRAINED)
+        then = fmean(first) if fall.best.trained is None and first else fall.best.trained
+        return then is not None and fall.now.trained is not None and fall.now.trained > then
