@@ -8,7 +8,7 @@ import pytest
 from conftest import QUICK
 
 from flowtilt.cli import main, parser
-from flowtilt.config import load_recipe
+from flowtilt.config import load_recipe, recipe_names
 from flowtilt.files import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -65,3 +65,16 @@ def test_every_file_that_a_page_links_to_is_there(page):
         path = target[0] or target[1]
         if not path.startswith("http"):
             assert (page.parent / path).exists(), path
+
+
+def test_the_page_of_papers_names_every_recipe_and_files_that_speak_of_their_paper():
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert {name for name in re.findall(r"`([a-z0-9-]+)`", page) if name.startswith(("sd35m", "playground", "flux"))} == set(recipe_names())
+    for row in re.findall(r"^\| .*arxiv.*", page, re.M):
+        papers, file = re.findall(r"arxiv\.org/abs/([\d.]+)", row), re.findall(r"`([\w/.]+)`", row.split("|")[2])[0]
+        path = ROOT / "src" / "flowtilt" / file
+        found = path if path.is_file() else path.parent / f"{path.name.partition('.')[0]}.py"
+        text = found.read_text(encoding="utf-8")
+        assert papers and all(paper in text for paper in papers), row
+        if not path.is_file():
+            assert f"def {path.name.partition('.')[2]}(" in text

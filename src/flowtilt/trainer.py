@@ -5,7 +5,7 @@ the micro-batch, the number of processes, or how often the run was interrupted.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from flowtilt.evaluate import evaluate
 from flowtilt.export import write_lora
 from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
 from flowtilt.guards import Guards
+from flowtilt.image_metrics import image_features, image_metrics
 from flowtilt.learn import Learner, Scored
 from flowtilt.memory import MicroBatch
 from flowtilt.phases import Phases
@@ -89,7 +90,7 @@ class Trainer:
         self.objective = build_objective(recipe.objective)
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
         self.learner = Learner(recipe, self.policy, self.objective, self.world, self.micro_batch)
-        self.clock, self.guards = Clock(), Guards()
+        self.clock, self.guards = Clock(), Guards(recipe)
         self.interrupted = False
         """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
         self.stopped_by: str | None = None
@@ -187,6 +188,7 @@ class Trainer:
         with phases("sample"):
             conditioning = policy.model.encode([p.text for p in own])
         parts: list[tuple[Tensor, Trajectory | None]] = []
+        features: list[Tensor] = []
         collect = collector(self.recipe, self.objective, step)
         with Scoring(self.rewards, self.world.device) as scoring:
             for rows in scoring.parts(len(own)):
@@ -198,12 +200,14 @@ class Trainer:
                     )
                 with phases("decode"):
                     images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
+                    features.append(image_features(images))
                 scoring.add(images, [own[k] for k in rows])
                 parts.append((x0, path))
             with phases("reward"):
                 scores, missing = scoring.finish()
         with phases("sync"):
             scores = self.world.gather_columns(scores, number)
+            looks = self.world.gather(torch.cat(features).to(self.world.device), number).cpu()
             missing = self.world.gather_columns({name: value.float() for name, value in missing.items()}, number)
         try:
             total = combine(scores, self.weights, self.recipe.combine, groups)
@@ -218,24 +222,27 @@ class Trainer:
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
         scored = Scored(x0, own_advantages, conditioning, Trajectory.join(paths) if paths else None, mine, kept)
-        return scored, metrics | {"prompts/unique": len({p.text for p in drawn})}
+        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
 
     # what a run leaves behind --------------------------------------------------------------------------
 
     def _log(self, metrics: dict[str, float], display: Display, sinks: Sequence[Sink]) -> None:
         """One line of metrics.jsonl, the trackers, the display, and the guards."""
-        fired = {} if self.recipe.guards == "off" else self.guards.check(metrics)
+        if self.world.rank == 0:
+            append_line(self.run_folder / "metrics.jsonl", {"step": self.clock.step, **metrics})
+            for sink in sinks:
+                sink.log(self.clock.step, metrics)
+            display.step(self.clock.step, metrics)
+        if self.recipe.guards != "off":
+            self._warn(self.guards.check(metrics), display)
+
+    def _warn(self, fired: Mapping[str, str], display: Display) -> None:
+        """What guards say, on every rank alike; they may end the run."""
         if self.recipe.guards == "stop" and fired:
             self.stopped_by = next(iter(fired.values()))
-        if self.world.rank:
-            return
-        append_line(self.run_folder / "metrics.jsonl", {"step": self.clock.step, **metrics})
-        for name, message in fired.items():
+        for name, message in fired.items() if self.world.rank == 0 else ():
             append_line(self.run_folder / "guards.jsonl", {"step": self.clock.step, "guard": name, "message": message})
             display.say(f"guard {name}, rollout {self.clock.step}: {message}")
-        for sink in sinks:
-            sink.log(self.clock.step, metrics)
-        display.step(self.clock.step, metrics)
 
     def _evaluate(self, display: Display) -> None:
         e = self.recipe.evaluate
@@ -254,6 +261,8 @@ class Trainer:
             world=self.world,
         )
         self.policy.evaluations = before  # what a run cost is what it trained
+        if self.recipe.guards != "off":
+            self._warn(self.guards.check_evaluation(found.rewards, found.stds, found.images), display)
         if self.world.rank == 0:
             runs.save_evaluation(self.run_folder, self.clock.step, self.clock.seconds, found)
             write_report(self.run_folder)
@@ -279,7 +288,7 @@ class Trainer:
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.clock = Clock(**found.state["clock"])
         self.learner.optimizer_step = found.state["optimizer_step"]
-        self.guards = Guards(dict(found.state["guards"]))
+        self.guards = Guards(self.recipe, found.state["guards"])
         self.micro_batch.restore(found.state["micro_batch"])
         if self.recipe.model.recompute == "auto" and found.state["recompute"]:
             self.learner.recompute = True

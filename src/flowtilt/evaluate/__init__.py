@@ -40,6 +40,7 @@ class Evaluation:
         score: its mean over the images that have it.
         by_tag: the same for each tag; empty where prompts have none.
         rewards: mean of each reward and detail that has any score.
+        stds: their standard deviations over the images.
         missing: images without a score, of each column that misses any.
         images: how many were judged.
         samples: images [M, 3, H, W] for the report, with their prompts, scores and notes beside them.
@@ -49,6 +50,7 @@ class Evaluation:
     score: float
     by_tag: dict[str, float]
     rewards: dict[str, float]
+    stds: dict[str, float]
     missing: dict[str, int]
     images: int
     samples: Tensor
@@ -145,6 +147,7 @@ def evaluate(
         mean,
         _by_tag(columns[column], drawn),
         {name: value for name, values in columns.items() if (value := _mean(values)) is not None},
+        {name: float(values[~values.isnan()].double().std(correction=0)) for name, values in columns.items() if _mean(values) is not None},
         {name: count for name, values in columns.items() if (count := int(values.isnan().sum()))},
         images,
         _collected(kept, len(told), world),

@@ -1,0 +1,76 @@
+"""docs/metrics.md is whole: every metric that any objective logs is on it, it names none that is not logged, and every guard is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import QUICK
+
+from flowtilt import Trainer
+from flowtilt.config import load_recipe
+from flowtilt.files import read_lines
+from flowtilt.guards.rules import RULES
+from flowtilt.setup import OBJECTIVES
+
+PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+REWARD = """
+from flowtilt import RewardOutput
+def mine(images, prompts):
+    return RewardOutput(images.mean((1, 2, 3)), details={"red": images[:, 0].mean((1, 2))})
+"""
+TINY = ["steps=1", "rollout.prompts=2", "rollout.images_per_prompt=2", "evaluate.every=0", "evaluate.images=1", "evaluate.samples=0"]
+
+
+def first_cells(section):
+    """Names in backticks in the first column of a section's table."""
+    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M)
+    assert text, section
+    rows = re.findall(r"^\| (`.*?) \|", text[1], re.M)
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def logged(kind, folder):
+    settings = [f"objective.type={kind}", "rewards.mine=" + str(folder / "mine.py") + ":mine"]
+    with_reference = [] if kind == "ram" else ["objective.kl=0.1"]
+    size = [] if kind == "grpo" else ["objective.times_per_image=1"]
+    quick = [setting for setting in QUICK if not setting.startswith("objective.")]
+    recipe = load_recipe("playground", [*quick, *TINY, *settings, *with_reference, *size, f"run={folder / kind}"])
+    Trainer(recipe).run()
+    return set(read_lines(folder / kind / "metrics.jsonl")[0])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Names that each objective logs."""
+    folder = tmp_path_factory.mktemp("metrics")
+    (folder / "mine.py").write_text(REWARD)
+    return {kind: logged(kind, folder) for kind in OBJECTIVES}
+
+
+def as_on_the_page(name):
+    """`reward/mine/red_std` is `reward/<name>/<detail>` there."""
+    name = re.sub(r"^(reward|missing)/(mine|playground)", r"\1/<name>", name)
+    return re.sub(r"/<name>/red(_std)?$", "/<name>/<detail>", name)
+
+
+def test_every_metric_is_on_the_page_and_the_page_names_no_other(found):
+    documented = [name for section in ("Rewards", "Images", "The loss", "Clocks") for name in first_cells(section)]
+    assert set(documented) == {as_on_the_page(name) for names in found.values() for name in names}
+    assert len(documented) == len(set(documented)) + 1  # kl is FlowGRPO's own, too
+
+
+def test_a_row_of_the_loss_names_the_objectives_that_log_it(found):
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE[PAGE.index("## The loss") : PAGE.index("## Clocks")], re.M)
+    said: dict[str, set[str]] = {}
+    for name, kinds in rows:
+        named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo)\b", kinds))
+        said[name] = said.get(name, set()) | (set(OBJECTIVES) if kinds == "all" else named)
+    forward = set(OBJECTIVES) - {"grpo"}
+    assert said.pop("norm_ratio") == set() and all(("norm_ratio" in found[kind]) == (kind in forward) for kind in OBJECTIVES)
+    for name, kinds in said.items():
+        assert kinds == {kind for kind in OBJECTIVES if name in found[kind]}, name
+
+
+def test_every_guard_has_its_reason_and_metrics_point_to_guards_that_exist():
+    assert first_cells("Guards") == [*RULES]
+    assert set(re.findall(r"[Gg]uard `(\w+)`", PAGE)) <= set(RULES)
