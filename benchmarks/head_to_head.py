@@ -24,6 +24,7 @@ from contest.running import Job, run_all
 from contest.settings import ABLATIONS, METHODS, QUICK, Plan
 
 from flowtilt.cli.quiet import quieten
+from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.files import write_atomic, write_json
 
@@ -60,7 +61,6 @@ class Contest:
         """All seeds of each method with the setting that its search has chosen."""
         jobs = [job for method in self.plan.methods for job in main_jobs(self.folder, self.plan, method, self.chosen(method))]
         self._run("runs", jobs)
-        self._base()
 
     def ablate(self) -> None:
         """All seeds of DiffusionNFT with one change each."""
@@ -93,18 +93,26 @@ class Contest:
             ablations += [entry_of(job, **told) for job in jobs]
         return {
             "plan": declared(plan),
-            "base": json.loads((self.folder / "base.json").read_text()),
+            "base": self._base(),
             "entries": entries,
             "search": {method: search_of(self.folder, plan, method) for method in plan.methods},
             "ablations": ablations,
         }
 
     def report(self, results: Path, page: Path, plot: Path) -> None:
-        """Writes the results' file, the picture, and the page's generated part."""
+        """Writes the results' file, the picture, and the page's generated part, of what is finished.
+
+        Raises:
+            UserError: nothing is.
+        """
         found = self.results()
+        runs: dict[str, list[Path]] = {}
+        for entry in found["entries"]:
+            runs.setdefault(entry["method"], []).append(self.folder / "runs" / f"{entry['method']}-{entry['seed']}")
+        if not runs:
+            raise UserError(f"{self.folder}: no run is finished yet; the stage run comes first")
         write_json(results, found)
-        runs = {method: main_jobs(self.folder, self.plan, method, self.chosen(method)) for method in self.plan.methods}
-        write_plot(plot, {method: [job.folder for job in jobs if job.finished()] for method, jobs in runs.items()})
+        write_plot(plot, runs)
         if page.is_file():
             write_atomic(page, with_results(page.read_text(encoding="utf-8"), found))
         self.say(f"results  {results}\nplot     {plot}\npage     {page}")
@@ -114,14 +122,14 @@ class Contest:
         chosen = self.chosen("nft")
         return [name for name, variant in ABLATIONS.items() if not set(variant.overrides) <= set(chosen)]
 
-    def _base(self) -> None:
-        if not (self.folder / "base.json").is_file():
+    def _base(self) -> dict[str, Any]:
+        """What is measured of the base, once."""
+        kept = self.folder / "base.json"
+        if not kept.is_file():
             from contest.measures import measures_of
 
-            write_json(
-                self.folder / "base.json",
-                measures_of(Job(self.folder, "playground", self.plan.overrides, 0).load(), None, self.plan.amount),
-            )
+            write_json(kept, measures_of(load_recipe("playground", self.plan.overrides), None, self.plan.amount))
+        return json.loads(kept.read_text())
 
     def _run(self, what: str, jobs: list[Job]) -> None:
         self.say(f"{what}: {len(jobs)} runs")

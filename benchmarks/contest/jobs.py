@@ -5,6 +5,7 @@ from pathlib import Path
 from contest.running import Job, more_rollouts
 from contest.settings import ABLATIONS, METHODS, POINTS, SEARCH_SEED, Amount, Plan
 from flowtilt.config import load_recipe
+from flowtilt.errors import UserError
 
 VALIDATION = ("prompts=playground-search", "evaluate.prompts=playground-search", "evaluate.samples=0")
 
@@ -40,5 +41,8 @@ def ablation_jobs(folder: Path, plan: Plan, variant: str, setting: tuple[str, ..
 
 def _job(folder: Path, recipe: str, overrides: tuple[str, ...], plan: Plan, budget: int, amount: Amount | None = None) -> Job:
     overrides = (*plan.overrides, *overrides)
-    rollouts = more_rollouts(load_recipe(recipe, overrides), 0, plan.budget)
+    read = load_recipe(recipe, overrides)
+    if not more_rollouts(read, 0, budget):
+        raise UserError(f"budget {plan.budget}: {budget} network evaluations are less than one rollout of {read.name}; choose a larger one")
+    rollouts = more_rollouts(read, 0, plan.budget)
     return Job(folder, recipe, (*overrides, f"evaluate.every={max(1, rollouts // POINTS)}"), budget, amount)

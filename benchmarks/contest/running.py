@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from contest.settings import Amount
 from flowtilt.config import Recipe, load_recipe
@@ -148,10 +149,11 @@ def run_all(jobs: Sequence[Job], workers: int, say: Callable[[str], None], secon
     left = [job for job in jobs if not job.finished()]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
-    failed, live = [], {}
-    slowness, expected = 1.0, 0.0
-    begun = time.monotonic()
-    number = len(left)
+    begun, number = time.monotonic(), len(left)
+    ahead = {job: seconds(job) for job in left}
+    whole = sum(ahead.values())
+    failed: list[Job] = []
+    live: dict[int, tuple[Job, Any]] = {}
     try:
         while left or live:
             while left and len(live) < workers:
@@ -159,16 +161,15 @@ def run_all(jobs: Sequence[Job], workers: int, say: Callable[[str], None], secon
                 process = CONTEXT.Process(target=work, args=(job,))
                 process.start()
                 live[process.sentinel] = (job, process)
-            for sentinel in wait(list(live)):
+            for sentinel in [found for found in wait(list(live)) if isinstance(found, int)]:
                 job, process = live.pop(sentinel)
                 process.join()
-                expected += seconds(job)
-                slowness = (time.monotonic() - begun) * workers / max(expected, 1e-9) if not live or expected > 60 else slowness
                 if process.exitcode:
                     failed.append(job)
                     say(f"{job.name} failed, see {job.folder.name}.log in {job.folder.parent}")
-                ahead = [*left, *(other for other, _ in live.values())]
-                minutes = slowness * sum(map(seconds, ahead)) / workers / 60
+                del ahead[job]
+                more = sum(ahead.values())
+                minutes = (time.monotonic() - begun) / (whole - more) * more / 60
                 say(f"{number - len(ahead)} of {number}: {job.name}" + (f"; about {minutes:.0f} min left" if ahead else ""))
     except KeyboardInterrupt:
         for _, process in live.values():
