@@ -15,6 +15,7 @@ from flowtilt.prompts import Prompt
 from flowtilt.seeding import generator
 
 TRAIN, TEST = world.prompts("train"), world.prompts("test")
+SEARCH, VALIDATION = world.search_prompts("train"), world.search_prompts("validation")
 EVERY = TRAIN + TEST
 
 
@@ -31,6 +32,20 @@ def test_train_and_test_share_no_combination():
     assert not {content(p) for p in TRAIN} & {content(p) for p in TEST}
 
 
+def test_the_search_divides_the_training_prompts_and_shares_no_combination_with_the_validation():
+    assert {p.text for p in SEARCH + VALIDATION} < {p.text for p in TRAIN}  # thinned placements are in neither
+    assert not {content(p) for p in SEARCH} & {content(p) for p in VALIDATION}
+    left_out = [p for p in TRAIN if p.text not in {q.text for q in SEARCH}]
+    assert {content(p) for p in left_out} == {content(p) for p in VALIDATION}
+
+
+def test_the_validation_is_made_as_the_test_is():
+    def count(prompts: list[Prompt]) -> list[int]:
+        return [sum(p.tag == tag for p in prompts) for tag in TAGS]
+
+    assert count(VALIDATION) == count(TEST)
+
+
 def test_no_train_caption_places_the_objects_of_a_test_caption_in_any_order_or_relation():
     train = {p.text for p in TRAIN}
     for prompt in TEST:
@@ -44,12 +59,12 @@ def test_captions_are_distinct_and_of_22_words():
     assert len({word for p in EVERY for word in p.text.split()}) == 22
 
 
-@pytest.mark.parametrize("split", [TRAIN, TEST], ids=["train", "test"])
+@pytest.mark.parametrize("split", [TRAIN, TEST, SEARCH, VALIDATION], ids=["train", "test", "search", "validation"])
 def test_all_six_tags_are_on_both_sides(split):
     assert list(dict.fromkeys(p.tag for p in split)) == list(TAGS)
 
 
-@pytest.mark.parametrize("split", [TRAIN, TEST], ids=["train", "test"])
+@pytest.mark.parametrize("split", [TRAIN, TEST, SEARCH, VALIDATION], ids=["train", "test", "search", "validation"])
 def test_every_shape_colour_count_and_relation_is_on_both_sides(split):
     entries = [entry for p in split for entry in p.metadata["include"]]
     assert {entry["class"] for entry in entries} == set(SHAPES)
@@ -59,16 +74,19 @@ def test_every_shape_colour_count_and_relation_is_on_both_sides(split):
 
 
 def test_the_split_is_the_same_in_another_process_with_another_hash_seed():
-    code = "from flowtilt.playground import world; print([p.text for s in ('train', 'test') for p in world.prompts(s)])"
+    code = "from flowtilt.playground import world; print([p.text for s in ('train', 'test') for p in world.prompts(s)]"
+    code += " + [p.text for p in world.search_prompts('validation')])"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == str([p.text for p in EVERY])
+    assert done.stdout.strip() == str([p.text for p in EVERY + VALIDATION])
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="'valid' is not 'train' or 'test'"):
         world.prompts("valid")
+    with pytest.raises(ValueError, match="'test' is not 'train' or 'validation'"):
+        world.search_prompts("test")
 
 
 def test_every_caption_parses_to_its_prompt_whatever_its_case_and_spaces():

@@ -104,7 +104,7 @@ class EvaluateSettings(Settings):
     every: int = Field(default=10, ge=0)
     """Rollouts between evaluations; 0 evaluates only before and after."""
     prompts: str | None = None
-    """Prompt file or a set's name; none takes the test split of a playground run, else the training prompts."""
+    """Prompt file or a set's name; none takes the other split of a playground run, else the training prompts."""
     rewards: tuple[str, ...] = ()
     """Rewards to report, the first of them as the score, "geneval/strict" being a detail of one; none takes those of `[rewards]`."""
     images: int = Field(default=240, ge=1)

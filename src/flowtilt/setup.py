@@ -25,6 +25,9 @@ from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
 from flowtilt.sharding import Lockstep
 
+PLAYGROUND = ("playground", "playground-search")
+"""Sets that bring prompts to train on and others to judge by."""
+
 
 def build_policy(recipe: Recipe, world: World) -> Policy:
     """The recipe's model with fresh adapters, spread over the ranks where the recipe says so and there are several."""
@@ -69,13 +72,15 @@ def training_prompts(recipe: Recipe) -> list[Prompt]:
 
 
 def evaluation_prompts(recipe: Recipe, training: list[Prompt]) -> list[Prompt]:
-    """The prompts to evaluate on: the recipe's own, else the playground's test split beside its train split, else the training prompts."""
-    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts == "playground" else None)
+    """The prompts to evaluate on: the recipe's own, else the playground's other split, else the training prompts."""
+    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts in PLAYGROUND else None)
     return load_prompts(source, "test") if source else training
 
 
 def load_prompts(source: str, split: str = "test") -> list[Prompt]:
-    """The prompts of a file or a named set; `split` is the playground's."""
+    """The prompts of a file or a named set; `split`, "train" or "test", is the playground's, whose search is judged by its validation."""
+    if source == "playground-search":
+        return playground.search_prompts("train" if split == "train" else "validation")
     if source == "playground":
         return playground.prompts("train" if split == "train" else "test")
     return sets.load(source)

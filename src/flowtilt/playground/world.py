@@ -8,6 +8,10 @@ A prompt's *combination* is the set of objects it names. Test combinations occur
 of any tag, neither when the base was pretrained nor when it is reinforced: if "red circle with blue
 square" is a test combination, no training caption mentions the two together, in whatever order or
 relation.
+
+Settings are not to be chosen by the test. For that `search_prompts` divides the training prompts once more, in the
+same manner: a validation split, and what is left to train on meanwhile. Reinforcement on the one has not met the
+other's combinations; pretraining has, as it has met all that is not the test's.
 """
 
 from collections.abc import Sequence
@@ -34,6 +38,7 @@ RADIUS = (4.7, 5.2)
 JITTER = 1.8
 
 Named = tuple[str | None, str]  # (color or None, shape)
+Combination = frozenset[tuple[int, str | None, str]]  # (count, color or None, shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def _related_cells(relation: str, rng: torch.Generator) -> list[int]:
     return [a + 2 * first, b + 2 * second]
 
 
-def combination(prompt: Prompt) -> frozenset[tuple[int, str | None, str]]:
+def combination(prompt: Prompt) -> Combination:
     """The set of (count, colour, shape) that a prompt names: what the split keeps apart."""
     return frozenset((entry["count"], entry.get("color"), entry["class"]) for entry in prompt.metadata["include"])
 
@@ -150,37 +155,36 @@ def _prompt(tag: str, named: list[tuple[int, Named]], relation: str | None = Non
 
 
 @cache
-def _test_combinations() -> frozenset[frozenset[tuple[int, str | None, str]]]:
-    """One shape, two pairs of shapes that share none, every colour with one shape, a fifth of the counts, a sixth of the coloured pairs."""
+def _held_out(fold: int) -> frozenset[Combination]:
+    """Combinations of the test (fold 0) or the validation split (fold 1), which share none.
+
+    One shape, two pairs of shapes that share none, every colour with one shape, a fifth of the counts, a sixth of the coloured pairs.
+    """
     colors = [None, *COLORS]
-    held: set[frozenset[tuple[int, str | None, str]]] = {
-        frozenset({(1, None, "cross")}),
-        frozenset({(1, None, "circle"), (1, None, "triangle")}),
-        frozenset({(1, None, "square"), (1, None, "cross")}),
-    }
-    held |= {frozenset({(1, color, shape)}) for color, shape in zip(COLORS, SHAPES, strict=True)}
+    plain = ((("cross",), ("circle", "triangle"), ("square", "cross")), (("square",), ("circle", "square"), ("triangle", "cross")))[fold]
+    held: set[Combination] = {frozenset((1, None, shape) for shape in shapes) for shapes in plain}
+    turned = SHAPES[fold:] + SHAPES[:fold]
+    held |= {frozenset({(1, color, shape)}) for color, shape in zip(COLORS, turned, strict=True)}
     held |= {
         frozenset({(count, color, shape)})
         for count in COUNTS
         for c, color in enumerate(colors)
         for s, shape in enumerate(SHAPES)
-        if (c + s + count) % 5 == 0
+        if (c + s + count) % 5 == fold
     }
     coloured = [(1, color, shape) for color in COLORS for shape in SHAPES]
     pairs = [frozenset(pair) for pair in combinations(coloured, 2) if pair[0][1] != pair[1][1] and pair[0][2] != pair[1][2]]
     order = torch.randperm(len(pairs), generator=generator(0, "playground split")).tolist()
-    return frozenset(held | {pairs[i] for i in order[: len(pairs) // 6]})
+    share = len(pairs) // 6
+    return frozenset(held | {pairs[i] for i in order[share * fold : share * (fold + 1)]})
 
 
 @cache
-def _split(split: str) -> tuple[Prompt, ...]:
-    test = split == "test"
-    found = [p for p in _all_prompts() if (combination(p) in _test_combinations()) == test]
-    if not test:
-        return tuple(found)
-    # eight placements of each held-out coloured pair would be two thirds of the test; one each keeps the tags even
+def _judged(fold: int) -> tuple[Prompt, ...]:
+    """The prompts of `_held_out`'s combinations."""
+    # eight placements of each held-out coloured pair would be two thirds of the split; one each keeps the tags even
     kept, seen = [], set()
-    for prompt in found:
+    for prompt in (p for p in _all_prompts() if combination(p) in _held_out(fold)):
         many = prompt.tag == "position" and "color" in prompt.metadata["include"][0]
         if many and (combination(prompt) in seen or prompt.metadata["include"][0]["position"][0] != RELATIONS[len(seen) % 4]):
             continue
@@ -190,11 +194,24 @@ def _split(split: str) -> tuple[Prompt, ...]:
     return tuple(kept)
 
 
+@cache
+def _trained(folds: int) -> tuple[Prompt, ...]:
+    """The prompts whose combinations the first so many folds leave."""
+    return tuple(p for p in _all_prompts() if not any(combination(p) in _held_out(fold) for fold in range(folds)))
+
+
 def prompts(split: Literal["train", "test"]) -> list[Prompt]:
     """The prompts of a split, grouped by tag in the order of `TAGS`. The two share no combination."""
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is not 'train' or 'test'")
-    return list(_split(split))
+    return list(_judged(0) if split == "test" else _trained(1))
+
+
+def search_prompts(split: Literal["train", "validation"]) -> list[Prompt]:
+    """The training prompts divided once more, to choose settings without the test: no two of the three share a combination."""
+    if split not in ("train", "validation"):
+        raise ValueError(f"split {split!r} is not 'train' or 'validation'")
+    return list(_judged(1) if split == "validation" else _trained(2))
 
 
 @cache

@@ -73,7 +73,7 @@ class Run:
         trained = self.recipe.get("prompts")
         evaluate = self.recipe.get("evaluate")
         scored = evaluate.get("prompts") if isinstance(evaluate, dict) else None
-        return trained in (None, "playground") or scored not in (None, trained)
+        return trained in (None, "playground", "playground-search") or scored not in (None, trained)
 
     @cached_property
     def metric_names(self) -> list[str]:

@@ -1,0 +1,39 @@
+"""How long it takes. No torch here."""
+
+from contest.running import Job
+from contest.settings import ABLATIONS, KEPT, POINTS, Plan
+
+SECONDS = {"nft": 0.91, "grpo": 0.80, "awm": 0.91, "epg": 0.93, "pepg": 0.92, "par": 0.91, "ram": 0.91}
+"""Of a core, for 1,000 network evaluations of training: four rollouts each, one thread, on a Xeon that was busy with other work."""
+EVALUATION = 6.0
+"""Seconds of one evaluation of 240 images."""
+START = 4.0
+"""Seconds until a process trains."""
+MEASURES = 25.0
+"""Seconds of what is measured after a run."""
+
+
+def expected(job: Job) -> float:
+    """Seconds that a job still takes."""
+    left = max(job.budget - job.spent(), 0)
+    return START + _seconds(job.load().objective.type, left, POINTS * left // Plan.budget) + MEASURES * bool(job.amount)
+
+
+def _seconds(method: str, budget: int, points: int) -> float:
+    return SECONDS[method] * budget / 1000 + EVALUATION * points
+
+
+def hours(plan: Plan, stages: list[str], workers: int) -> str:
+    """The estimate as a line."""
+    seconds = dict.fromkeys(stages, 0.0)
+    for method in plan.methods:
+        whole = START + _seconds(method, plan.budget, POINTS)
+        first = START + _seconds(method, plan.first_budget, POINTS * plan.first_budget // plan.budget)
+        tried = len(plan.grid(method))
+        of_stage = {"search": tried * first + min(KEPT, tried) * (whole - first), "run": len(plan.seeds) * (whole + MEASURES)}
+        if method == "nft":
+            of_stage["ablate"] = len(ABLATIONS) * of_stage["run"]
+        for stage in stages:
+            seconds[stage] += of_stage.get(stage, 0.0)
+    told = ", ".join(f"{stage} {value / workers / 3600:.1f} h" for stage, value in seconds.items() if value)
+    return f"about {sum(seconds.values()) / workers / 3600:.1f} h with {workers} processes on as many idle cores ({told})"

@@ -1,0 +1,98 @@
+"""What is measured of a finished run: on noise that nothing was compared on, and without its evaluations' share of luck."""
+
+import math
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contest.settings import Amount
+from flowtilt.config import Recipe, load_recipe
+from flowtilt.evaluate import BLOCK, Row, draw, each, spread
+from flowtilt.files import write_json
+from flowtilt.flow import add_noise, sigma_schedule
+from flowtilt.lora.read import read_lora
+from flowtilt.memory import MicroBatch
+from flowtilt.models.opening import open_model
+from flowtilt.playground import verify
+from flowtilt.prompts import Prompt
+from flowtilt.rollout import Sampler, draw_times
+from flowtilt.seeding import generator, noise
+from flowtilt.setup import evaluation_prompts, training_prompts
+from flowtilt.stack import Stack
+
+FRESH = 1_000_003
+"""Seed of the noise; no run has it."""
+TIMES = 4
+"""Noise levels at which the distance from the reference is taken, for each prompt."""
+
+
+def measure(run: Path, amount: Amount) -> None:
+    """Writes measures.json into the folder of a finished run; see `measures_of`."""
+    write_json(run / "measures.json", measures_of(load_recipe(run / "recipe.toml"), run, amount))
+
+
+def measures_of(recipe: Recipe, run: Path | None, amount: Amount) -> dict[str, Any]:
+    """What can be said of a run's EMA, or of the base where there is no run.
+
+    held_out, trained: strict score on the test's prompts, whose combinations no training prompt has, and on the training prompts.
+    diversity: mean distance of two images of one test prompt, of all images and of the right ones among them; none without a pair.
+    distance: mean (v - v_ref)^2 at noised images of the reference.
+    """
+    stack = Stack(open_model(recipe.model, torch.device("cpu")), [read_lora(run)] if run else [])
+    trained = training_prompts(recipe)
+    tests = evaluation_prompts(recipe, trained)
+    groups, right = _drawn(stack, recipe, tests, each(tests, amount.copies))
+    number = torch.arange(len(tests)).repeat_interleave(amount.copies)
+    apart = {"all": diversity(groups, number), "right": diversity(groups[right > 0], number[right > 0])}
+    return {
+        "held_out": float(_drawn(stack, recipe, tests, spread(tests, amount.images))[1].double().mean()),
+        "trained": float(_drawn(stack, recipe, trained, spread(trained, amount.images))[1].double().mean()),
+        "diversity": {name: None if math.isnan(value) else value for name, value in apart.items()},
+        "distance": distance(stack, recipe, tests),
+    }
+
+
+def diversity(images: Tensor, group: Tensor) -> float:
+    """Root mean square difference of two images [3, H, W] in [0, 1] of one group, averaged over pairs, then groups; NaN without a pair.
+
+    Args:
+        images: [N, 3, H, W].
+        group: of each, [N].
+    """
+    means = []
+    for number in group.unique().tolist():
+        own = images[group == number].flatten(1)
+        apart = [float((a - b).square().mean().sqrt()) for a, b in combinations(own, 2)]
+        if apart:
+            means.append(sum(apart) / len(apart))
+    return sum(means) / len(means) if means else math.nan
+
+
+@torch.no_grad()
+def distance(stack: Stack, recipe: Recipe, prompts: list[Prompt]) -> float:
+    """mean (v - v_ref)^2 over images that the reference draws, one a prompt, each noised to `TIMES` stratified levels."""
+    model, r = stack.model, recipe.rollout
+    places = [(k,) for k in range(len(prompts))]
+    given = model.encode([prompt.text for prompt in prompts])
+    start = noise(FRESH, "reference", places, model.latent_shape)
+    x0 = Sampler(recipe.evaluate.solver, recipe.evaluate.steps)(stack, "base", start, given, BLOCK)
+    sigmas = sigma_schedule(r.steps, model.shift)
+    times = torch.stack([draw_times("stratified", TIMES, sigmas, model.shift, generator(FRESH, "times", *place)) for place in places])
+    found = []
+    for k in range(TIMES):
+        x_t = add_noise(x0, noise(FRESH, "noised", [(*place, k) for place in places], model.latent_shape), times[:, k])
+        moved = stack.velocity("tuned", x_t, times[:, k], given) - stack.velocity("base", x_t, times[:, k], given)
+        found.append(moved.square().mean())
+    return float(torch.stack(found).mean())
+
+
+def _drawn(stack: Stack, recipe: Recipe, prompts: list[Prompt], rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, H, W] of N rows and their strict scores [N]."""
+    e, size = recipe.evaluate, MicroBatch("auto", "cpu")
+    sampler = Sampler(e.solver, e.steps, e.guidance)
+    blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    images = torch.cat([draw(stack, "tuned", prompts, block, sampler, FRESH, size) for block in blocks])
+    return images, verify.score(images, [prompts[index] for index, _ in rows])

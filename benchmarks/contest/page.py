@@ -1,0 +1,146 @@
+"""The results as Markdown and as a picture. No torch here."""
+
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from contest.settings import TARGET
+from flowtilt.files import write_atomic
+from flowtilt.report.compare import compare
+from flowtilt.report.compare.curves import score_chart, tone
+from flowtilt.report.compare.spans import span
+from flowtilt.report.numbers import fixed, short
+
+Record = dict[str, Any]
+BEGIN, END = "<!-- results: written by benchmarks/head_to_head.py -->", "<!-- end of results -->"
+WIDTH, HEIGHT, MARGIN = 860, 470, 56
+
+
+def with_results(page: str, results: Record | None) -> str:
+    """The page with its generated part made anew."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{markdown(results)}\n{END}{tail}"
+
+
+def markdown(results: Record | None) -> str:
+    """The tables; that nothing was run yet, where there are no results."""
+    if not results:
+        return "**Not run yet.** There is no `benchmarks/results/head_to_head.json`."
+    machines = sorted({f"{entry['machine']}, commit {str(entry['commit'])[:12]}" for entry in results["entries"]})
+    parts = [f"Run on: {'; '.join(machines)}.", _methods(results["entries"], results["base"])]
+    if (Path(__file__).parents[2] / "docs" / "images" / "head_to_head.svg").is_file():
+        parts.insert(1, "![Score against network evaluations](images/head_to_head.svg)")
+    parts += ["### What the search tried", *(_search(method, tried) for method, tried in results["search"].items())]
+    if results["ablations"]:
+        parts += ["### Ablations", _ablations(results["ablations"], results["entries"])]
+    return "\n\n".join(parts)
+
+
+def _methods(entries: Sequence[Record], base: Record) -> str:
+    """One row a method: the median over seeds, the lowest and the highest."""
+    head = ["", "seeds", f"evaluations to {TARGET:g}", "final score", "collapsed", "held out", "trained", "diversity", "distance"]
+    rows = [["base", "", "", "", "", *_measured([base])]]
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        rows.append([method, *_row([entry for entry in entries if entry["method"] == method])])
+    return _table(head, rows)
+
+
+def _row(own: Sequence[Record]) -> list[str]:
+    return [
+        str(len(own)),
+        _reached(own),
+        _median([entry["final_score"] for entry in own]),
+        f"{sum(entry['collapsed'] for entry in own)} of {len(own)}",
+        *_measured(own),
+    ]
+
+
+def _reached(own: Sequence[Record]) -> str:
+    """Median and range; how many seeds got there, where not all did."""
+    costs = [entry[f"evaluations_to_{TARGET:g}"] for entry in own]
+    known = [cost for cost in costs if cost is not None]
+    if len(known) == len(costs):
+        found = span(known)
+        return f"{short(found.median)} ({short(found.low)} to {short(found.high)})"
+    median = span([math.inf if cost is None else cost for cost in costs]).median
+    told = f"{len(known)} of {len(costs)} seeds"
+    return f"{short(median)}, {told}" if math.isfinite(median) else f"never ({told})"
+
+
+def _measured(own: Sequence[Record]) -> list[str]:
+    scores = [_median([entry[key] for entry in own]) for key in ("held_out", "trained")]
+    diversities = [entry["diversity"]["right"] for entry in own if entry["diversity"]["right"] is not None]
+    return [*scores, _median(diversities), short(span([entry["distance"] for entry in own]).median, 2)]
+
+
+def _median(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    found = span(values)
+    whole = f" ({fixed(found.low, 3)} to {fixed(found.high, 3)})" if len(values) > 1 else ""
+    return fixed(found.median, 3) + whole
+
+
+def _search(method: str, tried: Sequence[Record]) -> str:
+    rate, knob = tried[0]["settings"]
+    rows = []
+    for record in tried:
+        scores = [fixed(record[part], 3) if record[part] is not None else "–" for part in ("first", "whole")]
+        mark = "**chosen**" if record.get("chosen") else ""
+        rows.append([short(record["settings"][rate]), short(record["settings"][knob]), *scores, mark])
+    return f"{method}\n\n" + _table(["lr", knob.rpartition(".")[2], "a quarter of the budget", "all of it", ""], rows)
+
+
+def _ablations(ablations: Sequence[Record], entries: Sequence[Record]) -> str:
+    head = [
+        "question",
+        "variant",
+        "seeds",
+        f"evaluations to {TARGET:g}",
+        "final score",
+        "collapsed",
+        "held out",
+        "trained",
+        "diversity",
+        "distance",
+    ]
+    rows = [["–", "DiffusionNFT as the search left it", *_row([entry for entry in entries if entry["method"] == "nft"])]]
+    for name in dict.fromkeys(entry["variant"] for entry in ablations):
+        own = [entry for entry in ablations if entry["variant"] == name]
+        rows.append([own[0]["question"], own[0]["label"], *_row(own)])
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def write_plot(target: Path, runs: dict[str, list[Path]]) -> None:
+    """The compare page's curves as a picture of their own, with a legend."""
+    comparison = compare([], labels=runs, targets=[TARGET])
+    chart = re.search(r"<svg role.*</svg>", score_chart(comparison, "evaluations"), re.S)
+    assert chart
+    assets = (resources.files("flowtilt.report") / name for name in ("page.css", "compare.css"))
+    style = "".join(asset.read_text(encoding="utf-8") for asset in assets)
+    # HTML's rules make the chart as large as its box, which a picture has to say itself
+    inner = chart[0].replace(
+        "<svg ", f'<svg x="{MARGIN}" y="44" width="{WIDTH - MARGIN - 20}" height="{HEIGHT - 110}" overflow="visible" ', 1
+    )
+    legend = "".join(
+        f'<g class="{tone(place)}"><line class="line" x1="{x}" x2="{x + 22}" y1="18" y2="18"/><text class="tick" x="{x + 28}" y="22">'
+        f"{escape(method.label)}</text></g>"
+        for place, method in enumerate(comparison.methods)
+        for x in [MARGIN + place * (WIDTH - MARGIN) // len(comparison.methods)]
+    )
+    name = comparison.unit("evaluations").name
+    write_atomic(
+        target,
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, sans-serif">'
+        f'<style>{escape(style, quote=False)}</style><rect width="100%" height="100%" fill="var(--page)"/>{legend}{inner}'
+        f'<text class="tick" x="50%" y="{HEIGHT - 14}" text-anchor="middle">{name}; strict score of the test prompts</text></svg>\n',
+    )

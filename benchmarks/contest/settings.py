@@ -1,0 +1,151 @@
+"""What the comparison compares: methods, their grids, budgets, seeds, ablations. Declared before anything is run.
+
+No torch here.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+"""Learning rates of every grid, as multiples of the method's own recipe."""
+KEPT = 3
+"""Settings of a grid that go on from the first part of the search to the whole budget."""
+SHARE = 4
+"""The first part of the search spends one part in so many of the budget."""
+SEARCH_SEED = 100
+"""Of all runs of the search; none of the seeds that are reported."""
+TARGET = 0.9
+COLLAPSE = 0.1
+"""A run has collapsed where its last score is further than this below its best: six standard errors of one evaluation."""
+POINTS = 12
+"""Evaluations of a whole run, besides the one before."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its search.
+
+    Args:
+        recipe: a recipe of the package, from which all that is not searched comes.
+        rate: its learning rate, in the middle of the grid.
+        knob: the key of its main setting.
+        values: of that.
+    """
+
+    recipe: str
+    rate: float
+    knob: str
+    values: tuple[float, ...]
+
+    def grid(self) -> list[tuple[str, ...]]:
+        """Overrides of each setting."""
+        return [
+            (f"optimizer.lr={self.rate * factor:g}", f"objective.{self.knob}={value:g}") for factor, value in product(FACTORS, self.values)
+        ]
+
+
+METHODS: dict[str, Method] = {
+    "nft": Method("playground", 3e-3, "beta", (0.1, 0.3, 1.0)),
+    "grpo": Method("playground-grpo", 3e-3, "clip_range", (1e-4, 3e-4, 1e-3)),
+    "awm": Method("playground-awm", 3e-3, "anchor", (0.1, 0.3, 1.0)),
+    "epg": Method("playground-epg", 3e-3, "scale", (0.1, 0.5, 2.5)),
+    "pepg": Method("playground-pepg", 3e-3, "scale", (0.1, 0.5, 2.5)),
+    "par": Method("playground-par", 3e-3, "scale", (0.1, 0.5, 2.5)),
+    "ram": Method("playground-ram", 3e-3, "multiplier", (5.0, 15.0, 45.0)),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change of DiffusionNFT as the search left it; `question` is what it belongs to."""
+
+    question: str
+    label: str
+    overrides: tuple[str, ...]
+
+
+WITHOUT_NEGATIVE = (
+    # at beta = 1 and with no advantage beyond the clip, r |v+ error| times the clip is (A + clip) / 2 times v's own error
+    "objective.type=epg",
+    "objective.ratio=false",
+    "objective.scale=0.5",
+    "objective.consistency=5.3",
+    "objective.kl=0.0",
+    "objective.old_policy=linear",
+    "objective.times=stratified",
+    "objective.times_per_image=2",
+)
+
+ABLATIONS: dict[str, Variant] = {
+    "old-copy": Variant("pace of the old policy", "copy", ("objective.old_policy=copy",)),
+    "old-delayed": Variant("pace of the old policy", "delayed", ("objective.old_policy=delayed",)),
+    "beta-0.1": Variant("beta", "0.1", ("objective.beta=0.1",)),
+    "beta-0.3": Variant("beta", "0.3", ("objective.beta=0.3",)),
+    "beta-1": Variant("beta", "1", ("objective.beta=1.0",)),
+    "no-negative": Variant("negative term", "without", WITHOUT_NEGATIVE),
+    "dpm2": Variant("solver of the rollout", "dpm2", ("rollout.solver=dpm2",)),
+    "consistency-0": Variant("consistency", "0", ("objective.consistency=0.0",)),
+}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is measured after a run, on noise that nothing was compared on.
+
+    Args:
+        images: of each of the two scores, spread over tags and prompts as in an evaluation.
+        copies: of each test prompt, within which diversity is taken.
+    """
+
+    images: int
+    copies: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of it is done.
+
+    Args:
+        budget: network evaluations of a whole run, a backward pass counting two.
+        seeds: of the runs that are reported.
+        methods: names in `METHODS`.
+        settings: settings of each grid that are tried, evenly spread over it; none tries all.
+        overrides: of every run; part of the protocol.
+        amount: of what is measured after each of them.
+    """
+
+    budget: int = 432_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] = tuple(METHODS)
+    settings: int | None = None
+    overrides: tuple[str, ...] = ()
+    amount: Amount = Amount(images=360, copies=4)
+
+    @property
+    def first_budget(self) -> int:
+        """Of the first part of the search."""
+        return self.budget // SHARE
+
+    def grid(self, method: str) -> list[tuple[str, ...]]:
+        whole = METHODS[method].grid()
+        if self.settings is None:
+            return whole
+        return [whole[k * len(whole) // self.settings] for k in range(self.settings)]
+
+
+QUICK = Plan(
+    budget=1_600,
+    seeds=(0,),
+    settings=2,
+    overrides=(
+        "rollout.prompts=6",
+        "rollout.images_per_prompt=4",
+        "rollout.steps=4",
+        "optimizer.steps_per_rollout=2",
+        "evaluate.images=12",
+        "evaluate.steps=4",
+        "evaluate.samples=0",
+    ),
+    amount=Amount(images=24, copies=2),
+)
+"""Everything in two or three minutes, to see that it works; its figures mean nothing."""
