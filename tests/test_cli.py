@@ -45,6 +45,7 @@ def test_training_from_the_command_line_says_what_came_out(tmp_path):
         (["train", "playground", "optimizer.lr=-1"], "greater than 0"),
         (["train", "playground", "rollout.images_per_prompt=1"], "greater than or equal to 2"),
         (["train", "playground", "objective.type=ppo"], "objective.type"),
+        (["train", "playground", "--init-lora", "no where"], "lora no where"),
         (["train", "playground", "steps"], "not key=value"),
         (["train", "playground", "prompts=no.txt"], "no.txt"),
         (["train", "playground", "rewards.beauty=1"], "no reward 'beauty'"),

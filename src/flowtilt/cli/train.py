@@ -1,6 +1,7 @@
 """`flowtilt train`, `sample`, `recipes` and `keys`."""
 
 import argparse
+import json
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ def add(commands: Any) -> None:
     train = commands.add_parser("train", help="run a recipe, or go on with a run")
     train.add_argument("recipe", nargs="?", help="name (`flowtilt recipes` lists them) or .toml file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe (`flowtilt keys` lists them)")
+    train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
     train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
     train.set_defaults(call=_train)
 
@@ -48,6 +50,8 @@ def _train(args: argparse.Namespace) -> int:
     quieten()
     if args.recipe and "=" in args.recipe and not Path(args.recipe).exists():
         args.recipe, args.overrides = None, [args.recipe, *args.overrides]
+    if args.init_lora:
+        args.overrides = [*args.overrides, f"lora.init={json.dumps(args.init_lora)}"]
     if args.resume:
         from flowtilt.runs import open_run
 
