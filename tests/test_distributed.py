@@ -19,7 +19,7 @@ def launch(folder, processes, *overrides):
 
 
 def check_the_same(run, reference, steps):
-    for name in ("grad_norm", "loss", "deviation"):
+    for name in ("grad_norm", "loss", "deviation", "images/diversity", "images/blank", "groups/identical_images"):
         ours, theirs = ([record[name] for record in read_lines(folder / "metrics.jsonl")[:steps]] for folder in (run, reference))
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12)
     assert rewards(run)[:steps] == pytest.approx(rewards(reference)[:steps], abs=1e-6)

@@ -265,8 +265,9 @@ def test_kl_may_grow_as_the_square_of_time():
 
 def test_rewards_without_a_score_are_left_out_of_a_trend():
     watch = guards("nft", *WATCHED)
-    nothing = [{"reward/aesthetic": math.nan, "reward/aesthetic_std": math.nan}] * BLOCK
+    nothing = [{"kl": math.inf, "reward/aesthetic": math.nan, "reward/aesthetic_std": math.nan}] * BLOCK
     assert fired(watch, "nft", *block(0.5), *nothing, *block(0.7, aesthetic=4.85))[-1] == ["held_out"]
+    json.dumps(watch.state, allow_nan=False)
 
 
 # evaluations -------------------------------------------------------------------------------------------
@@ -306,8 +307,18 @@ def test_before_the_first_rollout_the_trained_reward_was_what_the_first_ones_hav
         assert bool(judged(watch, 0.4)) == said
 
 
-@pytest.mark.parametrize("name", ["playground", "playground/shape"])
-def test_the_trained_reward_and_details_that_nobody_asked_for_are_not_held_out(name):
-    watch = guards()
+def test_the_larger_of_two_spreads_is_the_measure_of_a_fall():
+    for before, after in ((2.0, 0.1), (0.1, 2.0)):
+        watch = guards()
+        judged(watch, 5.0, std=before, images=10**6)
+        fired(watch, "nft", *[{"reward/playground": 0.4}] * START, *[{"reward/playground": 0.8}] * 20)
+        assert not judged(watch, 4.6, std=after, images=10**6)
+        assert judged(watch, 4.4, std=after, images=10**6)
+
+
+@pytest.mark.parametrize(("name", "held_out"), [("playground", False), ("playground/shape", False), ("playground/asked", True)])
+def test_the_trained_reward_and_details_that_nobody_asked_for_are_not_held_out(name, held_out):
+    watch = guards("nft", "evaluate.rewards=['playground_strict', 'playground/asked']")
     judged(watch, 0.9, name=name)
-    assert not judged(watch, 0.1, name=name)
+    fired(watch, "nft", *[{"reward/playground": 0.4}] * START, *[{"reward/playground": 0.8}] * 20)
+    assert bool(watch.check_evaluation({name: 0.1}, {name: 0.5}, 240)) == held_out
