@@ -43,7 +43,7 @@ TROUBLE = {
     "identical": ("nft", {"groups/identical_images": rules.IDENTICAL}, "objective.kl"),
 }
 """Guards on single rollouts: a method, metrics at the threshold, and a key that the message names."""
-TRENDS = {"kl_growth", "reward_falling", "held_out"}
+TRENDS = ("kl_growth", "reward_falling", "held_out")
 each_guard = pytest.mark.parametrize("name", TROUBLE)
 
 
