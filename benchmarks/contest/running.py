@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -89,17 +88,12 @@ def work(job: Job) -> None:
     log = os.open(job.folder.with_name(f"{job.folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    try:
-        if not _train(job):
-            os._exit(INTERRUPTED)
-        if job.amount:
-            from contest.measures import measure
+    if not _train(job):
+        sys.exit(INTERRUPTED)
+    if job.amount:
+        from contest.measures import measure
 
-            measure(job.folder, job.amount)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        measure(job.folder, job.amount)
 
 
 def _train(job: Job) -> bool:
