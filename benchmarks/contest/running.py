@@ -70,9 +70,9 @@ class Job:
 
 
 def more_rollouts(recipe: Recipe, done: int, budget: int) -> int:
-    """How many rollouts after `done` fit into a budget, if none costs less than it may.
+    """How many rollouts after `done` fit into a budget, each at its full price.
 
-    Groups whose images score alike save FlowGRPO some of it, so that what is left is shared out once more.
+    FlowGRPO pays less where groups score alike and are left out: what it has saved by the end is asked for once more.
     """
     from flowtilt.plan.passes import passes_of
 
@@ -97,7 +97,7 @@ def work(job: Job) -> None:
 
 
 def _train(job: Job) -> bool:
-    """False when interrupted."""
+    """Trains until no rollout fits into the budget any more; false when interrupted."""
     import torch
 
     from flowtilt import Trainer
