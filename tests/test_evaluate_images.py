@@ -9,6 +9,7 @@ from PIL import Image
 from test_cli import run
 
 from flowtilt import UserError
+from flowtilt.cli import main
 from flowtilt.evaluate.images import find_pairs, score_images
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
@@ -125,14 +126,16 @@ def test_the_command_prints_means_and_writes_every_score(tmp_path):
         (["images", "--rewards", "jpeg_compressibility", "--images-per-prompt", "0"], "at least 1"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(tmp_path, words, said):
+def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
     grey(tmp_path / "images" / "1.png", 0)
     grey(tmp_path / "images" / "2.png", 9)
     (tmp_path / "empty").mkdir()
     (tmp_path / "p.txt").write_text("a\nb\nc\n")
-    done = run("score", *words, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    assert main(["score", *words]) == 2
+    told = capsys.readouterr().err
+    last = told.strip().splitlines()[-1]
+    assert "Traceback" not in told
     assert last.startswith("flowtilt: ") and said in last
 
 

@@ -103,7 +103,9 @@ def test_a_program_ends_while_a_judge_is_still_at_it():
     code = """
 import time, torch
 from flowtilt.scoring import Scoring
+from flowtilt import threads
 from flowtilt.threads import in_threads
+threads.GRACE = 1.0
 class Slow:
     off_device = True
     def __call__(self, images, prompts):
