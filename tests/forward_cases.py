@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.flow import velocity_target
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.rollout import TrainingBatch
 
 N, SHAPE = 4, (2, 3, 3)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from flowtilt.models import captions
-from flowtilt.models.base import Conditioning
 from flowtilt.models.captions import Captions, captions_of
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.placement import visiting
 
 

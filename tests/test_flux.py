@@ -17,7 +17,7 @@ from flowtilt.export import export
 from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
 from flowtilt.lora.read import read_lora
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.flux import Flux, _shift
 from flowtilt.models.opening import load_pipeline, open_model
 from flowtilt.policy import ROLES, Policy

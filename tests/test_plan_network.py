@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowtilt import load_recipe
 from flowtilt.config import recipe_names
 from flowtilt.distributed import World
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.nft import NFT

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.sd3 import SD3
 from flowtilt.plan.geometry import KNOWN
 from flowtilt.plan.network import build_pipeline, conditioning

@@ -11,7 +11,7 @@ from flowtilt.config import Recipe
 from flowtilt.distributed import World
 from flowtilt.flow import sigma_schedule
 from flowtilt.memory import MicroBatch
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective, ema_decay
 from flowtilt.phases import Phases
 from flowtilt.policy import Policy

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from flowtilt.errors import UserError
-from flowtilt.models.base import Conditioning, Model
+from flowtilt.models.base import Model
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.seeding import generator
 
 ROLES: tuple[str, ...] = ("current", "old", "ema")

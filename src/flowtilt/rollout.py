@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flowtilt.flow import sigma_schedule
-from flowtilt.models.base import Conditioning, Drawing
+from flowtilt.models.base import Drawing
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.solvers import Velocity, solve
 
 

@@ -13,7 +13,8 @@ from flowtilt.lora import Lora, join
 from flowtilt.lora.find import run_of_checkpoint, split_alpha
 from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
-from flowtilt.models.base import Conditioning, Model
+from flowtilt.models.base import Model
+from flowtilt.models.conditioning import Conditioning
 
 
 def recipe_of(place: Path) -> Recipe | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from flowtilt.config import Recipe
 from flowtilt.config_objectives import GRPOSettings
 from flowtilt.flow import sigma_schedule
-from flowtilt.models.base import Conditioning, Drawing
+from flowtilt.models.base import Drawing
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective
 from flowtilt.rollout import Sampler, guided
 from flowtilt.seeding import noise

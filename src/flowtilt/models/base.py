@@ -1,44 +1,13 @@
 """What the rest of flowtilt asks of a model family. A model is one file that fulfils `Model`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from flowtilt.models.captions import Captions
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a network reads of N captions, a caption that many images share being held once.
-
-    Args:
-        distinct: named tensors, the first axis of each going over distinct captions.
-        rows: which of them each of the N is, [N] on the CPU.
-    """
-
-    distinct: Mapping[str, Tensor]
-    rows: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def select(self, index: Tensor) -> "Conditioning":
-        """The rows `index` [M], repeats allowed."""
-        return Conditioning(self.distinct, self.rows[index])
-
-    def join(self, other: "Conditioning") -> "Conditioning":
-        """These rows, then the other's."""
-        number = len(next(iter(self.distinct.values())))
-        distinct = {name: torch.cat([x, other.distinct[name]]) for name, x in self.distinct.items()}
-        return Conditioning(distinct, torch.cat([self.rows, number + other.rows]))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The N rows, each repeated wherever it occurs."""
-        return {name: x[self.rows.to(x.device)] for name, x in self.distinct.items()}
+from flowtilt.models.captions import Captions
+from flowtilt.models.conditioning import Conditioning
 
 
 class Model(Protocol):
@@ -59,7 +28,7 @@ class Model(Protocol):
     lora_targets: Sequence[str]
     """Ends of the names of the layers that LoRA adapts."""
     device: torch.device
-    encode: "Captions"
+    encode: Captions
     """Conditioning of N captions, `encode(texts)`; see `models.captions`."""
     pipeline: Any
     """The diffusers pipeline, with its `vae`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowtilt.errors import UserError
 from flowtilt.files import cache_folder, write_atomic
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.placement import visiting
 
 IN_MEMORY = 2 * 2**30

@@ -16,8 +16,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from flowtilt.errors import UserError
 from flowtilt.models import pipeline as common
-from flowtilt.models.base import Conditioning
 from flowtilt.models.captions import captions_of
+from flowtilt.models.conditioning import Conditioning
 
 GUIDANCE = 3.5
 """The pipeline's own default, and FlowGRPO's in training and evaluation: a LoRA is trained as it will be drawn with."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flowtilt.errors import UserError
 from flowtilt.models import pipeline as common
-from flowtilt.models.base import Conditioning
 from flowtilt.models.captions import captions_of
+from flowtilt.models.conditioning import Conditioning
 
 T5_LENGTH = 128
 """DiffusionNFT's, in training and evaluation; diffusers' own default is 256."""

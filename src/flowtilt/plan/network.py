@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowtilt.config import ModelSettings
 from flowtilt.config_objectives import ObjectiveSettings
-from flowtilt.models.base import Conditioning
+from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import DTYPES
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.nft import NFT
