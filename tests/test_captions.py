@@ -104,3 +104,20 @@ def test_visiting_modules_come_home_as_they_were_also_after_an_error(monkeypatch
     assert len(moved) == len(before) == 5
     for name, x in module.state_dict(keep_vars=True).items():
         assert x.data_ptr() == before[name][0] and torch.equal(x, before[name][1])
+
+
+def test_what_has_moved_goes_home_also_where_memory_ends_half_way(monkeypatch):
+    module = nn.Linear(2, 2)
+    before = {name: x.data_ptr() for name, x in module.named_parameters()}
+    moved = []
+
+    def to(x, device):
+        if moved:
+            raise torch.OutOfMemoryError("full")
+        moved.append(x)
+        return x.clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError), visiting([module], torch.device("cuda", 0)):
+        pass
+    assert moved and {name: x.data_ptr() for name, x in module.named_parameters()} == before

@@ -57,3 +57,16 @@ def test_a_fixed_size_is_never_changed_but_savings_are_tried():
 def test_a_single_row_that_does_not_fit_is_one_line():
     with pytest.raises(UserError, match="out of memory with micro_batch = 1"):
         MicroBatch("auto", "cpu").fit("train", work(0, []))
+
+
+def test_a_try_that_failed_counts_for_nothing():
+    class Policy:
+        evaluations = 7
+
+    policy = Policy()
+
+    def run(size):
+        policy.evaluations += 5
+        return work(30, [])(size)
+
+    assert MicroBatch("auto", "cpu").fit("train", run, counter=policy) == 24 and policy.evaluations == 12

@@ -108,7 +108,7 @@ def test_groups_without_a_difference_are_left_out(tmp_path):
     (tmp_path / "reward.py").write_text(
         "import torch\ndef reward(images, prompts):\n"
         "    same = prompts[0].text\n"
-        "    return torch.tensor([0.5 if p.text == same else float(i.mean()) for p, i in zip(prompts, images)])\n"
+        "    return torch.tensor([0.1 if p.text == same else float(i.mean()) for p, i in zip(prompts, images)])\n"
     )
     trainer = Trainer(grpo(tmp_path / "run", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)

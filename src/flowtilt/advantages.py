@@ -8,6 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+FLAT = 1e-12
+"""A group whose rewards differ by less, in float64 and relative to their size, has no advantage."""
+
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
     """Mean of the numbers among `values` [N] within each image's group, spread back to [N]; `groups` [N] are any integers.
@@ -47,7 +50,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
     # float64, or equal rewards differ from their own mean by a rounding that a small std would blow up
     rewards = rewards.double()
     centred = rewards - group_means(rewards, groups)
-    flat = group_stds(rewards, groups) <= 1e-12 * group_means(rewards.abs(), groups).clamp_min(1)
+    flat = group_stds(rewards, groups) <= FLAT * group_means(rewards.abs(), groups).clamp_min(1)
     centred = torch.where(flat & ~rewards.isnan(), torch.zeros_like(centred), centred)
     if scale == "none":
         return centred.float()

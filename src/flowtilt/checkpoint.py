@@ -20,7 +20,7 @@ from torch import Tensor
 from flowtilt.errors import UserError
 from flowtilt.files import digest, whole_folder, write_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -58,24 +58,27 @@ class Learner:
         order = order[rollout.kept[order]].tolist()
         number = len(order)
         means: dict[str, float] = {}
-        skipped = 0
+        skipped = empty = 0
         for k in range(per_rollout):
             chunk = order[number * k // per_rollout : number * (k + 1) // per_rollout]
             if not chunk:  # the optimizer would still decay weights and follow its averages
-                skipped += 1
+                empty += 1
                 continue
             own = self._rows(step, rollout, [i - rollout.indices.start for i in chunk if i in rollout.indices])
             number_of_rows = len(chunk) * self.recipe.rows_per_image()
-            sums = self.micro_batch.fit("train", lambda size, own=own, of=number_of_rows: self._gradients(own, of, size), self._save_memory)
+            sums = self.micro_batch.fit(
+                "train", lambda size, own=own, of=number_of_rows: self._gradients(own, of, size), self._save_memory, self.policy
+            )
             norm = self._update(sums, phases)
             skipped += not norm < float("inf")
             for name, value in {**{name: float(value) / number_of_rows for name, value in sums.items()}, "grad_norm": norm}.items():
-                means[name] = means.get(name, 0.0) + value / per_rollout
-        return {**means, "skipped_updates": skipped, "lr": self.rate()}
+                means[name] = means.get(name, 0.0) + value
+        made = per_rollout - empty
+        return {**{name: value / made for name, value in means.items()}, "skipped_updates": skipped + empty, "lr": self.rate()}
 
     def _save_memory(self) -> bool:
         """Turns gradient checkpointing on; false where it is on already, was not left to us, or would be on one rank of a sharded base."""
-        if self.recompute or self.recipe.model.recompute != "auto" or self.recipe.shard != "none":
+        if self.recompute or self.recipe.model.recompute != "auto" or self.recipe.shard != "none" or not self.policy.can_recompute:
             return False
         self.recompute = True
         return True
@@ -87,8 +90,8 @@ class Learner:
 
     @recompute.setter
     def recompute(self, on: bool) -> None:
-        self._recompute = on
         self.policy.recompute(on)
+        self._recompute = on
 
     def _rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
         """What is trained of this rank's images `own`: each at several noise levels, or at several steps of its path."""

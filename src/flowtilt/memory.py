@@ -1,13 +1,22 @@
 """The micro-batch: how many rows pass through the network at once, found by trying where it is left to us."""
 
+import gc
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from flowtilt.errors import UserError
 
 T = TypeVar("T")
+
+
+class Counter(Protocol):
+    """What counts network evaluations."""
+
+    evaluations: int
+
+
 START = {"cpu": 96, "cuda": 1152}
 """Where "auto" begins. On a CPU larger batches no longer fit its caches; a GPU's memory ends the search."""
 FEWEST = 4
@@ -32,22 +41,29 @@ class MicroBatch:
         """Rows that work of this kind takes at once."""
         return self.sizes.get(kind, self._first)
 
-    def fit(self, kind: str, work: Callable[[int], T], save_memory: Callable[[], bool] = lambda: False) -> T:
+    def fit(
+        self, kind: str, work: Callable[[int], T], save_memory: Callable[[], bool] = lambda: False, counter: Counter | None = None
+    ) -> T:
         """`work(size)`, begun anew with half the size where it did not fit.
 
         Args:
             save_memory: asked before a size that is small already is halved, or a fixed one given up; true where
                 it found a way, and the search begins anew.
+            counter: whose `evaluations` a try that failed does not count in.
 
         Raises:
             UserError: a fixed size, or a single row, does not fit.
         """
+        before = counter.evaluations if counter else 0
         while True:
             size = self.size(kind)
+            if counter:
+                counter.evaluations = before
             try:
                 return work(size)
             except torch.OutOfMemoryError:
                 pass  # the traceback holds the tensors of what failed: go on after it is gone
+            gc.collect()  # a checkpointed forward that failed leaves a cycle, with activations in it
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if (size < 2 * FEWEST or not self.auto) and save_memory():

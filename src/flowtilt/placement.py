@@ -28,9 +28,9 @@ def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Non
     """Inside, the weights of `modules` are on `device`; afterwards they are where they were, the very same tensors."""
     tensors = {id(x): x for module in modules for x in chain(module.parameters(), module.buffers())}.values()
     away = [(x, x.data) for x in tensors if x.device != device]
-    for x, home in away:
-        x.data = home.to(device)
     try:
+        for x, home in away:
+            x.data = home.to(device)
         yield
     finally:
         for x, home in away:

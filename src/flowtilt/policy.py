@@ -113,9 +113,16 @@ class Policy:
             self._kept[role] = (self._version[role], found)
         return found
 
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the network has gradient checkpointing, as diffusers' models say."""
+        return bool(getattr(self.model.network, "_supports_gradient_checkpointing", False))
+
     def recompute(self, on: bool = True) -> None:
         """Gradient checkpointing: the network keeps only what enters its blocks, and computes them anew in the backward pass."""
         network: Any = self.model.network
+        if not self.can_recompute:
+            raise UserError(f"model.recompute: a {type(network).__name__} can't compute its activations anew; set it to false")
         if not on:
             network.disable_gradient_checkpointing()
             return

@@ -100,10 +100,10 @@ def judges_of(recipe: Recipe) -> list[Named]:
 
 def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward], dict[str, Reward]]:
     """The rewards that train and those that judge; what does both is loaded once, and off the device where models only visit it."""
-    device = home(recipe.model.offload, device)
-    trained, _ = load_named(rewards_of(recipe), device=device)
+    away = home(recipe.model.offload, device)
+    trained, _ = load_named(rewards_of(recipe), device=device, home=away)
     only = [one for one in judges_of(recipe) if one.name not in trained]
-    others = load_named(only, device=device)[0] if only else {}
+    others = load_named(only, device=device, home=away)[0] if only else {}
     return trained, {one.name: (trained | others)[one.name] for one in judges_of(recipe)}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowtilt import checkpoint, distributed, runs
-from flowtilt.advantages import combine, group_advantages, group_stds
+from flowtilt.advantages import FLAT, combine, group_advantages, group_stds
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, to_toml
 from flowtilt.display import Display
@@ -71,6 +71,9 @@ class Trainer:
         check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
+        images = recipe.rollout.prompts * recipe.rollout.images_per_prompt
+        if images < self.world.size:
+            raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
         self.rewards, self.judges = load_rewards(recipe, self.world.device)
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
         self.prompts = training_prompts(recipe)
@@ -85,11 +88,12 @@ class Trainer:
             device=self.world.device,
             seed=recipe.seed,
         )
-        if recipe.model.compile and (why := compile_blocks(self.policy)) and self.world.rank == 0:
-            print(f"model.compile: not compiled, going on without ({why})", file=sys.stderr, flush=True)
         self.objective = build_objective(recipe.objective)
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
         self.learner = Learner(recipe, self.policy, self.objective, self.world, self.micro_batch)
+        # after the learner, which may have turned recomputation on
+        if recipe.model.compile and (why := compile_blocks(self.policy)) and self.world.rank == 0:
+            print(f"model.compile: not compiled, going on without ({why})", file=sys.stderr, flush=True)
         self.clock, self.guards = Clock(), Guards(recipe)
         self.interrupted = False
         """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
@@ -196,7 +200,9 @@ class Trainer:
                     where, given = [positions[k] for k in rows], conditioning.select(rows)
                     start = noise(self.recipe.seed, "rollout", where, policy.model.latent_shape).to(policy.model.device)
                     x0, path = self.micro_batch.fit(
-                        "sample", lambda size, start=start, given=given, where=where: collect(policy, start, given, where, size)
+                        "sample",
+                        lambda size, start=start, given=given, where=where: collect(policy, start, given, where, size),
+                        counter=policy,
                     )
                 with phases("decode"):
                     images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
@@ -217,7 +223,7 @@ class Trainer:
         metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
         kept = ~advantages.isnan()
         if self.objective.drops_flat:
-            kept &= group_stds(total, groups) > 0
+            kept &= group_stds(total.double(), groups) >= FLAT
         x0 = torch.cat([x0 for x0, _ in parts])
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
@@ -333,5 +339,5 @@ def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) ->
     for percent in (10, 25, 50, 75):
         top = max(1, ordered.shape[1] * percent // 100)
         found[f"reward/top_{percent}"] = float(ordered[:, :top].nanmean())
-    flat = group_stds(total.double(), groups).view(len(ordered), -1)[:, 0] < 1e-12
+    flat = group_stds(total.double(), groups).view(len(ordered), -1)[:, 0] < FLAT
     return {**found, "groups/without_variance": float(flat.double().mean())}

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from flowtilt.prompts import Prompt
-from flowtilt.rewards import RewardOutput, judging, score
+from flowtilt.rewards import RewardOutput, judging, load_reward, score
 from flowtilt.rewards.judging import judge
 
 PROMPTS = [Prompt(f"picture {k}") for k in range(7)]
@@ -60,3 +60,23 @@ def test_a_model_is_there_for_its_own_turn(monkeypatch):
 def test_nothing_to_judge_is_no_error():
     found, notes = judge({"mean": mean}, torch.empty(0, 3, 4, 4), [], "cpu")
     assert found["mean"].shape == (0,) and notes == []
+
+
+def test_a_class_waits_elsewhere_only_if_it_names_its_models(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Plain:\n"
+        "    def __init__(self, *, device):\n        self.device = device\n"
+        "    def __call__(self, images, prompts):\n        return torch.ones(len(images))\n"
+        "class Roaming(Plain):\n    modules = ()\n"
+        "class Network(torch.nn.Module):\n"
+        "    def __init__(self, *, device):\n        super().__init__()\n        self.device = device\n"
+        "        self.scale = torch.nn.Parameter(torch.ones(1))\n"
+        "    def forward(self, images, prompts):\n        return images.mean((1, 2, 3)) * self.scale\n"
+    )
+    built = {}
+    for name in ("Plain", "Roaming", "Network"):
+        built[name] = load_reward("mine", f"{tmp_path}/mine.py:{name}", device="meta", home="cpu")
+    assert {name: reward.device.type for name, reward in built.items()} == {"Plain": "meta", "Roaming": "cpu", "Network": "meta"}
+    found, _ = judge({"network": built["Network"]}, IMAGES, PROMPTS, "cpu")
+    assert torch.equal(found["network"], mean(IMAGES, PROMPTS))

@@ -76,7 +76,7 @@ def assess(
     if not prompts and images is None and images_per_prompt is None:
         images = e.images
     settings = model_settings(model, recipe, resolution)
-    judges, left_out = load_named(named, device=home(settings.offload, world.device))
+    judges, left_out = load_named(named, device=world.device, home=home(settings.offload, world.device))
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)
     stack = Stack(open_model(settings, world.device), added)

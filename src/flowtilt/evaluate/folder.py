@@ -159,6 +159,7 @@ def run(
     world.barrier()  # nobody writes before everybody has read
     mine = [todo[k] for k in world.share(len(todo))]
     total = sum(len(block.rows) for block in todo)
+    drawing.model.encode.prepare(block.of.prompts[index].text for block in mine for index, _ in block.rows)
     with progress(total, hidden=bool(world.rank)) as bar:
         for block in mine:
             images = draw(drawing, block.variant, block.of.prompts, block.rows, sampler, seed, micro_batch)

@@ -93,10 +93,13 @@ class Captions:
             self._folder.mkdir(parents=True, exist_ok=True)
             for text, one in new.items():
                 write_atomic(self._path(text), save(one))
+            self._make_room(self._folder)
         except (OSError, UserError):
-            self._folder = None  # no room, or not ours to write to: a cache can be done without
-            return
-        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in self._folder.glob("*.safetensors"))
+            self._folder = None  # no room, not ours to write to, or cleared away by another: a cache can be done without
+
+    @staticmethod
+    def _make_room(folder: Path) -> None:
+        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*.safetensors"))
         beyond = sum(size for _, size, _ in files) - ON_DISK
         for _, size, file in files:
             if beyond <= 0:

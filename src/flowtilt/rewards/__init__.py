@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt import sources
 from flowtilt.errors import UserError
@@ -62,12 +62,20 @@ class RewardOutput:
 Reward = Callable[[Tensor, list[Prompt]], Tensor | RewardOutput]
 
 
-def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", options: Mapping[str, Any] | None = None) -> Reward:
+def load_reward(
+    name: str,
+    source: str,
+    *,
+    device: torch.device | str = "cpu",
+    home: torch.device | str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Reward:
     """The reward that `source` names: a built-in one, "path/to/file.py:function", or a server's "http://host:port".
 
     Args:
         name: what the recipe calls it; a server is asked for the reward of this name.
         device: where its models go.
+        home: where they wait instead, for a class that names them in `modules`.
         options: keywords for it.
 
     Raises:
@@ -81,12 +89,22 @@ def load_reward(name: str, source: str, *, device: torch.device | str = "cpu", o
     if inspect.isclass(found):
         build = cast(Callable[..., Reward], found)
         try:
-            return build(device=torch.device(device), **options)
+            return build(device=torch.device(device if home is None or not _names_modules(found) else home), **options)
         except UserError:
             raise
         except FAULTS as error:
             raise UserError(f"rewards.{name}: building {source} failed: {told(error)} ({HINT})") from error
     return partial(found, **options) if options else found
+
+
+def _names_modules(found: type) -> bool:
+    """Whether a class says which models may leave the device; `nn.Module.modules` says something else."""
+    return hasattr(found, "modules") and not issubclass(found, nn.Module)
+
+
+def modules_of(reward: Reward) -> tuple[nn.Module, ...]:
+    """The models of a reward that may be elsewhere between two calls."""
+    return (reward,) if isinstance(reward, nn.Module) else tuple(getattr(reward, "modules", ()))
 
 
 def find_reward(name: str, source: str) -> Any:

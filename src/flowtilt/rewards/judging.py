@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowtilt.placement import visiting
 from flowtilt.prompts import Prompt
-from flowtilt.rewards import Reward, score
+from flowtilt.rewards import Reward, modules_of, score
 
 PART = 64
 """Images that are on the device at once."""
@@ -27,7 +27,7 @@ def judge(
     found: dict[str, Tensor] = {}
     notes = [""] * len(prompts)
     for name, reward in rewards.items():
-        with visiting(getattr(reward, "modules", ()), device):
+        with visiting(modules_of(reward), device):
             parts = [
                 score({name: reward}, images[start : start + PART].to(device), prompts[start : start + PART])
                 for start in range(0, len(prompts), PART)

@@ -60,7 +60,9 @@ def with_compat(named: Named) -> Named:
     return Named(named.name, named.source, {**named.options, "compat": True}, named.optional)
 
 
-def load_named(named: Sequence[Named], *, device: torch.device | str = "cpu") -> tuple[dict[str, Reward], dict[str, str]]:
+def load_named(
+    named: Sequence[Named], *, device: torch.device | str = "cpu", home: torch.device | str | None = None
+) -> tuple[dict[str, Reward], dict[str, str]]:
     """Rewards by name, and why each optional one that can't run here is left out.
 
     Raises:
@@ -70,7 +72,7 @@ def load_named(named: Sequence[Named], *, device: torch.device | str = "cpu") ->
     left_out: dict[str, str] = {}
     for one in named:
         try:
-            found[one.name] = load_reward(one.name, one.source, device=device, options=one.options)
+            found[one.name] = load_reward(one.name, one.source, device=device, home=home, options=one.options)
         except UserError as error:
             if not one.optional:
                 raise
