@@ -8,9 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-FLAT = 1e-12
-"""A group whose rewards differ by less, in float64 and relative to their size, has no advantage."""
-
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
     """Mean of the numbers among `values` [N] within each image's group, spread back to [N]; `groups` [N] are any integers.
@@ -26,6 +23,13 @@ def group_means(values: Tensor, groups: Tensor) -> Tensor:
 def group_stds(values: Tensor, groups: Tensor) -> Tensor:
     """Population standard deviation of `values` [N] within each image's group, spread back to [N]; NaN as in `group_means`."""
     return group_means((values - group_means(values, groups)).square(), groups).sqrt()
+
+
+def flat_groups(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Whether an image's group has rewards that differ by no more than rounding, so that none has an advantage; [N], false for NaN."""
+    # float64, or equal rewards differ from their own mean by a rounding that a small std would blow up
+    rewards = rewards.double()
+    return (group_stds(rewards, groups) <= 1e-12 * group_means(rewards.abs(), groups).clamp_min(1)) & ~rewards.isnan()
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps: float = 1e-4) -> Tensor:
@@ -47,11 +51,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
         raise ValueError("rewards must be finite")
     if scale not in ("global", "group", "none"):
         raise ValueError(f"scale {scale!r} is not 'global', 'group' or 'none'")
-    # float64, or equal rewards differ from their own mean by a rounding that a small std would blow up
     rewards = rewards.double()
-    centred = rewards - group_means(rewards, groups)
-    flat = group_stds(rewards, groups) <= FLAT * group_means(rewards.abs(), groups).clamp_min(1)
-    centred = torch.where(flat & ~rewards.isnan(), torch.zeros_like(centred), centred)
+    centred = (rewards - group_means(rewards, groups)).masked_fill(flat_groups(rewards, groups), 0.0)
     if scale == "none":
         return centred.float()
     std = group_stds(rewards, groups) if scale == "group" else rewards[~rewards.isnan()].std(correction=0)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from flowtilt.faults import first_line
 from flowtilt.policy import Policy
 from flowtilt.seeding import generator
 
@@ -26,7 +27,7 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> str:
         for block in blocks:
             block._compiled_call_impl = None  # what nn.Module.compile has set, for which there is no other way back
         torch._dynamo.reset()
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     finally:
         policy.evaluations = before
         for parameter in policy.parameters:

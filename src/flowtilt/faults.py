@@ -15,6 +15,11 @@ HINT = "--debug shows the traceback"
 _OTHERS = [Path(flowtilt.__file__).parent, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def told(error: BaseException) -> str:
     """`ValueError: too dark, at mine.py:12`; a UserError's own words alone."""
     words = " ".join(str(error).split())

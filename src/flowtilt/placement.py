@@ -29,11 +29,11 @@ def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Non
     tensors = {id(x): x for module in modules for x in chain(module.parameters(), module.buffers())}.values()
     away = [(x, x.data) for x in tensors if x.device != device]
     try:
-        for x, home in away:
-            x.data = home.to(device)
+        for x, kept in away:
+            x.data = kept.to(device)
         yield
     finally:
-        for x, home in away:
-            x.data = home
+        for x, kept in away:
+            x.data = kept
         if away:
             torch.cuda.empty_cache()

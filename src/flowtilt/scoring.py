@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies, score
-from flowtilt.rewards.judging import judge
+from flowtilt.rewards.judging import joined, judge
 from flowtilt.threads import Background
 
 PARTS = 8
@@ -61,13 +61,7 @@ class Scoring:
         Raises:
             UserError: a reward failed.
         """
-        answers = [future.result()[0] for future in self._asked]
-        columns = dict.fromkeys(column for answer in answers for column in answer)
-        lengths = [len(next(iter(answer.values()))) for answer in answers]
-        found = {
-            column: torch.cat([a.get(column, torch.full((n,), torch.nan)) for a, n in zip(answers, lengths, strict=True)])
-            for column in columns
-        }
+        found = joined([future.result()[0] for future in self._asked])
         if self._local:
             images = self._images[0] if len(self._images) == 1 else torch.cat(self._images)
             found |= judge(self._local, images, self._prompts, self._device)[0]

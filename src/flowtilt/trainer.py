@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowtilt import checkpoint, distributed, runs
-from flowtilt.advantages import FLAT, combine, group_advantages, group_stds
+from flowtilt.advantages import combine, flat_groups, group_advantages
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, to_toml
 from flowtilt.display import Display
@@ -84,7 +84,7 @@ class Trainer:
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],
-            side=int(str(self.policy.model.protocol["resolution"])),
+            side=self.policy.model.latent_shape[-1] * self.policy.model.pipeline.vae_scale_factor,
             device=self.world.device,
             seed=recipe.seed,
         )
@@ -223,7 +223,7 @@ class Trainer:
         metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
         kept = ~advantages.isnan()
         if self.objective.drops_flat:
-            kept &= group_stds(total.double(), groups) >= FLAT
+            kept &= ~flat_groups(total, groups)
         x0 = torch.cat([x0 for x0, _ in parts])
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
@@ -339,5 +339,5 @@ def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) ->
     for percent in (10, 25, 50, 75):
         top = max(1, ordered.shape[1] * percent // 100)
         found[f"reward/top_{percent}"] = float(ordered[:, :top].nanmean())
-    flat = group_stds(total.double(), groups).view(len(ordered), -1)[:, 0] < FLAT
+    flat = flat_groups(total, groups).view(len(ordered), -1).any(1)
     return {**found, "groups/without_variance": float(flat.double().mean())}

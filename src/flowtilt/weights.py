@@ -15,6 +15,7 @@ import torch
 
 from flowtilt.download import fetch, fetch_hub, wrong
 from flowtilt.errors import UserError
+from flowtilt.faults import first_line
 from flowtilt.files import cache_folder
 
 
@@ -169,13 +170,9 @@ def read(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         with torch.serialization.safe_globals(list(allowed)):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than tensors, or is damaged, so it is not read: {_first_line(error)}") from error
+        raise UserError(f"{path}: holds more than tensors, or is damaged, so it is not read: {first_line(error)}") from error
     except Exception as error:  # in a damaged file the reader can fail anywhere
-        raise UserError(f"{path}: can't be read, it may be cut short: {_first_line(error)}") from error
+        raise UserError(f"{path}: can't be read, it may be cut short: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__} instead of named tensors; fetch the file again")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ import uvicorn
 
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
+from flowtilt.rewards import RewardOutput
 from flowtilt.rewards.server import app
 
 
@@ -82,3 +83,15 @@ def levels(images, prompts):
 
 def prompt(text="a", **more):
     return Prompt(text, **more)
+
+
+def picky(images, prompts):
+    if any(p.text == "poison" for p in prompts):
+        raise ValueError("no antidote\nknown")
+    return levels(images, prompts)
+
+
+def judged(images, prompts):
+    scores = levels(images, prompts)
+    scores[scores == 7] = torch.nan
+    return RewardOutput(scores, [f"saw {p.text} {p.tag} {p.metadata}" for p in prompts], {"half": scores / 2})

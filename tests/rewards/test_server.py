@@ -13,25 +13,12 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from PIL import Image
-from reward_servers import ask, asking, connected, grey, levels, running
+from reward_servers import ask, asking, connected, grey, judged, levels, picky, running
 
 from flowtilt.errors import UserError
 from flowtilt.pictures import to_pil, to_png
-from flowtilt.rewards import RewardOutput
 from flowtilt.rewards.server import serve
 from flowtilt.rewards.wire import Limits, key_from_environment, picture
-
-
-def picky(images, prompts):
-    if any(p.text == "poison" for p in prompts):
-        raise ValueError("no antidote\nknown")
-    return levels(images, prompts)
-
-
-def judged(images, prompts):
-    scores = levels(images, prompts)
-    scores[scores == 7] = torch.nan
-    return RewardOutput(scores, [f"saw {p.text} {p.tag} {p.metadata}" for p in prompts], {"half": scores / 2})
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ import torch
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
-from reward_servers import ask, asking, connected, grey, levels, prompt, running, wait_until
+from reward_servers import ask, asking, connected, grey, judged, levels, picky, prompt, running, wait_until
 
-from flowtilt.rewards import RewardOutput
 from flowtilt.rewards.batching import Batcher
 from flowtilt.rewards.wire import Limits
 
@@ -37,18 +36,6 @@ class Gate:
         assert self.open.wait(20)
         self.inside -= 1
         return levels(images, prompts)
-
-
-def picky(images, prompts):
-    if any(p.text == "poison" for p in prompts):
-        raise ValueError("no antidote\nknown")
-    return levels(images, prompts)
-
-
-def judged(images, prompts):
-    scores = levels(images, prompts)
-    scores[scores == 7] = torch.nan
-    return RewardOutput(scores, [f"saw {p.text} {p.tag} {p.metadata}" for p in prompts], {"half": scores / 2})
 
 
 def in_threads(calls):

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowtilt.errors import UserError
+from flowtilt.faults import first_line
 from flowtilt.lora import Lora
 from flowtilt.lora.fit import check
+from flowtilt.models.opening import folder_of
 
 NETWORK = "transformer"
 """The folder of the network in a pipeline's."""
@@ -22,11 +24,8 @@ NETWORK = "transformer"
 
 def local_folder(path: str) -> Path | None:
     """The folder of a model that needs no download, or none."""
-    if path == "playground":
-        from flowtilt.playground import pipeline_path
-
-        return pipeline_path()
-    return Path(path) if Path(path).is_dir() else None
+    place = Path(folder_of(path))
+    return place if place.is_dir() else None
 
 
 def pipeline_folder(path: str, revision: str | None) -> Path:
@@ -41,8 +40,7 @@ def pipeline_folder(path: str, revision: str | None) -> Path:
     try:
         return Path(DiffusionPipeline.download(path, revision=revision))
     except Exception as error:  # the hub and the disk each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {path}: neither a folder nor to be had from the hub: {reason}") from error
+        raise UserError(f"model {path}: neither a folder nor to be had from the hub: {first_line(error)}") from error
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from flowtilt.config import ModelSettings
 from flowtilt.errors import UserError
-from flowtilt.faults import FAULTS, HINT, told
+from flowtilt.faults import FAULTS, HINT, first_line, told
 from flowtilt.files import digest, shown
 from flowtilt.models.base import Model
 from flowtilt.placement import stay_away
@@ -46,7 +46,7 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
         try:
             model.network.set_attention_backend(settings.attention)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"model.attention: {settings.attention!r} can't be used here: {_first_line(error)}") from error
+            raise UserError(f"model.attention: {settings.attention!r} can't be used here: {first_line(error)}") from error
     return model
 
 
@@ -109,7 +109,7 @@ def load_pipeline(
     Raises:
         UserError: nothing can be loaded from there.
     """
-    place = _folder_of(path)
+    place = folder_of(path)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if os.path.isdir(place) and not os.path.exists(os.path.join(place, "model_index.json")):
@@ -136,7 +136,8 @@ def load_pipeline(
     return pipeline
 
 
-def _folder_of(path: str) -> str:
+def folder_of(path: str) -> str:
+    """A model's path, that of the playground being inside the package."""
     if path != "playground":
         return path
     from flowtilt.playground import pipeline_path
@@ -148,7 +149,7 @@ def _why(path: str, error: Exception) -> str:
     """What to do about a pipeline that can't be loaded."""
     kinds = tuple(type(one) for one in _chain(error))
     if os.path.isdir(path):
-        return f"can't be loaded as a diffusers pipeline: {_first_line(error)}"
+        return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
     if path.startswith((".", "/", "~")):
         return "no such folder"
     if any(issubclass(kind, GatedRepoError) for kind in kinds):
@@ -159,8 +160,8 @@ def _why(path: str, error: Exception) -> str:
         how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
         return f"not on this machine, and {how}; fetch it where there is a network with `hf download {path}`, or give a folder that has it"
     if any(issubclass(kind, HfHubHTTPError) for kind in kinds):
-        return f"the hub refused: {_first_line(error)}"
-    return f"can't be loaded as a diffusers pipeline: {_first_line(error)}"
+        return f"the hub refused: {first_line(error)}"
+    return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -169,13 +170,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def fingerprint(path: str, revision: str | None) -> dict[str, str]:
     """Which weights these are: a hub snapshot's commit, or the SHA-256 of each weights file of a folder."""
-    place = _folder_of(path)
+    place = folder_of(path)
     if os.path.isdir(place):
         return {str(file.relative_to(place)): digest(file) for file in sorted(Path(place).rglob("*.safetensors"))}
     from huggingface_hub import try_to_load_from_cache

@@ -13,6 +13,15 @@ PART = 64
 """Images that are on the device at once."""
 
 
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns of all parts, one part after the other; a part has NaN in a column that it lacks."""
+    lengths = [len(next(iter(part.values()))) for part in parts]
+    return {
+        column: torch.cat([part.get(column, torch.full((n,), torch.nan)) for part, n in zip(parts, lengths, strict=True)])
+        for column in dict.fromkeys(column for part in parts for column in part)
+    }
+
+
 def judge(
     rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Prompt], device: torch.device | str
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -32,10 +41,7 @@ def judge(
                 score({name: reward}, images[start : start + PART].to(device), prompts[start : start + PART])
                 for start in range(0, len(prompts), PART)
             ]
-        columns = dict.fromkeys(column for scores, _ in parts for column in scores)
-        for column in columns:
-            blank = [torch.full((len(said),), torch.nan) for _, said in parts]
-            found[column] = torch.cat([scores.get(column, nothing) for (scores, _), nothing in zip(parts, blank, strict=True)])
+        found |= joined([scores for scores, _ in parts])
         said = [note for _, part in parts for note in part]
         notes = [note or new for note, new in zip(notes, said, strict=True)]
     return found, notes
