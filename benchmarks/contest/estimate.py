@@ -1,9 +1,9 @@
 """How long it takes. No torch here."""
 
 from contest.running import Job
-from contest.settings import ABLATIONS, KEPT, POINTS, Plan
+from contest.settings import ABLATIONS, POINTS, Plan
 
-SECONDS = {"nft": 0.91, "grpo": 0.80, "awm": 0.91, "epg": 0.93, "pepg": 0.92, "par": 0.91, "ram": 0.91}
+SECONDS = {"nft": 0.91, "grpo": 0.80, "awm": 0.91, "epg": 0.93, "pepg": 0.92, "ram": 0.91}
 """Of a core, for 1,000 network evaluations of training: four rollouts each, one thread, on a Xeon that was busy with other work."""
 EVALUATION = 6.0
 """Seconds of one evaluation of 240 images."""
@@ -28,9 +28,8 @@ def hours(plan: Plan, stages: list[str], workers: int) -> str:
     seconds = dict.fromkeys(stages, 0.0)
     for method in plan.methods:
         whole = START + _seconds(method, plan.budget, POINTS)
-        first = START + _seconds(method, plan.first_budget, POINTS * plan.first_budget // plan.budget)
-        tried = len(plan.grid(method))
-        of_stage = {"search": tried * first + min(KEPT, tried) * (whole - first), "run": len(plan.seeds) * (whole + MEASURES)}
+        tried = START + _seconds(method, plan.search_budget, POINTS * plan.search_budget // plan.budget)
+        of_stage = {"search": len(plan.grid(method)) * tried, "run": len(plan.seeds) * (whole + MEASURES)}
         if method == "nft":
             of_stage["ablate"] = len(ABLATIONS) * of_stage["run"]
         for stage in stages:

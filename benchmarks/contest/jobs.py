@@ -10,13 +10,13 @@ from flowtilt.errors import UserError
 VALIDATION = ("prompts=playground-search", "evaluate.prompts=playground-search", "evaluate.samples=0")
 
 
-def search_jobs(folder: Path, plan: Plan, method: str, budget: int) -> list[Job]:
+def search_jobs(folder: Path, plan: Plan, method: str) -> list[Job]:
     """One for each setting of the method's grid, with its training and validation prompts."""
     jobs = []
     for setting in plan.grid(method):
         name = ",".join(item.partition(".")[2] for item in setting)
         overrides = (*setting, *VALIDATION, f"seed={SEARCH_SEED}")
-        jobs.append(_job(folder / "search" / f"{method},{name}", METHODS[method].recipe, overrides, plan, budget))
+        jobs.append(_job(folder / "search" / f"{method},{name}", METHODS[method].recipe, overrides, plan, plan.search_budget))
     return jobs
 
 

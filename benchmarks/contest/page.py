@@ -90,10 +90,10 @@ def _search(method: str, tried: Sequence[Record]) -> str:
     rate, knob = tried[0]["settings"]
     rows = []
     for record in tried:
-        scores = [fixed(record[part], 3) if record[part] is not None else "–" for part in ("first", "whole")]
+        score = fixed(record["score"], 3) if record["score"] is not None else "–"
         mark = "**chosen**" if record.get("chosen") else ""
-        rows.append([short(record["settings"][rate]), short(record["settings"][knob]), *scores, mark])
-    return f"{method}\n\n" + _table(["lr", knob.rpartition(".")[2], "a quarter of the budget", "all of it", ""], rows)
+        rows.append([short(record["settings"][rate]), short(record["settings"][knob]), score, mark])
+    return f"{method}\n\n" + _table(["lr", knob.rpartition(".")[2], "score", ""], rows)
 
 
 def _ablations(ablations: Sequence[Record], entries: Sequence[Record]) -> str:

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from contest.jobs import search_jobs
 from contest.running import Job
-from contest.settings import COLLAPSE, KEPT, METHODS, SEARCH_SEED, TARGET, Plan
-from flowtilt.report.compare.entries import Entry, load_entry
+from contest.settings import COLLAPSE, METHODS, SEARCH_SEED, TARGET, Plan
+from flowtilt.report.compare.entries import load_entry
 from flowtilt.report.compare.spans import crossing
 
 Record = dict[str, Any]
@@ -57,42 +55,19 @@ def _measures(path: Path) -> Record:
 
 
 def search_of(folder: Path, plan: Plan, method: str) -> list[Record]:
-    """Every setting of a method's grid with its scores on the validation split; none where a run is not done, or not made.
+    """Every setting of a method's grid with its last score on the validation split; none where a run is not done.
 
-    `first` is the score of the last evaluation within the first part of the budget, `whole` the last of all.
+    Once all are done, the best is `chosen`; among equals the earlier, whose learning rate is lower.
     """
     found = []
-    for job in search_jobs(folder, plan, method, plan.first_budget):
-        record: Record = {"settings": settings_of(job.overrides, method), "first": None, "whole": None, "network_evaluations": 0}
-        if job.finished():
-            run = load_entry(job.folder)
-            record |= {"first": _score_within(run, plan.first_budget), "network_evaluations": job.spent()}
-            record["whole"] = float(run.scores[-1]) if _whole(job, plan).finished() else None
-        found.append(record)
-    if all(record["first"] is not None for record in found):
-        kept = best_of([record["first"] for record in found], KEPT)
+    for job in search_jobs(folder, plan, method):
+        score = float(load_entry(job.folder).scores[-1]) if job.finished() else None
+        found.append({"settings": settings_of(job.overrides, method), "score": score, "network_evaluations": job.spent()})
+    scores = [record["score"] for record in found]
+    if None not in scores:
         for place, record in enumerate(found):
-            record["kept"] = place in kept
-        whole = [record["whole"] if record["kept"] else None for record in found]
-        if all(whole[place] is not None for place in kept):
-            chosen = best_of([-math.inf if score is None else score for score in whole], 1)
-            for place, record in enumerate(found):
-                record["chosen"] = place in chosen
+            record["chosen"] = place == scores.index(max(scores))
     return found
-
-
-def _whole(job: Job, plan: Plan) -> Job:
-    return Job(job.folder, job.recipe, job.overrides, plan.budget)
-
-
-def _score_within(run: Entry, budget: int) -> float:
-    costs, scores = run.line("evaluations")
-    return float(scores[np.flatnonzero(costs <= budget)[-1]])
-
-
-def best_of(scores: Sequence[float], number: int) -> list[int]:
-    """Places of the highest scores; among equals the earlier, whose learning rate is lower."""
-    return sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:number]
 
 
 def settings_of(overrides: Sequence[str], method: str) -> Record:
@@ -105,7 +80,6 @@ def declared(plan: Plan) -> Record:
     """The plan as data, which a folder of runs and the file of results begin with."""
     return {
         **{key: value for key, value in asdict(plan).items() if key not in ("seeds", "methods")},
-        "first_budget": plan.first_budget,
-        "kept": KEPT,
+        "search_budget": plan.search_budget,
         "search_seed": SEARCH_SEED,
     }

@@ -6,12 +6,10 @@ No torch here.
 from dataclasses import dataclass
 from itertools import product
 
-FACTORS = (0.25, 0.5, 1.0, 2.0)
+FACTORS = (0.5, 1.0, 2.0)
 """Learning rates of every grid, as multiples of the method's own recipe."""
-KEPT = 3
-"""Settings of a grid that go on from the first part of the search to the whole budget."""
 SHARE = 4
-"""The first part of the search spends one part in so many of the budget."""
+"""A run of the search spends one part in so many of the budget."""
 SEARCH_SEED = 100
 """Of all runs of the search; none of the seeds that are reported."""
 TARGET = 0.9
@@ -50,7 +48,6 @@ METHODS: dict[str, Method] = {
     "awm": Method("playground-awm", 3e-3, "anchor", (0.1, 0.3, 1.0)),
     "epg": Method("playground-epg", 3e-3, "scale", (0.1, 0.5, 2.5)),
     "pepg": Method("playground-pepg", 3e-3, "scale", (0.1, 0.5, 2.5)),
-    "par": Method("playground-par", 3e-3, "scale", (0.1, 0.5, 2.5)),
     "ram": Method("playground-ram", 3e-3, "multiplier", (5.0, 15.0, 45.0)),
 }
 
@@ -114,7 +111,7 @@ class Plan:
         amount: of what is measured after each of them.
     """
 
-    budget: int = 432_000
+    budget: int = 360_000
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     settings: int | None = None
@@ -122,8 +119,8 @@ class Plan:
     amount: Amount = Amount(images=360, copies=4)
 
     @property
-    def first_budget(self) -> int:
-        """Of the first part of the search."""
+    def search_budget(self) -> int:
+        """Of each run of the search."""
         return self.budget // SHARE
 
     def grid(self, method: str) -> list[tuple[str, ...]]:
