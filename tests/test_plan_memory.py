@@ -32,8 +32,8 @@ def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(tmp_path, dtype, r
     trainer, found = Trainer(recipe), make_plan(recipe, Machine())
     trainer._step()
     drawn, scored = trainer.walk.draw(6, 6), []
-    drawing = measure(lambda: scored.append(trainer._rollout(2, drawn, Phases(torch.device("cpu")))))
-    learning = measure(lambda: trainer.learner.learn(2, scored[0][0], Phases(torch.device("cpu"))))
+    drawing = measure(lambda: scored.append(trainer.method.rollouts.draw(2, drawn, Phases(torch.device("cpu")))))
+    learning = measure(lambda: trainer.method.learner.learn(2, scored[0][0], Phases(torch.device("cpu"))))
     costs, decode, train = found.costs, phase(found, "decode"), phase(found, "train")
     # a CPU is the computer's memory, too: new captions are kept there, and of the GPU's residents the old policy's weights are made
     beside = 6 * costs.caption + costs.brought
@@ -49,8 +49,8 @@ def test_the_peak_of_training_guided_steps_is_that_of_a_real_one_on_a_cpu(tmp_pa
     recipe = quick(tmp_path / "run", "model.dtype=float32", *overrides)
     trainer, found = Trainer(recipe), make_plan(recipe, Machine())
     trainer._step()
-    scored, _ = trainer._rollout(2, trainer.walk.draw(6, 6), Phases(torch.device("cpu")))
-    learning = measure(lambda: trainer.learner.learn(2, scored, Phases(torch.device("cpu"))))
+    scored, _ = trainer.method.rollouts.draw(2, trainer.walk.draw(6, 6), Phases(torch.device("cpu")))
+    learning = measure(lambda: trainer.method.learner.learn(2, scored, Phases(torch.device("cpu"))))
     train = phase(found, "train")
     inside = train.held["micro-batch"] + train.held["captions with the empty one"]
     assert learning.peak == pytest.approx(train.activations + inside + found.costs.lora.bytes, rel=5e-3)

@@ -132,7 +132,7 @@ def test_every_role_and_clock_comes_back(finished, tmp_path):
     for role in ROLES:
         ours = trainer.policy.state(role)
         assert all(torch.equal(ours[name], saved.tensors[role][name]) for name in ours)
-    assert trainer.learner.optimizer_step == 8
+    assert trainer.method.updates["current"].count == 8
     assert trainer.clock.network_evaluations == read_lines(finished / "metrics.jsonl")[-1]["network_evaluations"]
 
 

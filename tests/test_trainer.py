@@ -191,13 +191,13 @@ def test_no_contrast_is_noticed(tmp_path):
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch):
     trainer = Trainer(quick(tmp_path / "run", "steps=1"))
-    loss = type(trainer.objective).loss
+    loss = type(trainer.method.learner.objective).loss
 
     def broken(self, policy, batch):
         value, metrics = loss(self, policy, batch)
         return value * float("nan"), metrics
 
-    monkeypatch.setattr(type(trainer.objective), "loss", broken)
+    monkeypatch.setattr(type(trainer.method.learner.objective), "loss", broken)
     trainer.run()
     assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["nan"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())

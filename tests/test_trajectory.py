@@ -83,10 +83,10 @@ def test_at_the_first_update_the_gradient_is_reinforce(tmp_path, extra):
     trainer = Trainer(grpo(tmp_path / "run", "optimizer.steps_per_rollout=1", *extra))
     phases = Phases(torch.device("cpu"))
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
-    rollout, _ = trainer._rollout(1, drawn, phases)
+    rollout, _ = trainer.method.rollouts.draw(1, drawn, phases)
     own = [k for k in range(len(rollout.x0)) if rollout.kept[k]]
-    rows = trainer.learner._rows(1, rollout, own)
-    trainer.learner._gradients(rows, len(rows), 7)
+    rows = trainer.method.learner._rows(1, rollout, own)
+    trainer.method.learner._gradients(rows, len(rows), 7)
     ours = [p.grad.clone() for p in trainer.policy.parameters]
     for p in trainer.policy.parameters:
         p.grad = None
@@ -112,7 +112,7 @@ def test_groups_without_a_difference_are_left_out(tmp_path):
     )
     trainer = Trainer(grpo(tmp_path / "run", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
-    rollout, metrics = trainer._rollout(1, drawn, Phases(torch.device("cpu")))
+    rollout, metrics = trainer.method.rollouts.draw(1, drawn, Phases(torch.device("cpu")))
     assert metrics["groups/without_variance"] == pytest.approx(1 / 6)
     assert rollout.kept.view(6, 4).any(1).tolist() == [False] + [True] * 5
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowtilt.errors import UserError
 from flowtilt.files import digest, whole_folder, write_json
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,15 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from flowtilt.config_errors import explain
 from flowtilt.config_keys import Key, keys_of
-from flowtilt.config_objectives import GRPOSettings, NFTSettings, ObjectiveSettings, Settings
+from flowtilt.config_objectives import (
+    ACDMDSettings,
+    GRPOSettings,
+    MatchingSettings,
+    NFTSettings,
+    ObjectiveSettings,
+    RTDMDSettings,
+    Settings,
+)
 from flowtilt.errors import UserError
 from flowtilt.sources import absolute
 
@@ -57,6 +66,7 @@ class LoraSettings(Settings):
     """Rank r of the LoRA update."""
     alpha: float = Field(default=64.0, gt=0)
     """The update is alpha / r times B A."""
+    on: tuple[str, ...] = ()
     init: str | None = Field(default=None, min_length=1)
     """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the bare base."""
 
@@ -64,14 +74,21 @@ class LoraSettings(Settings):
 class RolloutSettings(Settings):
     prompts: int = Field(default=48, ge=1)
     """Prompts a rollout."""
-    images_per_prompt: int = Field(default=24, ge=2)
-    """Images of each prompt: the group within which rewards are compared."""
-    solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun"] = "dpm2"
+    images_per_prompt: int = Field(default=24, ge=1)
+    """Images of each prompt: the group within which rewards are compared, so two at least where there are any."""
+    solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "dpm2"
     """ODE solver of the rollout."""
     steps: int = Field(default=10, ge=1)
     """Solver steps."""
     guidance: float = Field(default=1.0, ge=1)
     """Classifier-free guidance scale of the rollout; 1 turns it off."""
+
+    def images(self) -> int:
+        """Of a rollout."""
+        return self.prompts * self.images_per_prompt
+
+    def noise(self) -> float:
+        return 0.9
 
 
 class OptimizerSettings(Settings):
@@ -187,16 +204,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        images = self.rollout.prompts * self.rollout.images_per_prompt
+        images = self.rollout.images()
         if self.optimizer.steps_per_rollout > images:
             raise ValueError(f"optimizer.steps_per_rollout: more steps than the {images} images of a rollout")
-        if isinstance(self.objective, GRPOSettings):
-            self.objective.check(self.rollout.steps)
-        elif self.objective.times == "rollout" and self.objective.times_per_image > self.rollout.steps:
-            raise ValueError(
-                f"objective.times_per_image: a rollout of {self.rollout.steps} steps has no {self.objective.times_per_image} noise levels; "
-                'lower it or set times = "stratified"'
-            )
+        self._check_objective()
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
@@ -211,14 +222,58 @@ class Recipe(Settings):
         for name in self.rewards:
             if "/" in name or name == "total" or re.fullmatch(r"top_\d+|.*_std", name):
                 raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")
-        if not any(reward.weight for reward in self.reward_table().values()):
-            raise ValueError("rewards: every weight is 0, so there is nothing to train on")
         return self
+
+    def _check_objective(self) -> None:
+        """Raises ValueError, which names the key, for what a method can't do with the other tables."""
+        o, r = self.objective, self.rollout
+        trained = [name for name, reward in self.reward_table().items() if reward.weight]
+        if isinstance(o, ACDMDSettings):
+            if trained:
+                raise ValueError(f"rewards.{trained[0]}: acdmd trains on no reward; give it the weight 0, which measures it")
+        elif not trained:
+            raise ValueError("rewards: every weight is 0, so there is nothing to train on")
+        elif r.images_per_prompt < 2:
+            raise ValueError("rollout.images_per_prompt: rewards are compared within a prompt's images, so it takes 2 at least")
+        if isinstance(o, MatchingSettings):
+            self._check_few_steps(o)
+        elif isinstance(o, GRPOSettings):
+            o.check(r.steps)
+        elif o.times == "rollout" and o.times_per_image > r.steps:
+            raise ValueError(
+                f"objective.times_per_image: a rollout of {r.steps} steps has no {o.times_per_image} noise levels; "
+                'lower it or set times = "stratified"'
+            )
+
+    def _check_few_steps(self, o: MatchingSettings) -> None:
+        r = self.rollout
+        if r.solver != "cps":
+            raise ValueError(f'rollout.solver: {o.type} trains the steps of "cps", not those of "{r.solver}"')
+        if r.guidance != 1:
+            raise ValueError(f"rollout.guidance: a student of {o.type} draws without guidance; set it to 1 and see teacher_guidance")
+        if self.shard == "base":
+            raise ValueError(f'shard: {o.type} does not go with "base" yet; set it to "none"')
+        if isinstance(o, ACDMDSettings) and self.optimizer.steps_per_rollout > 1:
+            raise ValueError("optimizer.steps_per_rollout: acdmd makes one update of the student a step; see objective.fake_updates")
+        if isinstance(o, RTDMDSettings):
+            if o.trained_steps >= r.steps:
+                raise ValueError(
+                    f"objective.trained_steps: of {r.steps} steps {r.steps - 1} draw noise and can be trained, not {o.trained_steps}"
+                )
+            for name in o.backprop:
+                if name not in self.rewards:
+                    near = get_close_matches(name, self.rewards, 1)
+                    rather = f"did you mean {near[0]!r}?" if near else "add it there, with the weight 0 if it is not to be compared"
+                    raise ValueError(f"objective.backprop: {name!r} is not in [rewards]; {rather}")
 
     def rows_per_image(self) -> int:
         """How often each image of a rollout is trained: at several noise levels, or at several steps of its path."""
         o = self.objective
-        return o.trained_steps(self.rollout.steps) if isinstance(o, GRPOSettings) else o.times_per_image
+        if isinstance(o, GRPOSettings):
+            return o.trained_steps(self.rollout.steps)
+        if isinstance(o, ACDMDSettings):
+            return 1
+        return o.trained_steps + 1 if isinstance(o, RTDMDSettings) else o.times_per_image
 
     def reward_table(self) -> dict[str, RewardSettings]:
         """The rewards in their longest form."""

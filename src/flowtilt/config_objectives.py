@@ -4,9 +4,11 @@ Defaults are the published values. The method's file in `objectives/` says what 
 the paper, its code and flowtilt differ.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from flowtilt.sources import absolute
 
 
 class Settings(BaseModel):
@@ -166,6 +168,60 @@ class GRPOSettings(Settings):
             raise ValueError(f"objective.span: the last step of cps is deterministic and has no density; end at {steps - 1}")
 
 
+class MatchingSettings(Settings):
+    """What RTDMD's two stages share (arXiv 2605.26108): a student of few steps meets its teacher in distribution."""
+
+    type: Any
+    """The method's own word; named here so that it comes first."""
+    teacher_guidance: float = Field(default=4.5, ge=1)
+    """Classifier-free guidance of the teacher, the bare base; the student never has any."""
+    fake_lr: float = Field(default=3e-5, gt=0)
+    """Constant learning rate of the fake score, which learns what the student draws; `[optimizer]` has the student's."""
+    consistency: float = Field(default=0.01, ge=0)
+    """Weight of the fake score's consistency along steps of cps; 0 saves two of its three forward and backward passes."""
+    consistency_span: float = Field(default=0.2, gt=0, le=1)
+    """Such a step goes down by up to this much in t."""
+    normaliser: Literal["noisy", "mean"] = "noisy"
+    """What divides a sample's gradient: its distance from the teacher's projection as drawn, with noise in it, or without."""
+
+
+class ACDMDSettings(MatchingSettings):
+    type: Literal["acdmd"] = "acdmd"
+    """The method; "acdmd" is AC-DMD, RTDMD's distillation to a few steps, which needs no reward."""
+    fake_updates: int = Field(default=10, ge=1)
+    """Updates of the fake score for each of the student's."""
+
+    reference: ClassVar[bool] = False
+
+
+class RTDMDSettings(MatchingSettings):
+    type: Literal["rtdmd"] = "rtdmd"
+    """The method; "rtdmd" reinforces a few-step student: SubGRPO on some steps, reward back-propagation and AC-DMD on the last."""
+    trained_steps: int = Field(default=2, ge=1)
+    """Stochastic steps that the policy gradient trains, drawn anew each rollout; in the others a prompt's images share their noise."""
+    clip_range: float = Field(default=1e-5, gt=0)
+    """The likelihood ratio counts up to 1 plus and minus this; without effect in a rollout's first update, where it is 1."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantages beyond this many standard deviations count as this many."""
+    matching: float = Field(default=1e-3, ge=0)
+    """Weight of AC-DMD's gradient on the last step; 0 leaves out the fake score."""
+    backprop: dict[str, float] = Field(default_factory=dict)
+    """Rewards of `[rewards]` that the last step follows by their gradient, name = weight; each must be differentiable."""
+    backprop_scale: float = Field(default=1e-4, gt=0)
+    """Weight of their sum R in the loss."""
+    margin: float | None = None
+    """The loss is max(margin - R, 0): an image at the margin is left alone; none follows R without end. Published: 3.0."""
+    fake: str | None = Field(default=None, min_length=1)
+    """The LoRA from which the fake score goes on; none takes `fake` of the last run in `lora.on`."""
+
+    reference: ClassVar[bool] = False
+
+    @field_validator("fake")
+    @classmethod
+    def _with_whole_path(cls, fake: str | None) -> str | None:
+        return fake and absolute(fake)
+
+
 def _nft_unless_said(value: Any) -> Any:
     """A table without a type is DiffusionNFT's, as it was when there was no other."""
     return {"type": "nft", **value} if isinstance(value, dict) else value
@@ -173,7 +229,7 @@ def _nft_unless_said(value: Any) -> Any:
 
 ObjectiveSettings = Annotated[
     Annotated[
-        NFTSettings | AWMSettings | EPGSettings | PEPGSettings | PARSettings | RAMSettings | GRPOSettings,
+        NFTSettings | AWMSettings | EPGSettings | PEPGSettings | PARSettings | RAMSettings | GRPOSettings | ACDMDSettings | RTDMDSettings,
         Field(discriminator="type"),
     ],
     BeforeValidator(_nft_unless_said),

@@ -24,7 +24,8 @@ class Display:
         phases = {name.removeprefix("time/"): seconds for name, seconds in metrics.items() if name.startswith("time/")}
         longest = " ".join(f"{name} {seconds:.2f}s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1])[:3])
         test = "" if self._score is None else f"test {self._score:.3f} · "
-        text = f"reward {metrics['reward/total']:.3f} · {test}{metrics['images_per_second']:.0f} img/s · {longest}"
+        told = f"reward {metrics['reward/total']:.3f}" if "reward/total" in metrics else f"teacher gap {metrics['teacher_gap']:.3f}"
+        text = f"{told} · {test}{metrics['images_per_second']:.0f} img/s · {longest}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()

@@ -34,7 +34,14 @@ def build_policy(recipe: Recipe, world: World) -> Policy:
     sharded = recipe.shard == "base" and world.size > 1
     model = open_model(recipe.model, world.device, sharded)
     merge = False if sharded else None  # merged weights would be whole on every rank
-    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge)
+    policy = Policy(
+        model,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        seed=recipe.seed,
+        merge=merge,
+        below=[read_lora(place) for place in recipe.lora.on],
+    )
     if recipe.lora.init:
         load_lora(policy, read_lora(recipe.lora.init))
     if sharded:

@@ -10,40 +10,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flowtilt import checkpoint, distributed, runs
-from flowtilt.advantages import combine, flat_groups, group_advantages
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, to_toml
+from flowtilt.config_objectives import ACDMDSettings
 from flowtilt.display import Display
+from flowtilt.distil import Distillation
 from flowtilt.environment import describe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
 from flowtilt.export import write_lora
 from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
 from flowtilt.guards import Guards
-from flowtilt.image_metrics import image_features, image_metrics
-from flowtilt.learn import Learner, Scored
 from flowtilt.memory import MicroBatch
 from flowtilt.phases import Phases
-from flowtilt.policy import ROLES
-from flowtilt.prompts import Prompt, PromptWalk
+from flowtilt.prompts import PromptWalk
+from flowtilt.reinforce import Reinforcement
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
-from flowtilt.rollout import Sampler, decode
-from flowtilt.scoring import Scoring
-from flowtilt.seeding import noise
-from flowtilt.setup import (
-    build_objective,
-    build_policy,
-    check_prompts,
-    evaluation_prompts,
-    load_rewards,
-    training_prompts,
-)
+from flowtilt.rollout import Sampler
+from flowtilt.setup import build_policy, check_prompts, evaluation_prompts, load_rewards, training_prompts
 from flowtilt.tracking import Sink, check_installed, open_sinks
-from flowtilt.trajectory import Trajectory, collector
 
 
 @dataclass
@@ -71,14 +59,15 @@ class Trainer:
         check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
-        images = recipe.rollout.prompts * recipe.rollout.images_per_prompt
+        images = recipe.rollout.images()
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
         self.rewards, self.judges = load_rewards(recipe, self.world.device)
-        self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
         self.prompts = training_prompts(recipe)
         self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
-        check_prompts({name: reward for name, reward in self.rewards.items() if self.weights[name]}, self.prompts)
+        weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
+        # a distillation only measures
+        check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.policy = build_policy(recipe, self.world)
         try_rewards(
@@ -88,10 +77,11 @@ class Trainer:
             device=self.world.device,
             seed=recipe.seed,
         )
-        self.objective = build_objective(recipe.objective)
+        if recipe.model.recompute is True:
+            self.policy.recompute()
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
-        self.learner = Learner(recipe, self.policy, self.objective, self.world, self.micro_batch)
-        # after the learner, which may have turned recomputation on
+        self.method = self._method()
+        # after recomputation, which it would not see
         if recipe.model.compile and (why := compile_blocks(self.policy)) and self.world.rank == 0:
             print(f"model.compile: not compiled, going on without ({why})", file=sys.stderr, flush=True)
         self.clock, self.guards = Clock(), Guards(recipe)
@@ -100,6 +90,12 @@ class Trainer:
         self.stopped_by: str | None = None
         """The guard's message that ended the run."""
         self.run_folder = self._open(resume)
+
+    def _method(self) -> Reinforcement | Distillation:
+        o = self.recipe.objective
+        if isinstance(o, ACDMDSettings):
+            return Distillation(self.recipe, o, self.policy, self.walk, self.world, self.micro_batch)
+        return Reinforcement(self.recipe, self.policy, self.walk, self.rewards, self.world, self.micro_batch)
 
     def _open(self, resume: Path | None) -> Path:
         """Makes or finds the folder; the first rank's answer holds for all."""
@@ -159,76 +155,22 @@ class Trainer:
     def _step(self) -> dict[str, float]:
         phases, step = Phases(self.world.device), self.clock.step + 1
         before = self.policy.evaluations
-        drawn = self.walk.draw((step - 1) * self.recipe.rollout.prompts, self.recipe.rollout.prompts)
-        rollout, metrics = self._rollout(step, drawn, phases)
-        with phases("train"):
-            metrics |= self.learner.learn(step, rollout, phases)
-            self.objective.after_rollout(self.policy, self.learner.optimizer_step)
+        metrics = self.method.step(step, phases)
         evaluations = torch.tensor([float(self.policy.evaluations - before)], dtype=torch.float64, device=self.world.device)
         self.world.sum_([evaluations])
         total, seconds = phases.finish()
         self.clock.step = step
         self.clock.seconds += total
         self.clock.network_evaluations += int(evaluations)
-        images = self.recipe.rollout.prompts * self.recipe.rollout.images_per_prompt
         return {
             **metrics,
-            "optimizer_step": self.learner.optimizer_step,
+            "optimizer_step": self.method.updates["current"].count,
             "network_evaluations": self.clock.network_evaluations,
-            "images_per_second": images / total,
-            "images_per_second_per_device": images / total / self.world.size,
+            "images_per_second": self.method.images / total,
+            "images_per_second_per_device": self.method.images / total / self.world.size,
             "seconds": self.clock.seconds,
             **{f"time/{name}": value for name, value in seconds.items()},
         }
-
-    def _rollout(self, step: int, drawn: list[Prompt], phases: Phases) -> tuple[Scored, dict[str, float]]:
-        """Samples with the old policy and scores; advantages compare images of all ranks."""
-        r, policy = self.recipe.rollout, self.policy
-        number = r.prompts * r.images_per_prompt
-        mine = self.world.share(number)
-        own = [drawn[i // r.images_per_prompt] for i in mine]
-        groups = torch.arange(number) // r.images_per_prompt
-        positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
-        with phases("sample"):
-            conditioning = policy.model.encode([p.text for p in own])
-        parts: list[tuple[Tensor, Trajectory | None]] = []
-        features: list[Tensor] = []
-        collect = collector(self.recipe, self.objective, step)
-        with Scoring(self.rewards, self.world.device) as scoring:
-            for rows in scoring.parts(len(own)):
-                with phases("sample"):
-                    where, given = [positions[k] for k in rows], conditioning.select(rows)
-                    start = noise(self.recipe.seed, "rollout", where, policy.model.latent_shape).to(policy.model.device)
-                    x0, path = self.micro_batch.fit(
-                        "sample",
-                        lambda size, start=start, given=given, where=where: collect(policy, start, given, where, size),
-                        counter=policy,
-                    )
-                with phases("decode"):
-                    images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
-                    features.append(image_features(images))
-                scoring.add(images, [own[k] for k in rows])
-                parts.append((x0, path))
-            with phases("reward"):
-                scores, missing = scoring.finish()
-        with phases("sync"):
-            scores = self.world.gather_columns(scores, number)
-            looks = self.world.gather(torch.cat(features).to(self.world.device), number).cpu()
-            missing = self.world.gather_columns({name: value.float() for name, value in missing.items()}, number)
-        try:
-            total = combine(scores, self.weights, self.recipe.combine, groups)
-        except ValueError as error:
-            raise UserError(f"rewards: {error} (step {step})") from None
-        advantages = group_advantages(total, groups, self.recipe.advantage)
-        metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
-        kept = ~advantages.isnan()
-        if self.objective.drops_flat:
-            kept &= ~flat_groups(total, groups)
-        x0 = torch.cat([x0 for x0, _ in parts])
-        paths = [path for _, path in parts if path]
-        own_advantages = advantages[mine.start : mine.stop].to(x0.device)
-        scored = Scored(x0, own_advantages, conditioning, Trajectory.join(paths) if paths else None, mine, kept)
-        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
 
     # what a run leaves behind --------------------------------------------------------------------------
 
@@ -279,13 +221,13 @@ class Trainer:
         if self.world.rank == 0:
             state = {
                 "clock": asdict(self.clock),
-                "optimizer_step": self.learner.optimizer_step,
+                "optimizer_steps": {role: update.count for role, update in self.method.updates.items()},
                 "guards": self.guards.state,
                 "micro_batch": self.micro_batch.sizes,
-                "recompute": self.learner.recompute,
+                "recompute": self.policy.recomputes,
             }
-            tensors = {role: self.policy.state(role) for role in ROLES} | {
-                "optimizer": checkpoint.optimizer_tensors(self.learner.optimizer)
+            tensors = {role: self.policy.state(role) for role in self.policy.roles} | {
+                _optimizer_of(role): update.tensors() for role, update in self.method.updates.items()
             }
             checkpoint.save(self.run_folder, checkpoint.Checkpoint(self.clock.step, state, tensors), self.recipe.checkpoint.keep)
             write_lora(self.policy, self.run_folder, self.recipe, self.clock.step)
@@ -293,14 +235,14 @@ class Trainer:
 
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.clock = Clock(**found.state["clock"])
-        self.learner.optimizer_step = found.state["optimizer_step"]
         self.guards = Guards(self.recipe, found.state["guards"])
         self.micro_batch.restore(found.state["micro_batch"])
         if self.recipe.model.recompute == "auto" and found.state["recompute"]:
-            self.learner.recompute = True
-        for role in ROLES:
+            self.policy.recompute()
+        for role in self.policy.roles:
             self.policy.load_state(role, found.tensors[role])
-        checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"])
+        for role, update in self.method.updates.items():
+            update.load(found.state["optimizer_steps"][role], found.tensors[_optimizer_of(role)])
 
     def _evaluated(self) -> int:
         """The rollout after which the newest evaluation was made."""
@@ -326,18 +268,6 @@ class Trainer:
         return summary
 
 
-def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:
-    """What a rollout's rewards say: of each reward its mean and std, of the total also the tops of its groups."""
-    found: dict[str, float] = {}
-    for name, value in {**scores, "total": total}.items():
-        known = value[~value.isnan()].double()
-        found[f"reward/{name}"] = float(known.mean()) if len(known) else float("nan")
-        found[f"reward/{name}_std"] = float(known.std(correction=0)) if len(known) else float("nan")
-    by_group = total.double().nan_to_num(nan=-torch.inf).view(int(groups[-1]) + 1, -1)
-    ordered = by_group.sort(1, descending=True).values
-    ordered = ordered.where(ordered.isfinite(), torch.nan)
-    for percent in (10, 25, 50, 75):
-        top = max(1, ordered.shape[1] * percent // 100)
-        found[f"reward/top_{percent}"] = float(ordered[:, :top].nanmean())
-    flat = flat_groups(total, groups).view(len(ordered), -1).any(1)
-    return {**found, "groups/without_variance": float(flat.double().mean())}
+def _optimizer_of(role: str) -> str:
+    """The checkpoint's file of what AdamW remembers."""
+    return "optimizer" if role == "current" else f"optimizer_{role}"

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import GRPOSettings
+from flowtilt.config_objectives import GRPOSettings, RTDMDSettings
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.objectives import Objective
+from flowtilt.objectives import Collecting
+from flowtilt.objectives.rtdmd import subgrpo_steps
 from flowtilt.rollout import Sampler, guided
 from flowtilt.seeding import noise
 from flowtilt.solvers import log_prob, sde_step, solve
@@ -90,19 +91,28 @@ Collect = Callable[[Drawing, Tensor, Conditioning, Sequence[tuple[int, int, int]
 """Latents [N, ...], and their ways, of noise [N, ...], N captions, the images' (rollout, prompt, copy), and a micro-batch."""
 
 
-def collector(recipe: Recipe, objective: Objective, rollout: int) -> Collect:
+def collector(recipe: Recipe, objective: Collecting, rollout: int) -> Collect:
     """How rollout number `rollout`, from 1, draws its images with the collecting policy."""
     r, o = recipe.rollout, recipe.objective
     sampler = Sampler(r.solver, r.steps, r.guidance)
-    if not isinstance(o, GRPOSettings):
+    shared: set[int] = set()
+    if isinstance(o, RTDMDSettings):
+        every = objective.stochastic(rollout - 1, r.steps, recipe.seed)
+        shared = set(every) - set(subgrpo_steps(rollout - 1, r.steps, o.trained_steps, recipe.seed))
+        last = Sampler("euler", r.steps)  # of its single step to 0, which is x0_hat for every solver
+        paths = PathSampler(last, "cps", r.noise(), every)
+    elif isinstance(o, GRPOSettings):
+        paths = PathSampler(sampler, o.sde, o.eta, objective.stochastic(rollout - 1, r.steps, recipe.seed))
+    else:
         return lambda drawing, start, given, where, size: (sampler(drawing, "old", start, given, size), None)
-    paths = PathSampler(sampler, o.sde, o.eta, objective.stochastic(rollout - 1, r.steps, recipe.seed))
 
     def collect(
         drawing: Drawing, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int
     ) -> tuple[Tensor, Trajectory]:
         def fresh(rows: Tensor, j: int) -> Tensor:
-            return noise(recipe.seed, "sde", [(*where[k], j) for k in rows.tolist()], drawing.model.latent_shape)
+            # in a step that is not trained a prompt's images part by nothing, so that rewards tell of those that are
+            places = [(*where[k][:2], j) if j in shared else (*where[k], j) for k in rows.tolist()]
+            return noise(recipe.seed, "sde", places, drawing.model.latent_shape)
 
         return paths(drawing, "old", start, given, fresh, size)
 

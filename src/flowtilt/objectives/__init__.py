@@ -8,19 +8,23 @@ if TYPE_CHECKING:
     from flowtilt.policy import Policy
 
 
-class Objective(Protocol):
-    """A method over its settings."""
+class Collecting(Protocol):
+    """What a method says of the rollouts that it wants."""
 
     drops_flat: ClassVar[bool]
     """Whether groups whose images score alike are left out of training."""
 
+    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
+        """The steps of rollout number `rollout`, from 0, that draw noise and are kept for training; none where clean samples are enough."""
+        ...
+
+
+class Objective(Collecting, Protocol):
+    """A method over its settings."""
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that `loss` returns."""
-        ...
-
-    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
-        """The steps of rollout number `rollout`, from 0, that draw noise and are kept for training; none where clean samples are enough."""
         ...
 
     def loss(self, policy: "Policy", batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

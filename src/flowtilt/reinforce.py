@@ -1,0 +1,45 @@
+"""A step of reinforcement: a rollout, and what is learnt from it."""
+
+from collections.abc import Mapping
+
+from flowtilt.collect import Rollouts
+from flowtilt.config import Recipe
+from flowtilt.config_objectives import RTDMDSettings
+from flowtilt.distributed import World
+from flowtilt.hybrid import Hybrid
+from flowtilt.learn import Learner
+from flowtilt.memory import MicroBatch
+from flowtilt.phases import Phases
+from flowtilt.policy import Policy
+from flowtilt.prompts import PromptWalk
+from flowtilt.rewards import Reward
+from flowtilt.setup import build_objective
+from flowtilt.update import Update
+
+
+class Reinforcement:
+    """Rewards that tilt a policy, by any method that learns from scored images."""
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy, walk: PromptWalk, rewards: Mapping[str, Reward], world: World, micro_batch: MicroBatch
+    ):
+        self.walk, self._prompts = walk, recipe.rollout.prompts
+        self.images = recipe.rollout.images()
+        """Images that a step draws."""
+        if isinstance(recipe.objective, RTDMDSettings):
+            self.learner = Hybrid(recipe, recipe.objective, policy, rewards, world, micro_batch)
+        else:
+            self.learner = Learner(recipe, policy, build_objective(recipe.objective), world, micro_batch)
+        self.rollouts = Rollouts(recipe, policy, self.learner.objective, rewards, world, micro_batch)
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """By the role whose weights they move."""
+        return self.learner.updates
+
+    def step(self, step: int, phases: Phases) -> dict[str, float]:
+        """Rollout number `step`, from 1, and its updates; returns metrics."""
+        drawn = self.walk.draw((step - 1) * self._prompts, self._prompts)
+        rollout, metrics = self.rollouts.draw(step, drawn, phases)
+        with phases("train"):
+            return metrics | self.learner.learn(step, rollout, phases)
