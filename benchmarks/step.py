@@ -173,7 +173,7 @@ class Bench:
             },
             "needed_operations": operations,
             "micro_batch": {kind: self.trainer.micro_batch.size(kind) for kind in ("sample", "decode", "train")},
-            "recomputed": self.trainer.learner.recompute,
+            "recomputed": self.trainer.policy.recomputes,
             "relative_weight_difference_after_one_step": self.difference,
         }
         return found

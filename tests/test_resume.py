@@ -30,7 +30,7 @@ def contents(run):
         for name in ("metrics.jsonl", "evaluations.jsonl")
     ]
     pictures = {path.relative_to(run): path.read_bytes() for path in (run / "samples").rglob("*.png")}
-    return last.step, last.state["optimizer_step"], tensors, logs, pictures
+    return last.step, last.state["optimizer_steps"], tensors, logs, pictures
 
 
 def train(folder, resume):

@@ -120,7 +120,7 @@ def test_the_micro_batch_is_a_matter_of_memory_only(finished, tmp_path):
     batch = Pairs(x0, advantages, given, torch.arange(12), t, eps)
     found = []
     for size in (1, 5, 12):
-        sums = small.learner._gradients(batch, 12, size)
+        sums = small.method.learner._gradients(batch, 12, size)
         found.append([*(p.grad.clone() for p in small.policy.parameters), *sums.values()])
     for other in found[:-1]:
         for ours, whole in zip(other, found[-1], strict=True):
