@@ -13,7 +13,7 @@ from flowtilt.config import Recipe, load_recipe
 from flowtilt.evaluate import BLOCK, Row, draw, each, spread
 from flowtilt.files import write_json
 from flowtilt.flow import add_noise, sigma_schedule
-from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import read_stack
 from flowtilt.memory import MicroBatch
 from flowtilt.models.opening import open_model
 from flowtilt.playground import verify
@@ -41,7 +41,7 @@ def measures_of(recipe: Recipe, run: Path | None, amount: Amount) -> dict[str, A
     diversity: mean distance of two images of one test prompt, of all images and of the right ones among them; none without a pair.
     distance: mean (v - v_ref)^2 at noised images of the reference.
     """
-    stack = Stack(open_model(recipe.model, torch.device("cpu")), [read_lora(run)] if run else [])
+    stack = Stack(open_model(recipe.model, torch.device("cpu")), read_stack([run] if run else []))
     trained = training_prompts(recipe)
     tests = evaluation_prompts(recipe, trained)
     groups, right = _drawn(stack, recipe, tests, each(tests, amount.copies))

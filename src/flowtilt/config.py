@@ -5,6 +5,7 @@ bare word being a string. `base = "name"` starts from another recipe. Unknown ke
 """
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -68,7 +69,26 @@ class LoraSettings(Settings):
     """The update is alpha / r times B A."""
     on: tuple[str, ...] = ()
     init: str | None = Field(default=None, min_length=1)
-    """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the bare base."""
+    """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the base without it."""
+    on: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """LoRAs beneath the trained one, frozen, in order: runs, folders or files (docs/lora.md); the reference is the base with them."""
+
+    @field_validator("init")
+    @classmethod
+    def _with_whole_path(cls, init: str | None) -> str | None:
+        return init and _whole(init)
+
+    @field_validator("on")
+    @classmethod
+    def _with_whole_paths(cls, on: tuple[str, ...]) -> tuple[str, ...]:
+        """A run goes on, and its LoRA is drawn with what lies beneath it, from anywhere."""
+        return tuple(_whole(place) for place in on)
+
+
+def _whole(place: str) -> str:
+    """PATH or PATH@ALPHA as an absolute one; what is not there stays as it was written, for the message that says so."""
+    there = os.path.exists(place) or os.path.exists(place.rpartition("@")[0])
+    return os.path.abspath(place) if there else place
 
 
 class RolloutSettings(Settings):

@@ -1,5 +1,6 @@
 """The result of a run: a LoRA that plain diffusers loads, and the card that says what it is; and LoRAs in others' formats."""
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from flowtilt.files import read_lines, whole_folder
 from flowtilt.lora import Lora, join
 from flowtilt.lora.fit import check
 from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
-from flowtilt.lora.read import read_lora
-from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
+from flowtilt.lora.stacked import kept, leading, read_stack
+from flowtilt.lora.write import DIFFUSERS, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy import Policy
 from flowtilt.stack import model_settings, recipe_of
 
@@ -25,6 +26,9 @@ FORMATS = {
 """What a LoRA is written as, and how it is loaded again."""
 
 BESIDE, WITHIN = "beside this folder", "in this folder"
+ON_TOP = "- on top of {others}, which has to be loaded, too; `flowtilt export` joins all in one file\n"
+JOINED = "- joined with what it was trained on top of: this one file is all\n"
+LOADS = re.compile(r"^pipe\.load_lora_weights\(.*\)$(\n^pipe\.(load_lora_weights|set_adapters)\(.*\)$)*", re.MULTILINE)
 
 CARD = """---
 base_model: {base}
@@ -37,12 +41,12 @@ A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, reinforced with {objective}
 
 - rewards: {rewards}
 - rollouts: {steps}, of {prompts} prompts x {images} images; seed {seed}
-- score: {before} before, {after} after ({protocol})
+{on_top}- score: {before} before, {after} after ({protocol})
 - weights: the exponential moving average
 
 ```python
 {load}
-pipe.load_lora_weights("{folder}")
+{add}
 # the noise levels of the evaluation; num_inference_steps={solver_steps} alone may take slightly others
 sigmas = [1 - k / {solver_steps} for k in range({solver_steps})]
 image = pipe({prompt!r}, sigmas=sigmas, {options}).images[0]
@@ -62,11 +66,16 @@ from flowtilt.playground import pipeline_path
 pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())"""
 
 
-def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int) -> Path:
-    """Writes the EMA weights to `run`/lora with a model card; the folder is replaced as a whole."""
+def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Sequence[str] = ()) -> Path:
+    """Writes the EMA weights to `run`/lora with a model card; the folder is replaced as a whole.
+
+    Args:
+        parents: fingerprints of the LoRAs beneath it, of which `lora.stacked.keep` has put copies into the run.
+    """
     folder = run / "lora"
     with whole_folder(folder) as temporary:
         policy.save_lora(str(temporary))
+        add_parents(temporary / DIFFUSERS, parents)
         (temporary / "README.md").write_text(model_card(policy, run, recipe, step), encoding="utf-8")
     return folder
 
@@ -78,6 +87,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     revision = f", revision={m.revision!r}" if m.revision else ""
     device, dtype = ("cpu", "float32") if m.dtype == "float32" else ("cuda", "bfloat16" if m.dtype == "auto" else m.dtype)
     playground = m.path == "playground"
+    beneath = kept(run)
     return CARD.format(
         name=recipe.name,
         base=m.path,
@@ -93,7 +103,8 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         after=f"{scores[-1]:.3f}",
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
-        folder=run / "lora",
+        on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
+        add=_added([*beneath, run / "lora"]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         solver_steps=recipe.evaluate.steps,
@@ -101,21 +112,32 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     )
 
 
+def _added(folders: Sequence[Path]) -> str:
+    """The lines by which diffusers adds the LoRAs of those folders."""
+    if len(folders) == 1:
+        return f'pipe.load_lora_weights("{folders[0]}")'
+    names = [f"beneath_{number}" for number in range(1, len(folders))] + ["top"]
+    lines = [f'pipe.load_lora_weights("{folder}", adapter_name="{name}")' for folder, name in zip(folders, names, strict=True)]
+    return "\n".join([*lines, f"pipe.set_adapters({json.dumps(names)}, {[1] * len(names)})"])
+
+
 def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | None = None) -> str:
     """Writes one LoRA, or several joined exactly, into a new folder; returns a line that says how it is loaded.
 
+    What a LoRA was trained on top of is joined with it, so that what is written needs the base alone.
+
     Args:
-        places: runs, checkpoints, folders or files, as `read_lora` takes them.
+        places: runs, checkpoints, folders or files, as `read_stack` takes them.
         to: one of `FORMATS`.
         model: hub id or folder of the base; none is that of the first one's run. A base that is on disk is checked to fit.
 
     Raises:
         UserError: nothing to read, no base to merge into or another one than the LoRA's, a target that is taken, or no space.
     """
-    loras = [read_lora(place) for place in places]
+    loras = read_stack(places)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"export: {output} is there already; choose a new folder with -o")
-    recipe = recipe_of(Path(places[0]))
+    recipe = recipe_of(leading(loras))
     base = model_settings(model, recipe) if model or recipe else None
     lora = join(loras)
     if to == "pipeline":
@@ -135,14 +157,13 @@ def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | 
             to_peft(lora, temporary, name)
         else:
             to_generator_ema(lora, temporary, name)
-        if to != "generator_ema" and len(loras) == 1:
-            _take_card(lora, temporary, output, to)
+        if to != "generator_ema" and len(loras) == 1 + len(loras[-1].parents):
+            _take_card(lora, Path(loras[-1].source).parent, temporary, output, to)
     return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=max(lora.alphas.values()))
 
 
-def _take_card(lora: Lora, folder: Path, output: Path, to: str) -> None:
-    """Puts the card and the recipe of a run, whose newest LoRA this is, beside its export."""
-    own = Path(lora.source).parent
+def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> None:
+    """Puts the card and the recipe of a run, whose newest LoRA in `own` this is, or is the top of, beside its export."""
     card, recipe = own / "README.md", own.parent / "recipe.toml"
     if own.name != "lora" or not card.is_file() or not recipe.is_file():
         return
@@ -150,6 +171,9 @@ def _take_card(lora: Lora, folder: Path, output: Path, to: str) -> None:
         "diffusers": f'pipe.load_lora_weights("{output}")',
         "peft": f'from peft import PeftModel\n\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{output}")',
     }[to]
-    text = re.sub(r"^pipe\.load_lora_weights\(.*\)$", lambda _: load, card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    text = LOADS.sub(lambda _: load, card.read_text(encoding="utf-8"), count=1)
+    text = re.sub(f"^{ON_TOP.format(others='.*')}", JOINED, text, count=1, flags=re.MULTILINE)
+    size = f"A LoRA of rank {lora.ranks()[-1]} (alpha {max(lora.alphas.values()):g})"
+    text = re.sub(r"^A LoRA of rank \S+ \(alpha [^)]+\)", size, text, count=1, flags=re.MULTILINE)
     (folder / "README.md").write_text(text.replace(BESIDE, WITHIN), encoding="utf-8")
     shutil.copy(recipe, folder / "recipe.toml")

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowtilt.files import write_atomic
-from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.opening import open_model
 from flowtilt.pictures import to_pil
 from flowtilt.rollout import Sampler, decode
@@ -32,14 +32,14 @@ def sample(
 ) -> Path:
     """Draws each prompt as one row, the base left and the tuned model right, from the same noise, into a PNG.
 
-    Several LoRAs add up. Model, steps, guidance and solver default to those of the first LoRA's run, else
-    to the playground's.
+    Several LoRAs add up, with what lies beneath them. Model, steps, guidance and solver default to those of the first
+    LoRA's run, or of the one on top of it, else to the playground's.
 
     Raises:
         UserError: a model or LoRA that can't be loaded, or a file that can't be written.
     """
-    added = [read_lora(place) for place in loras]
-    recipe = recipe_of(loras[0]) if loras else None
+    added = read_stack(loras)
+    recipe = recipe_of(leading(added)) if added else None
     e = recipe.evaluate if recipe else default_evaluation(model)
     settings = model_settings(model, recipe)
     stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), added)

@@ -9,7 +9,7 @@ from flowtilt.config_objectives import ObjectiveSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.lora.fit import load_lora
-from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import read_onto, read_stack
 from flowtilt.models.opening import open_model
 from flowtilt.objectives.awm import AWM
 from flowtilt.objectives.elbo import EPG, PAR, PEPG
@@ -43,7 +43,7 @@ def build_policy(recipe: Recipe, world: World) -> Policy:
         below=[read_lora(place) for place in recipe.lora.on],
     )
     if recipe.lora.init:
-        load_lora(policy, read_lora(recipe.lora.init))
+        load_lora(policy, read_onto(recipe.lora.init, read_stack(recipe.lora.on)))
     if sharded:
         Lockstep(policy, world)
     return policy

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowtilt.config import EvaluateSettings, ModelSettings, Recipe, load_recipe
 from flowtilt.lora import Lora, join
-from flowtilt.lora.find import run_of_checkpoint, split_alpha
+from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
 from flowtilt.models.base import Model
@@ -19,12 +19,8 @@ from flowtilt.models.conditioning import Conditioning
 
 def recipe_of(place: Path) -> Recipe | None:
     """The recipe of the run that a LoRA lies in, none for one from elsewhere."""
-    path = split_alpha(place)[0].resolve()
-    run = run_of_checkpoint(path.parent if path.is_file() else path)
-    for folder in (run,) if run else (path, *path.parents[:2]):
-        if (folder / "recipe.toml").is_file():
-            return load_recipe(folder / "recipe.toml")
-    return None
+    run = run_of(place)
+    return load_recipe(run / "recipe.toml") if run else None
 
 
 def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:

@@ -14,7 +14,7 @@ from flowtilt.evaluate import Row, each, spread
 from flowtilt.evaluate.folder import PromptSet, held, open_folder, run
 from flowtilt.files import digest
 from flowtilt.lora import Lora
-from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Model
 from flowtilt.models.opening import fingerprint, open_model
@@ -51,8 +51,8 @@ def assess(
 ) -> dict[str, Any]:
     """Draws, judges and writes `folder`; goes on where it was interrupted. Returns results.json's content on the first rank.
 
-    What is none or empty comes from the recipe of the run that the first LoRA lies in, which then gives the
-    run's own score again; for the playground from its recipe, for another model from DiffusionNFT's evaluation.
+    What is none or empty comes from the recipe of the run that the first LoRA lies in, or the one on top of it, which then
+    gives the run's own score again; for the playground from its recipe, for another model from DiffusionNFT's evaluation.
 
     Args:
         prompts: files or names of sets.
@@ -66,10 +66,10 @@ def assess(
         UserError: something can't be loaded, the folder holds another evaluation, or a reward fails.
     """
     world = distributed.start()
-    added = [read_lora(place) for place in loras]
+    added = read_stack(loras)
     if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
-    recipe = _recipe_for(model, loras, complete=bool(prompts and rewards))
+    recipe = _recipe_for(model, added, complete=bool(prompts and rewards))
     e = recipe.evaluate if recipe else default_evaluation(model)
     named = _named(rewards, recipe, compat)
     loaded = _load_sets(prompts or _own_prompts(recipe))
@@ -95,8 +95,8 @@ def assess(
         return run(folder, stack, sets, variants, sampler, seed=seed, micro_batch=size, world=world, save_images=save_images)
 
 
-def _recipe_for(model: str | None, loras: Sequence[Path], complete: bool) -> Recipe | None:
-    """Where what is not said comes from: the first LoRA's run, or the playground's recipe; none for another model.
+def _recipe_for(model: str | None, loras: Sequence[Lora], complete: bool) -> Recipe | None:
+    """Where what is not said comes from: the leading LoRA's run, or the playground's recipe; none for another model.
 
     Args:
         complete: prompts and rewards are said.
@@ -104,7 +104,7 @@ def _recipe_for(model: str | None, loras: Sequence[Path], complete: bool) -> Rec
     Raises:
         UserError: they are not, and there is no such recipe.
     """
-    own = recipe_of(loras[0]) if loras else None
+    own = recipe_of(leading(loras)) if loras else None
     recipe = own or (load_recipe("playground") if model in (None, "playground") else None)
     if recipe is None and not complete:
         raise UserError("evaluate: --prompts and --rewards must be named for a model that is no run of ours")

@@ -1,14 +1,18 @@
 """LoRAs as plain tensors, whatever format they came in: W + scale B A for each layer they name.
 
-`find` says which file of a place is meant, `read` turns it into a `Lora`, `fit` checks one against a network,
-`write` and `merge` put it out again.
+`find` says which file of a place is meant, `read` turns it into a `Lora`, `stacked` puts each on top of what it was
+trained on, `fit` checks one against a network, `write` and `merge` put it out again.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PARENTS = "flowtilt.parents"
+"""Where files say which LoRAs lie beneath: a key of their metadata, a JSON list of fingerprints."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,13 @@ class Lora:
         layers: by the layer's name in the network, "transformer_blocks.0.attn.to_q": A [r, in] and B [out, r], fp32, on the CPU.
         alphas: alpha of each layer.
         source: the file, for messages.
+        parents: fingerprints of the LoRAs that were beneath it in training, in order; none for one on a bare base.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
     alphas: Mapping[str, float]
     source: str
+    parents: tuple[str, ...] = ()
 
     def rank(self, layer: str) -> int:
         """r of a layer."""
@@ -42,10 +48,24 @@ class Lora:
         return sorted({self.scale(layer) for layer in self.layers})
 
 
+def fingerprint(lora: Lora) -> str:
+    """Which LoRA it is, whatever file it came in: SHA-256, hexadecimal, of its layers' names, fp32 weights and alphas.
+
+    A file in half precision holds another LoRA, with another fingerprint, than the fp32 one that it was rounded from.
+    """
+    found = hashlib.sha256()
+    for layer, (a, b) in sorted(lora.layers.items()):
+        found.update(f"{layer} {list(a.shape)} {list(b.shape)} {float(lora.alphas[layer]).hex()}\n".encode())
+        found.update(a.numpy().tobytes())
+        found.update(b.numpy().tobytes())
+    return found.hexdigest()
+
+
 def join(loras: Sequence[Lora]) -> Lora:
     """One LoRA that adds what several add: A = [A1; A2], B = [s1 B1, s2 B2], alpha = the sum of the ranks.
 
-    Nothing is approximated: B A is s1 B1 A1 + s2 B2 A2. A single one comes back as it is.
+    Nothing is approximated: B A is s1 B1 A1 + s2 B2 A2. What lay beneath the first lies beneath the whole. A single one
+    comes back as it is.
     """
     if len(loras) == 1:
         return loras[0]
@@ -56,4 +76,4 @@ def join(loras: Sequence[Lora]) -> Lora:
         b = torch.cat([lora.layers[layer][1] * lora.scale(layer) for lora in having], dim=1)
         layers[layer] = (a, b)
     alphas = {layer: float(len(a)) for layer, (a, _) in layers.items()}
-    return Lora(layers, alphas, " + ".join(lora.source for lora in loras))
+    return Lora(layers, alphas, " + ".join(lora.source for lora in loras), loras[0].parents)

@@ -75,6 +75,14 @@ def run_of_checkpoint(folder: Path) -> Path | None:
     return run if (folder / "state.json").is_file() and (run / "recipe.toml").is_file() else None
 
 
+def run_of(place: Path | str) -> Path | None:
+    """The run that a LoRA lies in, or none."""
+    path = split_alpha(place)[0].resolve()
+    run = run_of_checkpoint(path.parent if path.is_file() else path)
+    around = (run,) if run else (path, *path.parents[:2])
+    return next((folder for folder in around if (folder / "recipe.toml").is_file()), None)
+
+
 def _inside(path: Path) -> Path:
     if (path / "model_index.json").is_file():
         raise UserError(f"lora {path}: this is a whole pipeline; give it as --model")

@@ -2,7 +2,8 @@
 
 Tensor names tell the layers, so one reader serves all. What differs is who knows alpha: diffusers' file has
 it in its metadata, or in older files in a tensor beside the layer, or it is the rank; PEFT has it in
-adapter_config.json; a checkpoint's run in its recipe; a flat state dict nowhere, so that it must be told.
+adapter_config.json; a checkpoint's run in its recipe; a flat state dict nowhere, so that it must be told. The same
+places, but a checkpoint's state.json for the recipe, say which LoRAs lie beneath one that we trained.
 """
 
 import json
@@ -20,7 +21,7 @@ from torch import Tensor
 from flowtilt import weights
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
-from flowtilt.lora import Lora
+from flowtilt.lora import PARENTS, Lora
 from flowtilt.lora.find import Found, find
 
 PREFIXES = ("module.", "base_model.model.", "transformer.")
@@ -52,7 +53,7 @@ def read_lora(place: Path | str) -> Lora:
         )
     of_diffusers = any(name.startswith("transformer.") for name in tensors)
     told = _alphas(found, {layer: len(a) for layer, (a, _) in layers.items()}, metadata, alphas, of_diffusers)
-    return Lora(layers, told, str(found.weights))
+    return Lora(layers, told, str(found.weights), _parents(found, metadata))
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -141,6 +142,23 @@ def _alphas(
         f"lora {found.weights}: its format does not tell alpha; write {found.weights}@ALPHA, RTDMD's being 64 for its rank 32, "
         "or put its adapter_config.json beside it"
     )
+
+
+def _parents(found: Found, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Fingerprints of what lies beneath: as the file has them, else the configuration beside it, else its checkpoint."""
+    if found.run:
+        state = found.weights.parent / "state.json"
+        told = _json(state, state.read_bytes()).get("state", {}).get("parents", [])
+    else:
+        config = _json(found.config, found.config.read_bytes()) if found.config and PARENTS not in metadata else metadata
+        text = config.get(PARENTS, "[]")
+        try:
+            told = json.loads(text)
+        except (ValueError, TypeError):
+            told = text
+    if not isinstance(told, list) or not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in told):
+        raise UserError(f"lora {found.weights}: what it says of the LoRAs beneath it is damaged: {told!r:.80}")
+    return tuple(told)
 
 
 def _json(file: Path, text: str | bytes) -> dict[str, Any]:

@@ -1,17 +1,27 @@
-"""Writing a LoRA for others: diffusers' file, a PEFT folder, RTDMD's flat state dict. Each comes with its alpha."""
+"""Writing a LoRA for others: diffusers' file, a PEFT folder, RTDMD's flat state dict.
 
+Each comes with its alpha, and with the fingerprints of what lies beneath it under a key that others pass over.
+"""
+
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 
 from flowtilt.errors import UserError
-from flowtilt.lora import Lora
+from flowtilt.lora import PARENTS, Lora
+from flowtilt.lora.find import CONFIG
+
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+"""The name that diffusers gives its file."""
 
 
 def peft_config(lora: Lora, base: str | None = None) -> LoraConfig:
@@ -34,6 +44,16 @@ def to_diffusers(lora: Lora, folder: Path) -> None:
     layers: dict[str, Any] = dict(_named(lora, "{}.lora_{}.weight"))
     # of every pipeline whose network is its `transformer`, the file is the same
     StableDiffusion3Pipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
+    add_parents(folder / DIFFUSERS, lora.parents)
+
+
+def add_parents(file: Path, parents: Sequence[str]) -> None:
+    """Adds the fingerprints of what lies beneath a LoRA to its safetensors file; without any the file stays as it is."""
+    if parents:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        # from bytes: tensors that `safe_open` gives still map the file that is written over
+        save_file(load(file.read_bytes()), file, metadata | _told(parents))
 
 
 def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
@@ -43,11 +63,13 @@ def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
         base: the model's hub id or folder, which the configuration names.
     """
     peft_config(lora, base).save_pretrained(str(folder))
-    save_file(_named(lora, "base_model.model.{}.lora_{}.weight"), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        _named(lora, "base_model.model.{}.lora_{}.weight"), folder / "adapter_model.safetensors", {"format": "pt"} | _told(lora.parents)
+    )
 
 
 def to_generator_ema(lora: Lora, folder: Path, base: str | None = None) -> None:
-    """Writes generator_ema.pt, RTDMD's flat state dict, and beside it an adapter_config.json, since that tells no alpha.
+    """Writes generator_ema.pt, RTDMD's flat state dict, and beside it an adapter_config.json, since that tells neither alpha nor parents.
 
     Raises:
         UserError: its layers differ in rank or alpha; RTDMD reads one of each from its own settings.
@@ -56,7 +78,13 @@ def to_generator_ema(lora: Lora, folder: Path, base: str | None = None) -> None:
     if len(lora.ranks()) > 1 or len(alphas) > 1:
         raise UserError(f"lora {lora.source}: its layers differ in rank or alpha, and generator_ema.pt has one of each; choose --to peft")
     peft_config(lora, base).save_pretrained(str(folder))
+    config = folder / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | _told(lora.parents), indent=2, sort_keys=True))
     torch.save({name: x.clone() for name, x in _named(lora, "{}.lora_{}.default.weight").items()}, folder / "generator_ema.pt")
+
+
+def _told(parents: Sequence[str]) -> dict[str, str]:
+    return {PARENTS: json.dumps(list(parents))} if parents else {}
 
 
 def _named(lora: Lora, pattern: str) -> dict[str, torch.Tensor]:

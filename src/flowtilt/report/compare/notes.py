@@ -16,9 +16,9 @@ def notes(methods: Sequence[Method], odd: Sequence[str]) -> list[str]:
 
 def _other_bases(entries: Sequence[Entry]) -> list[str]:
     """Before training, runs of one seed and protocol draw the same images; where they don't, a file or a machine is another."""
-    first: dict[tuple[int, str | None], Entry] = {}
+    first: dict[tuple[int, str | None, tuple[str, ...]], Entry] = {}
     for entry in (entry for entry in entries if entry.steps[0] == 0):
-        other = first.setdefault((entry.seed, entry.recipe.lora.init), entry)
+        other = first.setdefault((entry.seed, entry.recipe.lora.init, entry.recipe.lora.on), entry)
         if abs(other.scores[0] - entry.scores[0]) > 1e-3 * max(abs(float(other.scores[0])), 1e-9):
             scores = f"{fixed(float(other.scores[0]), 4)} in {other.folder} and {fixed(float(entry.scores[0]), 4)} in {entry.folder}"
             return [

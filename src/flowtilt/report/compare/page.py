@@ -118,7 +118,7 @@ def _samples(comparison: Comparison) -> str:
 
 def _columns(comparison: Comparison, chosen: Sequence[Entry]) -> list[Column]:
     """The base, where a run began with it, and each method."""
-    base = next((entry for entry in chosen if 0 in entry.run.samples and not entry.recipe.lora.init), None)
+    base = next((entry for entry in chosen if 0 in entry.run.samples and not (entry.recipe.lora.init or entry.recipe.lora.on)), None)
     columns = [Column("base", base.run.samples[0], "by the base")] if base else []
     for place, (method, entry) in enumerate(zip(comparison.methods, chosen, strict=True)):
         newest = entry.run.samples[max(entry.run.samples)]
