@@ -67,7 +67,6 @@ class LoraSettings(Settings):
     """Rank r of the LoRA update."""
     alpha: float = Field(default=64.0, gt=0)
     """The update is alpha / r times B A."""
-    on: tuple[str, ...] = ()
     init: str | None = Field(default=None, min_length=1)
     """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the base without it."""
     on: tuple[Annotated[str, Field(min_length=1)], ...] = ()

@@ -4,6 +4,7 @@ A step is `fake_updates` updates of the fake score, each on fresh samples of the
 sample stops after a number of steps of its own, and its gradient reaches the last of these steps alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -129,7 +130,7 @@ class Distillation:
         """The student's update."""
         g, metrics = self.fake.gradient(samples)
         # d x_s / d v = -kappa: teacher and fake score are done with before the student's graph begins
-        cotangent = -per_sample(kappa(stopped.sigma, stopped.s, self.recipe.rollout.noise()), g) * g / g[0].numel()
+        cotangent = -per_sample(kappa(stopped.sigma, stopped.s, self.recipe.rollout.noise()), g) * g / math.prod(g.shape[1:])
         sums = {name: value.sum() for name, value in metrics.items()}
 
         def gradients(size: int) -> None:

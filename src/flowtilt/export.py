@@ -80,6 +80,13 @@ def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Se
     return folder
 
 
+def write_fake(policy: Policy, run: Path, parents: Sequence[str]) -> None:
+    """Writes the fake score of a distillation to `run`/fake, from where a second stage goes on with it."""
+    with whole_folder(run / "fake") as temporary:
+        policy.save_lora(str(temporary), "fake")
+        add_parents(temporary / DIFFUSERS, parents)
+
+
 def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     """The card of a run after `step` rollouts, with its first and newest scores."""
     scores = [record["score"] for record in read_lines(run / "evaluations.jsonl")] or [float("nan")]

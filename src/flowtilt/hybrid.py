@@ -5,10 +5,10 @@ gradient of differentiable rewards through the VAE, and AC-DMD's, which keeps it
 on learning from the images that the student has finished. All of it is one loss, one mean over the rows of all images.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from flowtilt.distributed import World
 from flowtilt.fake_score import FakeScore, Samples
 from flowtilt.flow import predict_x0, sigma_schedule
 from flowtilt.learn import Scored, averaged_update, memory_saver, shares
-from flowtilt.lora.read import read_lora
+from flowtilt.lora import Lora
 from flowtilt.memory import MicroBatch
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.objectives.rtdmd import subgrpo_steps, surrogate
@@ -48,7 +48,11 @@ class SubGRPO:
 
 
 class Hybrid:
-    """The learner. Advantages come with the rollout; differentiable rewards are asked here."""
+    """The learner. Advantages come with the rollout; differentiable rewards are asked here.
+
+    Args:
+        beneath: the fake score from which this one goes on; none begins at the base.
+    """
 
     def __init__(
         self,
@@ -56,21 +60,16 @@ class Hybrid:
         settings: RTDMDSettings,
         policy: Policy,
         rewards: Mapping[str, Reward],
+        beneath: Lora | None,
         world: World,
         micro_batch: MicroBatch,
     ):
         self.recipe, self.settings, self.policy, self.world, self.micro_batch = recipe, settings, policy, world, micro_batch
         self.objective = SubGRPO()
         self.update = Update(policy, "current", policy.parameters, recipe.optimizer, world)
-        self.fake = self._fake() if settings.matching else None
+        self.fake = FakeScore(recipe, settings, policy, world, micro_batch, [beneath] if beneath else []) if settings.matching else None
         self._rewards = {name: rewards[name] for name in settings.backprop}
         self._differentiable = {name: differentiable(name, reward) for name, reward in self._rewards.items()}
-
-    def _fake(self) -> FakeScore:
-        """The cold start's fake score, with a LoRA of its own on top."""
-        where = self.settings.fake or (str(Path(self.recipe.lora.on[-1]) / "fake") if self.recipe.lora.on else None)
-        below = [read_lora(where)] if where else []
-        return FakeScore(self.recipe, self.settings, self.policy, self.world, self.micro_batch, below)
 
     @property
     def updates(self) -> dict[str, Update]:
@@ -94,7 +93,7 @@ class Hybrid:
             cotangent, told = self._last_step(rollout, rollout.path, finished, own)
             sums = self.micro_batch.fit(
                 "train",
-                lambda size, own=own, cotangent=cotangent, of=len(chunk): self._gradients(rollout, own, trained, cotangent, of, size),
+                lambda size, own=own, cotangent=cotangent, chunk=chunk: self._gradients(rollout, own, trained, cotangent, len(chunk), size),
                 memory_saver(self.recipe, self.policy),
                 self.policy,
             )
@@ -120,10 +119,8 @@ class Hybrid:
             x0 = self._finished(path.states[own, -1].to(device), sigma, rollout, own)
         pull, metrics = torch.zeros_like(x0), {}
         if self.fake:
-            g, metrics = self.fake.gradient(
-                Samples(x0, finished.s[there], finished.conditioning.select(own), [finished.positions[k] for k in own])
-            )
-            pull = o.matching * g / x0[0].numel() if len(own) else pull
+            g, metrics = self.fake.gradient(replace(finished.select(own), x_s=x0))
+            pull = o.matching * g / math.prod(g.shape[1:])
         if self._differentiable:
             value, gradient = self._reward_gradient(x0, [rollout.prompts[k] for k in own.tolist()])
             pull, metrics = pull - o.backprop_scale * gradient, metrics | {"backprop_reward": value}

@@ -2,10 +2,10 @@
 
 A role is a set of fp32 tensors on a ground, frozen LoRAs that lie beneath: each forward brings the weights of its role
 along, base weights are never written, no adapter is switched. current, old, ema and reference share a ground; the
-teacher is the bare base; a method may train further roles, on grounds of their own. On an fp32 base the update comes merged, W + (alpha / r) B A, which
-costs one small product a layer instead of two a token. On a half-precision base merging would round the
-update away; there PEFT's layers add it to each activation, A and B cast to the base's precision, which is
-what diffusers computes with the same LoRA.
+teacher is the bare base; a method may train further roles, on grounds of their own. On an fp32 base the update comes
+merged, W + (alpha / r) B A, which costs one small product a layer instead of two a token. On a half-precision base
+merging would round the update away; there PEFT's layers add it to each activation, A and B cast to the base's
+precision, which is what diffusers computes with the same LoRA.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -114,9 +114,8 @@ class Policy:
         beyond = sorted({layer for lora in loras for layer in lora.layers} - self._layers.keys())
         if beyond:
             ends = ", ".join(self.model.lora_targets)
-            raise UserError(
-                f"lora {loras[0].source}: changes {len(beyond)} layers that are not trained, {beyond[0]} first; those that are end in {ends}"
-            )
+            where = f"lora {loras[0].source}: changes {len(beyond)} layers that are not trained, {beyond[0]} first"
+            raise UserError(f"{where}; those that are end in {ends}")
         ground: dict[str, tuple[Tensor, ...]] = {}
         for lora in loras if self.merge else [join(loras)] if loras else []:
             for name, (a, b) in lora.layers.items():

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from flowtilt.collect import Rollouts
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.hybrid import Hybrid
 from flowtilt.learn import Learner
@@ -18,18 +17,26 @@ from flowtilt.update import Update
 
 
 class Reinforcement:
-    """Rewards that tilt a policy, by any method that learns from scored images."""
+    """Rewards that tilt a policy, by any method that learns from scored images.
+
+    Args:
+        hybrid: RTDMD's learner; none builds that of the recipe's objective.
+    """
 
     def __init__(
-        self, recipe: Recipe, policy: Policy, walk: PromptWalk, rewards: Mapping[str, Reward], world: World, micro_batch: MicroBatch
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        walk: PromptWalk,
+        rewards: Mapping[str, Reward],
+        hybrid: Hybrid | None,
+        world: World,
+        micro_batch: MicroBatch,
     ):
         self.walk, self._prompts = walk, recipe.rollout.prompts
         self.images = recipe.rollout.images()
         """Images that a step draws."""
-        if isinstance(recipe.objective, RTDMDSettings):
-            self.learner = Hybrid(recipe, recipe.objective, policy, rewards, world, micro_batch)
-        else:
-            self.learner = Learner(recipe, policy, build_objective(recipe.objective), world, micro_batch)
+        self.learner = hybrid or Learner(recipe, policy, build_objective(recipe.objective), world, micro_batch)
         self.rollouts = Rollouts(recipe, policy, self.learner.objective, rewards, world, micro_batch)
 
     @property

@@ -1,15 +1,18 @@
 """From a recipe's names to the things they name."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import ObjectiveSettings
+from flowtilt.config_objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
-from flowtilt.lora.fit import load_lora
-from flowtilt.lora.stacked import read_onto, read_stack
+from flowtilt.lora import Lora
+from flowtilt.lora.fit import check, load_lora, shapes_of
+from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import BENEATH, read_onto
 from flowtilt.models.opening import open_model
 from flowtilt.objectives.awm import AWM
 from flowtilt.objectives.elbo import EPG, PAR, PEPG
@@ -29,24 +32,44 @@ PLAYGROUND = ("playground", "playground-search")
 """Sets that bring prompts to train on and others to judge by."""
 
 
-def build_policy(recipe: Recipe, world: World) -> Policy:
-    """The recipe's model with fresh adapters, spread over the ranks where the recipe says so and there are several."""
+def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Policy:
+    """The recipe's model with fresh adapters on top of `below`, spread over the ranks where the recipe says so and there are several.
+
+    Raises:
+        UserError: a LoRA belongs to another base, or has layers that are not trained.
+    """
     sharded = recipe.shard == "base" and world.size > 1
     model = open_model(recipe.model, world.device, sharded)
     merge = False if sharded else None  # merged weights would be whole on every rank
-    policy = Policy(
-        model,
-        rank=recipe.lora.rank,
-        alpha=recipe.lora.alpha,
-        seed=recipe.seed,
-        merge=merge,
-        below=[read_lora(place) for place in recipe.lora.on],
-    )
+    shapes = shapes_of(model.network)
+    for lora in below:
+        check(lora, shapes)
+    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, below=below)
     if recipe.lora.init:
-        load_lora(policy, read_onto(recipe.lora.init, read_stack(recipe.lora.on)))
+        load_lora(policy, read_onto(recipe.lora.init, below))
     if sharded:
         Lockstep(policy, world)
     return policy
+
+
+def fake_beneath(recipe: Recipe, resume: Path | None) -> Lora | None:
+    """The LoRA from which a second stage's fake score goes on; none where the recipe has none.
+
+    Raises:
+        UserError: there is none where the recipe says.
+    """
+    o = recipe.objective
+    if not isinstance(o, RTDMDSettings) or not o.matching:
+        return None
+    if resume and (resume / BENEATH / "fake").is_dir():
+        return read_lora(resume / BENEATH / "fake")
+    where = o.fake or (str(Path(recipe.lora.on[-1]) / "fake") if recipe.lora.on else None)
+    if where is None:
+        return None
+    try:
+        return read_lora(where)
+    except UserError as error:
+        raise UserError(f"objective.fake: {error}; name the fake/ of a distillation's run, or set objective.matching = 0") from None
 
 
 OBJECTIVES: dict[str, type[ForwardProcess | GRPO]] = {

@@ -14,15 +14,18 @@ import torch
 from flowtilt import checkpoint, distributed, runs
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, to_toml
-from flowtilt.config_objectives import ACDMDSettings
+from flowtilt.config_objectives import ACDMDSettings, RTDMDSettings
 from flowtilt.display import Display
 from flowtilt.distil import Distillation
 from flowtilt.environment import describe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
-from flowtilt.export import write_lora
+from flowtilt.export import write_fake, write_lora
 from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
 from flowtilt.guards import Guards
+from flowtilt.hybrid import Hybrid
+from flowtilt.lora import Lora, fingerprint
+from flowtilt.lora.stacked import keep, kept, read_stack
 from flowtilt.memory import MicroBatch
 from flowtilt.phases import Phases
 from flowtilt.prompts import PromptWalk
@@ -30,7 +33,7 @@ from flowtilt.reinforce import Reinforcement
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import Sampler
-from flowtilt.setup import build_policy, check_prompts, evaluation_prompts, load_rewards, training_prompts
+from flowtilt.setup import build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
 from flowtilt.tracking import Sink, check_installed, open_sinks
 
 
@@ -69,7 +72,9 @@ class Trainer:
         # a distillation only measures
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
-        self.policy = build_policy(recipe, self.world)
+        self.below = self._beneath(resume)
+        self.fake_below = fake_beneath(recipe, resume)
+        self.policy = build_policy(recipe, self.world, self.below)
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],
@@ -95,7 +100,18 @@ class Trainer:
         o = self.recipe.objective
         if isinstance(o, ACDMDSettings):
             return Distillation(self.recipe, o, self.policy, self.walk, self.world, self.micro_batch)
-        return Reinforcement(self.recipe, self.policy, self.walk, self.rewards, self.world, self.micro_batch)
+        learner = None
+        if isinstance(o, RTDMDSettings):
+            learner = Hybrid(self.recipe, o, self.policy, self.rewards, self.fake_below, self.world, self.micro_batch)
+        return Reinforcement(self.recipe, self.policy, self.walk, self.rewards, learner, self.world, self.micro_batch)
+
+    def _beneath(self, resume: Path | None) -> list[Lora]:
+        """The LoRAs beneath the trained one; a run has copies of its own."""
+        places = (kept(resume) if resume else []) or self.recipe.lora.on
+        try:
+            return read_stack(places)
+        except UserError as error:
+            raise UserError(f"lora.on: {error}") from None
 
     def _open(self, resume: Path | None) -> Path:
         """Makes or finds the folder; the first rank's answer holds for all."""
@@ -113,6 +129,8 @@ class Trainer:
         if main and resume:
             runs.rewind(folder, self.clock.step or -1)
             write_atomic(folder / "recipe.toml", to_toml(self.recipe))
+        if main and not resume and (self.below or self.fake_below):
+            keep(self.below, folder, **({"fake": self.fake_below} if self.fake_below else {}))
         if main:
             write_json(folder / "environment.json", describe(self.world.size))
         self.world.barrier()
@@ -223,6 +241,7 @@ class Trainer:
                 "clock": asdict(self.clock),
                 "optimizer_steps": {role: update.count for role, update in self.method.updates.items()},
                 "guards": self.guards.state,
+                "parents": list(map(fingerprint, self.below)),
                 "micro_batch": self.micro_batch.sizes,
                 "recompute": self.policy.recomputes,
             }
@@ -230,8 +249,13 @@ class Trainer:
                 _optimizer_of(role): update.tensors() for role, update in self.method.updates.items()
             }
             checkpoint.save(self.run_folder, checkpoint.Checkpoint(self.clock.step, state, tensors), self.recipe.checkpoint.keep)
-            write_lora(self.policy, self.run_folder, self.recipe, self.clock.step)
+            self._write_loras()
         self.world.barrier()
+
+    def _write_loras(self) -> None:
+        write_lora(self.policy, self.run_folder, self.recipe, self.clock.step, tuple(map(fingerprint, self.below)))
+        if "fake" in self.policy.roles:
+            write_fake(self.policy, self.run_folder, [fingerprint(self.fake_below)] if self.fake_below else [])
 
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.clock = Clock(**found.state["clock"])
@@ -261,7 +285,7 @@ class Trainer:
         }
         if self.world.rank == 0:
             # once more: a kill may have come between the last checkpoint and its LoRA
-            write_lora(self.policy, self.run_folder, self.recipe, self.clock.step)
+            self._write_loras()
             write_json(self.run_folder / "summary.json", summary)
             write_report(self.run_folder)
         self.world.barrier()

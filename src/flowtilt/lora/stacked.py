@@ -74,11 +74,11 @@ def leading(loras: Sequence[Lora]) -> Path:
     return Path(next((lora.source for lora in loras if beneath and fingerprint(lora) not in beneath), loras[0].source))
 
 
-def keep(loras: Sequence[Lora], run: Path) -> None:
-    """Copies into a run what lies beneath its LoRA; where it came from may be trained further, or cleared away."""
+def keep(loras: Sequence[Lora], run: Path, **others: Lora) -> None:
+    """Copies into a run what lies beneath its LoRA, and others by name; where they came from may be trained further, or cleared away."""
     with whole_folder(run / BENEATH) as temporary:
-        for number, lora in enumerate(loras, 1):
-            to_diffusers(lora, temporary / str(number))
+        for name, lora in [*((str(number), lora) for number, lora in enumerate(loras, 1)), *others.items()]:
+            to_diffusers(lora, temporary / name)
 
 
 def kept(run: Path) -> list[Path]:

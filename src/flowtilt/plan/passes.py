@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import GRPOSettings
+from flowtilt.config_objectives import ACDMDSettings, GRPOSettings, MatchingSettings, RTDMDSettings
 from flowtilt.objectives.forward import old_policy_decay
 
 
@@ -14,8 +14,8 @@ class Passes:
     Args:
         sample: of the rollout.
         pairs: of image and time, each forward and backward.
-        old: forward, of the old policy, while training; not where it equals the current one.
-        reference: forward, of the network without an adapter.
+        old: forward, of the old policy, while training, not where it equals the current one; or of RTDMD's fake score.
+        reference: forward, of the network without an adapter, or RTDMD's teacher.
     """
 
     sample: int
@@ -40,9 +40,13 @@ def evaluations_per_image(solver: str, steps: int, guidance: float) -> int:
 def passes_of(recipe: Recipe, step: int) -> Passes:
     """Of rollout `step`, counted from 1, where every image has a score and every update is made."""
     r, o, updates = recipe.rollout, recipe.objective, recipe.optimizer.steps_per_rollout
-    images = r.prompts * r.images_per_prompt
+    images = r.images()
     sample = images * evaluations_per_image(r.solver, r.steps, r.guidance)
     pairs = images * recipe.rows_per_image()
+    if isinstance(o, ACDMDSettings):
+        return _distillation(recipe, o)
+    if isinstance(o, RTDMDSettings):
+        return _hybrid(recipe, o)
     if isinstance(o, GRPOSettings):  # guided steps are trained guided, and what the collecting policy said is stored
         pairs *= 2 if r.guidance != 1 else 1
         return Passes(sample=sample, pairs=pairs, old=0, reference=pairs if o.reference else 0)
@@ -50,6 +54,40 @@ def passes_of(recipe: Recipe, step: int) -> Passes:
     equal = step == 1 or old_policy_decay(o.old_policy, (step - 1) * updates) == 0
     old = pairs - (images // updates * o.times_per_image if equal else 0)
     return Passes(sample=sample, pairs=pairs, old=old, reference=pairs if o.reference else 0)
+
+
+def _distillation(recipe: Recipe, o: ACDMDSettings) -> Passes:
+    """Each sample stops after 1 to S steps, all equally often but for what is left where S does not divide the images."""
+    r = recipe.rollout
+    images = r.images()
+    simulated = sum(k % r.steps + 1 for k in range(images))
+    return Passes(
+        sample=(o.fake_updates + 1) * simulated,
+        pairs=images * (o.fake_updates * _fake_passes(o) + 1),
+        old=images,  # the fake score's in the student's update
+        reference=images * _teacher_passes(o),
+    )
+
+
+def _hybrid(recipe: Recipe, o: RTDMDSettings) -> Passes:
+    r, updates = recipe.rollout, recipe.optimizer.steps_per_rollout
+    images = r.images()
+    again = images - images // updates  # the last step anew, once an update has moved the weights that drew it
+    return Passes(
+        sample=images * r.steps + again,
+        pairs=images * (o.trained_steps + 1 + (_fake_passes(o) if o.matching else 0)),
+        old=images if o.matching else 0,
+        reference=images * _teacher_passes(o) if o.matching else 0,
+    )
+
+
+def _fake_passes(o: MatchingSettings) -> int:
+    """Forward and backward passes of the fake score for a sample: consistency looks one step ahead, twice."""
+    return 3 if o.consistency else 1
+
+
+def _teacher_passes(o: MatchingSettings) -> int:
+    return 2 if o.teacher_guidance != 1 else 1
 
 
 def passes_in_all(recipe: Recipe) -> Passes:
