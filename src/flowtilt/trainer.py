@@ -31,7 +31,7 @@ from flowtilt.policy import ROLES
 from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
-from flowtilt.rollout import Sampler, decode
+from flowtilt.rollout import decode, sampler_of
 from flowtilt.scoring import Scoring
 from flowtilt.seeding import noise
 from flowtilt.setup import (
@@ -258,7 +258,7 @@ class Trainer:
             "ema",
             self.test_prompts,
             self.judges,
-            Sampler(e.solver, e.steps, e.guidance),
+            sampler_of(e),
             images=e.images,
             column=e.rewards[0] if e.rewards else next(iter(self.judges)),
             seed=self.recipe.seed,

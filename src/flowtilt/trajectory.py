@@ -12,8 +12,8 @@ from flowtilt.flow import sigma_schedule
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective
-from flowtilt.rollout import Sampler, guided
-from flowtilt.seeding import noise
+from flowtilt.rollout import Fresh, Sampler, guided, sampler_of
+from flowtilt.seeding import step_noise
 from flowtilt.solvers import log_prob, sde_step, solve
 
 
@@ -57,14 +57,10 @@ class PathSampler:
         role: str,
         start: Tensor,
         conditioning: Conditioning,
-        fresh: Callable[[Tensor, int], Tensor],
+        fresh: Fresh,
         micro_batch: int,
     ) -> tuple[Tensor, Trajectory]:
-        """Latents [N, ...] and their way.
-
-        Args:
-            fresh: standard normal noise [n, ...] of the rows [n] at a step.
-        """
+        """Latents [N, ...] and their way."""
         sigmas = sigma_schedule(self.sampler.steps, drawing.model.shift)
         empty = self.sampler.empty(drawing)
         first, end = self.stochastic.start, self.stochastic.stop
@@ -93,18 +89,17 @@ Collect = Callable[[Drawing, Tensor, Conditioning, Sequence[tuple[int, int, int]
 def collector(recipe: Recipe, objective: Objective, rollout: int) -> Collect:
     """How rollout number `rollout`, from 1, draws its images with the collecting policy."""
     r, o = recipe.rollout, recipe.objective
-    sampler = Sampler(r.solver, r.steps, r.guidance)
-    if not isinstance(o, GRPOSettings):
-        return lambda drawing, start, given, where, size: (sampler(drawing, "old", start, given, size), None)
-    paths = PathSampler(sampler, o.sde, o.eta, objective.stochastic(rollout - 1, r.steps, recipe.seed))
+    sampler, paths = sampler_of(r), None
+    if isinstance(o, GRPOSettings):
+        paths = PathSampler(sampler, o.sde, o.eta, objective.stochastic(rollout - 1, r.steps, recipe.seed))
 
     def collect(
         drawing: Drawing, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int
-    ) -> tuple[Tensor, Trajectory]:
-        def fresh(rows: Tensor, j: int) -> Tensor:
-            return noise(recipe.seed, "sde", [(*where[k], j) for k in rows.tolist()], drawing.model.latent_shape)
-
-        return paths(drawing, "old", start, given, fresh, size)
+    ) -> tuple[Tensor, Trajectory | None]:
+        fresh = step_noise(recipe.seed, "sde", where, drawing.model.latent_shape)
+        if paths:
+            return paths(drawing, "old", start, given, fresh, size)
+        return sampler(drawing, "old", start, given, size, fresh), None
 
     return collect
 
