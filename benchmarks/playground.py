@@ -21,7 +21,7 @@ from flowtilt import Trainer, load_recipe
 from flowtilt.environment import processor
 from flowtilt.evaluate import evaluate
 from flowtilt.files import read_lines
-from flowtilt.rollout import Sampler
+from flowtilt.rollout import sampler_of
 
 FRESH_NOISE = 1_000_003
 
@@ -34,7 +34,7 @@ def fresh(trainer: Trainer, role: str, images: int) -> dict:
         role,
         trainer.test_prompts,
         trainer.judges,
-        Sampler(e.solver, e.steps, e.guidance),
+        sampler_of(e),
         images=images,
         column=e.rewards[0],
         seed=FRESH_NOISE,

@@ -40,7 +40,7 @@ def test_training_from_the_command_line_says_what_came_out(tmp_path):
         (["train", "playgruond"], "did you mean 'playground'"),
         (["train"], "which recipe"),
         (["train", "playground", "objective.bta=1"], "did you mean 'objective.beta'"),
-        (["train", "playground", "rollout.solver=eulr"], "'euler', 'ddim', 'dpm1', 'dpm2' or 'heun'"),
+        (["train", "playground", "rollout.solver=eulr"], "'euler', 'ddim', 'dpm1', 'dpm2', 'heun' or 'cps'"),
         (["train", "playground", "steps=many"], "steps"),
         (["train", "playground", "optimizer.lr=-1"], "greater than 0"),
         (["train", "playground", "rollout.images_per_prompt=1"], "greater than or equal to 2"),

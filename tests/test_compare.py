@@ -157,6 +157,7 @@ def test_a_cost_that_was_not_logged_is_no_axis(tmp_path):
         ("evaluate.images=12", "evaluate.images is 240"),
         ("evaluate.guidance=2.0", "evaluate.guidance is 1.0"),
         ("evaluate.solver=heun", "evaluate.solver is euler"),
+        ("evaluate.solver=cps", "evaluate.eta is none"),
         ("evaluate.prompts=mine.txt", "evaluate.prompts is playground"),
         ('evaluate.rewards=["playground"]', "evaluate.rewards is playground_strict"),
         ("model.path=other", "model.path is playground"),

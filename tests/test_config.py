@@ -116,7 +116,7 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked():
 
 def test_solvers_are_the_same_in_recipes_and_in_the_solvers_file():
     for table in (RolloutSettings, EvaluateSettings):
-        assert get_args(table.model_fields["solver"].annotation) == solvers.SOLVERS
+        assert get_args(table.model_fields["solver"].annotation) == solvers.SAMPLERS
 
 
 def test_reading_a_recipe_imports_no_torch():
@@ -273,7 +273,7 @@ WRONG = [
     ("objective.clip_range=1", "objective.clip_range: belongs to objective.type = 'awm' or 'grpo', not 'nft'"),
     ("objective.scale=1", "objective.scale: belongs to objective.type = 'epg', 'pepg' or 'par', not 'nft'"),
     ("objective.mutliplier=1", "objective.mutliplier: unknown key; 'objective.multiplier' belongs to objective.type = 'ram', not 'nft'"),
-    ("rollout.solver=dpm3", "rollout.solver: must be 'euler', 'ddim', 'dpm1', 'dpm2' or 'heun', not 'dpm3'"),
+    ("rollout.solver=dpm3", "rollout.solver: must be 'euler', 'ddim', 'dpm1', 'dpm2', 'heun' or 'cps', not 'dpm3'"),
     ("track=['wnb']", "track: must be 'wandb', 'tensorboard' or 'trackio', not 'wnb'"),
     ("track=wandb", "track: must be a valid array, not 'wandb'"),
     ("name=a/b", "name: String should match pattern"),

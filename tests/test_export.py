@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import quick
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from test_lora import random_lora, same
 
-from flowtilt import UserError
+from flowtilt import Trainer, UserError
 from flowtilt.cli import export as command
 from flowtilt.export import FORMATS, export
 from flowtilt.lora.fit import shapes_of
@@ -214,6 +215,37 @@ def test_a_runs_export_has_a_card_whose_snippet_works(finished, tmp_path, to):
     assert scope["image"].size == (32, 32)
     same(read_lora(finished), read_lora(tmp_path / "out"))
     assert scope["pipe"].transformer.peft_config
+
+
+@pytest.fixture(scope="module")
+def few_steps(tmp_path_factory):
+    """A short run that is evaluated with four stochastic steps."""
+    folder = tmp_path_factory.mktemp("runs") / "cps"
+    cps = ["evaluate.solver=cps", "evaluate.eta=0.8", "evaluate.guidance=2.0", "evaluate.every=0"]
+    Trainer(quick(folder, "steps=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1", *cps)).run()
+    return folder
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_the_card_of_a_run_with_stochastic_steps_draws_as_its_evaluation(few_steps, tmp_path, to):
+    export([few_steps], tmp_path / "out", to)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{STEPS} cps steps of eta 0.8" in card and "sigmas" not in card
+    scope = {}
+    snippet = card.split("```python\n")[1].split("```")[0]
+    exec(snippet, scope)
+    assert scope["image"].size == (32, 32)
+    # its call once more, with noise that is known
+    scope |= {"start": noise(0, "test", [(0,), (1,)], (8, 8, 8)), "texts": TEXTS}
+    options = snippet.splitlines()[-1].split(", ", 1)[1].removesuffix(").images[0]")
+    scope["pipe"].scheduler.generator = [torch.Generator().manual_seed(k) for k in range(2)]
+    theirs = eval(f'pipe(texts, latents=start, output_type="pt", {options}).images', scope)
+    rngs = [torch.Generator().manual_seed(k) for k in range(2)]
+    z = [torch.cat([torch.randn(1, 8, 8, 8, generator=rng) for rng in rngs]) for _ in range(STEPS - 1)]
+    model = SD3(load_pipeline(str(pipeline_path()), revision=None, dtype="float32", device=torch.device("cpu")))
+    stack, sampler = Stack(model, [read_lora(few_steps)]), Sampler("cps", STEPS, 2.0, 0.8)
+    latents = sampler(stack, "tuned", scope["start"], model.encode(TEXTS), 2, lambda rows, j: z[j][rows])
+    torch.testing.assert_close(decode(stack, latents, 2), theirs, atol=1e-4, rtol=0)
 
 
 def test_a_run_knows_its_base(finished, tmp_path):

@@ -43,6 +43,7 @@ def typed(capsys, *words):
         ('objective.old_policy="copy"', "optimizer.steps_per_rollout=1", "model.recompute=true"),
         ("objective.type=ram", "objective.times_per_image=2"),
         ("objective.type=grpo", "objective.kl=0.1", "rollout.guidance=2.0", "rollout.solver=euler"),
+        ("rollout.solver=cps", "rollout.guidance=2.0"),
         ("objective.type=awm", "objective.times_per_image=2", "objective.kl=0", "objective.norm_guard=0.1"),
     ],
     ids=lambda words: " ".join(words) or "as it is",

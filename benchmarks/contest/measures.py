@@ -18,7 +18,7 @@ from flowtilt.memory import MicroBatch
 from flowtilt.models.opening import open_model
 from flowtilt.playground import verify
 from flowtilt.prompts import Prompt
-from flowtilt.rollout import Sampler, draw_times
+from flowtilt.rollout import Sampler, draw_times, sampler_of
 from flowtilt.seeding import generator, noise
 from flowtilt.setup import evaluation_prompts, training_prompts
 from flowtilt.stack import Stack
@@ -92,7 +92,7 @@ def distance(stack: Stack, recipe: Recipe, prompts: list[Prompt]) -> float:
 def _drawn(stack: Stack, recipe: Recipe, prompts: list[Prompt], rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Images [N, 3, H, W] of N rows and their strict scores [N]."""
     e, size = recipe.evaluate, MicroBatch("auto", "cpu")
-    sampler = Sampler(e.solver, e.steps, e.guidance)
+    sampler = sampler_of(e)
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     images = torch.cat([draw(stack, "tuned", prompts, block, sampler, FRESH, size) for block in blocks])
     return images, verify.score(images, [prompts[index] for index, _ in rows])

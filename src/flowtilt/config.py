@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from flowtilt.config_errors import explain
 from flowtilt.config_keys import Key, keys_of
@@ -29,6 +29,9 @@ from flowtilt.config_objectives import (
 )
 from flowtilt.errors import UserError
 from flowtilt.sources import absolute
+
+CPS_ETA = 0.9
+"""That of the few-step students which RTDMD (arXiv 2605.26108) distils."""
 
 
 class ModelSettings(Settings):
@@ -90,24 +93,34 @@ def _whole(place: str) -> str:
     return os.path.abspath(place) if there else place
 
 
+def _known_eta(eta: Any, info: ValidationInfo) -> Any:
+    """cps has an eta, whether or not one was said; filled in, so that a run's recipe tells it."""
+    return CPS_ETA if eta is None and info.data.get("solver") == "cps" else eta
+
+
 class RolloutSettings(Settings):
     prompts: int = Field(default=48, ge=1)
     """Prompts a rollout."""
     images_per_prompt: int = Field(default=24, ge=1)
     """Images of each prompt: the group within which rewards are compared, so two at least where there are any."""
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "dpm2"
-    """ODE solver of the rollout."""
+    """ODE solver of the rollout, or "cps" (arXiv 2509.05952), whose steps but the last are stochastic: for few steps."""
+    eta: float | None = Field(default=None, gt=0, le=1)
+    """How much of the noise is new in a step of cps, 0.9 where none is said; the other solvers have none."""
     steps: int = Field(default=10, ge=1)
     """Solver steps."""
     guidance: float = Field(default=1.0, ge=1)
     """Classifier-free guidance scale of the rollout; 1 turns it off."""
 
+    _eta = field_validator("eta", mode="before")(_known_eta)
+
     def images(self) -> int:
         """Of a rollout."""
         return self.prompts * self.images_per_prompt
 
-    def noise(self) -> float:
-        return 0.9
+    def cps_eta(self) -> float:
+        """The eta of cps, which few-step students are trained with."""
+        return CPS_ETA if self.eta is None else self.eta
 
 
 class OptimizerSettings(Settings):
@@ -145,14 +158,18 @@ class EvaluateSettings(Settings):
     """Rewards to report, the first of them as the score, "geneval/strict" being a detail of one; none takes those of `[rewards]`."""
     images: int = Field(default=240, ge=1)
     """Images, spread evenly over tags and prompts, always from the same noise."""
-    solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun"] = "euler"
-    """ODE solver."""
+    solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "euler"
+    """ODE solver, or "cps", as in `[rollout]`."""
+    eta: float | None = Field(default=None, gt=0, le=1)
+    """How much of the noise is new in a step of cps, 0.9 where none is said; the other solvers have none."""
     steps: int = Field(default=40, ge=1)
     """Solver steps."""
     guidance: float = Field(default=1.0, ge=1)
     """Classifier-free guidance scale; 1 turns it off."""
     samples: int = Field(default=24, ge=0)
     """Images of each evaluation that are kept for the report."""
+
+    _eta = field_validator("eta", mode="before")(_known_eta)
 
 
 class RewardSettings(Settings):
@@ -226,6 +243,9 @@ class Recipe(Settings):
         images = self.rollout.images()
         if self.optimizer.steps_per_rollout > images:
             raise ValueError(f"optimizer.steps_per_rollout: more steps than the {images} images of a rollout")
+        for name, table in (("rollout", self.rollout), ("evaluate", self.evaluate)):
+            if table.eta is not None and table.solver != "cps":
+                raise ValueError(f"{name}.eta: belongs to {name}.solver = 'cps', not {table.solver!r}")
         self._check_objective()
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
@@ -257,6 +277,11 @@ class Recipe(Settings):
         if isinstance(o, MatchingSettings):
             self._check_few_steps(o)
         elif isinstance(o, GRPOSettings):
+            if r.solver == "cps":
+                raise ValueError(
+                    "rollout.solver: 'cps' is not for grpo, which has stochastic steps of its own; "
+                    'set objective.sde = "cps" and an ODE solver for the steps between'
+                )
             o.check(r.steps)
         elif o.times == "rollout" and o.times_per_image > r.steps:
             raise ValueError(
@@ -308,7 +333,8 @@ class Recipe(Settings):
         """How the score is taken, in one line that belongs beside it."""
         e = self.evaluate
         judged = e.rewards[0] if e.rewards else next(iter(self.rewards))
-        drawn = f"{e.images} images of {e.prompts or self.prompts} prompts, {e.steps} {e.solver} steps, guidance {e.guidance:g}"
+        eta = "" if e.eta is None else f" of eta {e.eta:g}"
+        drawn = f"{e.images} images of {e.prompts or self.prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
         return f"{judged}, EMA weights, {drawn}, noise seed {self.seed}"
 
 
@@ -330,6 +356,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not sign or not key.strip():
             raise UserError(f"override {item!r} is not key=value")
         key = _set(tree, key.strip().split("."), _value(text), item)
+        table = key.removesuffix(".solver")
+        if key in ("rollout.solver", "evaluate.solver") and not origins.get(f"{table}.eta", "").startswith("command line"):
+            _leave_cps(tree[table], tree[table])
         origins = _newer(origins, {key: f"command line: {item}"})
     return validate(tree, origins, str(source))
 
@@ -433,9 +462,17 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
             # another variant starts from its own defaults, not from the old one's values
             if key == "objective" and value.get("type", below[key].get("type", "nft")) != below[key].get("type", "nft"):
                 below[key] = {}
+            if key in ("rollout", "evaluate"):
+                _leave_cps(below[key], value)
             _merge(below[key], value)
         else:
             below[key] = value
+
+
+def _leave_cps(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Another solver that is set above cps has no use for its eta."""
+    if above.get("solver", "cps") != "cps":
+        below.pop("eta", None)
 
 
 def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:

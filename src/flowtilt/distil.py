@@ -116,7 +116,7 @@ class Distillation:
         def run(size: int) -> Stopped:
             parts = [
                 simulate(
-                    policy, start[rows.to(start.device)], given.select(rows), stops[rows], sigmas, r.noise(),
+                    policy, start[rows.to(start.device)], given.select(rows), stops[rows], sigmas, r.cps_eta(),
                     lambda within, j, rows=rows: fresh(rows[within], j),
                 )
                 for rows in torch.arange(len(stops)).split(size)
@@ -130,7 +130,7 @@ class Distillation:
         """The student's update."""
         g, metrics = self.fake.gradient(samples)
         # d x_s / d v = -kappa: teacher and fake score are done with before the student's graph begins
-        cotangent = -per_sample(kappa(stopped.sigma, stopped.s, self.recipe.rollout.noise()), g) * g / math.prod(g.shape[1:])
+        cotangent = -per_sample(kappa(stopped.sigma, stopped.s, self.recipe.rollout.cps_eta()), g) * g / math.prod(g.shape[1:])
         sums = {name: value.sum() for name, value in metrics.items()}
 
         def gradients(size: int) -> None:

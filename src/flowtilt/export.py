@@ -47,9 +47,8 @@ A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, reinforced with {objective}
 ```python
 {load}
 {add}
-# the noise levels of the evaluation; num_inference_steps={solver_steps} alone may take slightly others
-sigmas = [1 - k / {solver_steps} for k in range({solver_steps})]
-image = pipe({prompt!r}, sigmas=sigmas, {options}).images[0]
+{sampling}
+image = pipe({prompt!r}, {options}).images[0]
 ```
 
 The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run.
@@ -64,6 +63,15 @@ LOAD_PLAYGROUND = """from diffusers import StableDiffusion3Pipeline
 from flowtilt.playground import pipeline_path
 
 pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())"""
+
+
+LEVELS = """# the noise levels of the evaluation; num_inference_steps={steps} alone may take slightly others
+sigmas = [1 - k / {steps} for k in range({steps})]"""
+
+CPS = """from flowtilt.schedulers import CPSScheduler
+
+# the stochastic steps of the evaluation, at its noise levels
+pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta={eta!r})"""
 
 
 def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Sequence[str] = ()) -> Path:
@@ -95,6 +103,10 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     device, dtype = ("cpu", "float32") if m.dtype == "float32" else ("cuda", "bfloat16" if m.dtype == "auto" else m.dtype)
     playground = m.path == "playground"
     beneath = kept(run)
+    e = recipe.evaluate
+    cps = e.solver == "cps"
+    call = {"num_inference_steps": repr(e.steps)} if cps else {"sigmas": "sigmas"}
+    call |= {name: repr(value) for name, value in policy.model.call_options(e.guidance).items()}
     return CARD.format(
         name=recipe.name,
         base=m.path,
@@ -114,8 +126,8 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         add=_added([*beneath, run / "lora"]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
-        solver_steps=recipe.evaluate.steps,
-        options=", ".join(f"{name}={value!r}" for name, value in policy.model.call_options(recipe.evaluate.guidance).items()),
+        sampling=CPS.format(eta=e.eta) if cps else LEVELS.format(steps=e.steps),
+        options=", ".join(f"{name}={value}" for name, value in call.items()),
     )
 
 

@@ -107,7 +107,7 @@ class FakeScore:
         later = (t - o.consistency_span * (1 - step)).clamp_min(0)
         ahead = []
         for z in (first, second):
-            x, _, _ = sde_step(x_t, v.detach(), t, later, z, "cps", self._recipe.rollout.noise())
+            x, _, _ = sde_step(x_t, v.detach(), t, later, z, "cps", self._recipe.rollout.cps_eta())
             ahead.append(x - per_sample(later, x) * self._policy.velocity(ROLE, x, later, samples.conditioning))
         consistency = consistency_loss(x_t - per_sample(t, x_t) * v, *ahead)
         return matching + o.consistency * consistency, metrics | {"fake_consistency": consistency.detach()}
@@ -133,7 +133,7 @@ class FakeScore:
         v_fake = self._policy.velocity(ROLE, x_t, t, samples.conditioning)
         v_teacher = guided(self._policy, "teacher", samples.conditioning, empty, o.teacher_guidance)(x_t, t)
         projected = z if o.normaliser == "noisy" else None
-        g = distribution_matching_gradient(samples.x_s, x_t, v_teacher, v_fake, samples.s, t, projected, r.noise())
+        g = distribution_matching_gradient(samples.x_s, x_t, v_teacher, v_fake, samples.s, t, projected, r.cps_eta())
         return g, (v_fake - v_teacher).square().flatten(1).mean(1)
 
 

@@ -181,7 +181,7 @@ class Hybrid:
         x, x_next = path.states[image, step].to(device), path.states[image, step + 1].to(device)
         s, s_next = sigmas[step].to(device), sigmas[step + 1].to(device)
         v = self.policy.velocity("current", x, s, rollout.conditioning.select(image))
-        _, mean, _ = sde_step(x, v, s, s_next, torch.zeros_like(x), "cps", self.recipe.rollout.noise())
+        _, mean, _ = sde_step(x, v, s, s_next, torch.zeros_like(x), "cps", self.recipe.rollout.cps_eta())
         new = _log_prob(x_next, mean)
         # as stored it went through other batches: with equal weights the ratio is 1, not nearly 1
         old = new.detach() if self.policy.equal("old", "current") else _log_prob(x_next, path.means[image, step].to(device))

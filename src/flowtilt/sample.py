@@ -12,8 +12,8 @@ from flowtilt.files import write_atomic
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.opening import open_model
 from flowtilt.pictures import to_pil
-from flowtilt.rollout import Sampler, decode
-from flowtilt.seeding import noise
+from flowtilt.rollout import decode, sampler_of
+from flowtilt.seeding import noise, step_noise
 from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
 
 
@@ -27,28 +27,30 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     solver: str | None = None,
+    eta: float | None = None,
     same_noise: bool = False,
     base_too: bool = True,
 ) -> Path:
     """Draws each prompt as one row, the base left and the tuned model right, from the same noise, into a PNG.
 
-    Several LoRAs add up, with what lies beneath them. Model, steps, guidance and solver default to those of the first
-    LoRA's run, or of the one on top of it, else to the playground's.
+    Several LoRAs add up, with what lies beneath them. Model, steps, guidance, solver and eta default to those of the
+    first LoRA's run, or of the one on top of it, else to the playground's.
 
     Raises:
-        UserError: a model or LoRA that can't be loaded, or a file that can't be written.
+        UserError: a model or LoRA that can't be loaded, an eta that the solver does not have, or a file that can't be written.
     """
     added = read_stack(loras)
     recipe = recipe_of(leading(added)) if added else None
     e = recipe.evaluate if recipe else default_evaluation(model)
+    sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
     settings = model_settings(model, recipe)
     stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), added)
-    sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
     places = [(0 if same_noise else k,) for k in range(len(prompts))]
     start = noise(seed, "sample", places, stack.model.latent_shape).to(stack.model.device)
+    fresh = step_noise(seed, "sample", places, stack.model.latent_shape)
     given = stack.model.encode(prompts)
     roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
-    columns = [decode(stack, sampler(stack, role, start, given, len(prompts)), len(prompts)) for role in roles]
+    columns = [decode(stack, sampler(stack, role, start, given, len(prompts), fresh), len(prompts)) for role in roles]
     picture = BytesIO()
     _sheet(columns).save(picture, format="PNG")
     write_atomic(output, picture.getvalue())

@@ -5,7 +5,7 @@ run is the same for every micro-batch and world size, and a resumed run needs no
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +28,8 @@ def noise(seed: int, purpose: str, positions: Iterable[Sequence[int]], shape: Se
     """Standard normal noise [N, *shape], fp32 on the CPU; row i is drawn from `positions[i]` alone."""
     rows = [torch.randn(tuple(shape), generator=generator(seed, purpose, *p)) for p in positions]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+def step_noise(seed: int, purpose: str, positions: Sequence[Sequence[int]], shape: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
+    """The noise of a sampler's steps: [n, *shape] of the rows [n] at step j, row k of them drawn from `(*positions[k], j)` alone."""
+    return lambda rows, j: noise(seed, purpose, [(*positions[k], j) for k in rows.tolist()], shape)

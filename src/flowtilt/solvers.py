@@ -1,4 +1,4 @@
-"""Samplers of a rectified flow: ODE solvers around a black-box velocity, and single stochastic steps.
+"""Samplers of a rectified flow: ODE solvers around a black-box velocity, and stochastic steps, one at a time or all the way.
 
 Noise levels are sigma = t in [0, 1], falling; s is the present level, s' the next, dt = s' - s < 0.
 An ODE solver carries x from sigmas[0] to sigmas[-1] along dx/dt = v(x, t). A stochastic step draws
@@ -17,6 +17,8 @@ from flowtilt.flow import per_sample, predict_eps, predict_x0
 
 Solver = Literal["euler", "ddim", "dpm1", "dpm2", "heun"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
+SAMPLERS: tuple[str, ...] = (*SOLVERS, "cps")
+"""The ways from noise to an image: the ODE solvers, and `solve_cps`."""
 Stochastic = Literal["flow", "dance", "cps"]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,9 +40,7 @@ def solve(velocity: Velocity, x: Tensor, sigmas: Tensor, solver: str = "dpm2") -
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
-        raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}")
-    levels = sigmas.tolist()
+    levels = _levels(sigmas)
     past: tuple[float, Tensor] | None = None
     for i, (s, s_next) in enumerate(pairwise(levels)):
         v = velocity(x, sigmas[i].to(x.device))
@@ -56,6 +56,32 @@ def solve(velocity: Velocity, x: Tensor, sigmas: Tensor, solver: str = "dpm2") -
         else:
             x = x + (s_next - s) * v
     return x
+
+
+def solve_cps(velocity: Velocity, x: Tensor, sigmas: Tensor, fresh: Callable[[int], Tensor], eta: float) -> Tensor:
+    """Carries noise x [N, ...] along the levels `sigmas` [S + 1] by steps of `sde_step(kind="cps")`; the one to 0 gives x0_hat.
+
+    Args:
+        velocity: v(x, sigma) with sigma a scalar fp32 tensor on x's device; called once a step.
+        sigmas: strictly falling, fp32, within [0, 1]; the last is usually 0.
+        fresh: standard normal noise [N, ...] on x's device of a step, counted from 0; not asked for the one to 0.
+        eta: how much of the noise is new, in (0, 1].
+
+    Raises:
+        ValueError: sigmas that do not fall or leave [0, 1].
+    """
+    for j, (_, s_next) in enumerate(pairwise(_levels(sigmas))):
+        s = sigmas[j].to(x.device)
+        v = velocity(x, s)
+        x = sde_step(x, v, s, s_next, fresh(j), "cps", eta)[0] if s_next > 0 else predict_x0(x, v, s)
+    return x
+
+
+def _levels(sigmas: Tensor) -> list[float]:
+    """Noise levels [S + 1] as numbers, once they are seen to fall."""
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}")
+    return sigmas.tolist()
 
 
 def _log_snr(s: float) -> float:

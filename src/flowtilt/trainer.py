@@ -32,7 +32,7 @@ from flowtilt.prompts import PromptWalk
 from flowtilt.reinforce import Reinforcement
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
-from flowtilt.rollout import Sampler
+from flowtilt.rollout import sampler_of
 from flowtilt.setup import build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
 from flowtilt.tracking import Sink, check_installed, open_sinks
 
@@ -218,7 +218,7 @@ class Trainer:
             "ema",
             self.test_prompts,
             self.judges,
-            Sampler(e.solver, e.steps, e.guidance),
+            sampler_of(e),
             images=e.images,
             column=e.rewards[0] if e.rewards else next(iter(self.judges)),
             seed=self.recipe.seed,

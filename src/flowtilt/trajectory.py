@@ -13,8 +13,8 @@ from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Collecting
 from flowtilt.objectives.rtdmd import subgrpo_steps
-from flowtilt.rollout import Sampler, guided
-from flowtilt.seeding import noise
+from flowtilt.rollout import Fresh, Sampler, guided, sampler_of
+from flowtilt.seeding import step_noise
 from flowtilt.solvers import log_prob, sde_step, solve
 
 
@@ -58,14 +58,10 @@ class PathSampler:
         role: str,
         start: Tensor,
         conditioning: Conditioning,
-        fresh: Callable[[Tensor, int], Tensor],
+        fresh: Fresh,
         micro_batch: int,
     ) -> tuple[Tensor, Trajectory]:
-        """Latents [N, ...] and their way.
-
-        Args:
-            fresh: standard normal noise [n, ...] of the rows [n] at a step.
-        """
+        """Latents [N, ...] and their way."""
         sigmas = sigma_schedule(self.sampler.steps, drawing.model.shift)
         empty = self.sampler.empty(drawing)
         first, end = self.stochastic.start, self.stochastic.stop
@@ -94,27 +90,29 @@ Collect = Callable[[Drawing, Tensor, Conditioning, Sequence[tuple[int, int, int]
 def collector(recipe: Recipe, objective: Collecting, rollout: int) -> Collect:
     """How rollout number `rollout`, from 1, draws its images with the collecting policy."""
     r, o = recipe.rollout, recipe.objective
-    sampler = Sampler(r.solver, r.steps, r.guidance)
+    sampler, paths = sampler_of(r), None
     shared: set[int] = set()
     if isinstance(o, RTDMDSettings):
         every = objective.stochastic(rollout - 1, r.steps, recipe.seed)
         shared = set(every) - set(subgrpo_steps(rollout - 1, r.steps, o.trained_steps, recipe.seed))
         last = Sampler("euler", r.steps)  # of its single step to 0, which is x0_hat for every solver
-        paths = PathSampler(last, "cps", r.noise(), every)
+        paths = PathSampler(last, "cps", r.cps_eta(), every)
     elif isinstance(o, GRPOSettings):
         paths = PathSampler(sampler, o.sde, o.eta, objective.stochastic(rollout - 1, r.steps, recipe.seed))
-    else:
-        return lambda drawing, start, given, where, size: (sampler(drawing, "old", start, given, size), None)
 
     def collect(
         drawing: Drawing, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int
-    ) -> tuple[Tensor, Trajectory]:
+    ) -> tuple[Tensor, Trajectory | None]:
+        own = step_noise(recipe.seed, "sde", where, drawing.model.latent_shape)
+        of_prompt = step_noise(recipe.seed, "shared", [place[:2] for place in where], drawing.model.latent_shape)
+
         def fresh(rows: Tensor, j: int) -> Tensor:
             # in a step that is not trained a prompt's images part by nothing, so that rewards tell of those that are
-            places = [(*where[k][:2], j) if j in shared else (*where[k], j) for k in rows.tolist()]
-            return noise(recipe.seed, "sde", places, drawing.model.latent_shape)
+            return of_prompt(rows, j) if j in shared else own(rows, j)
 
-        return paths(drawing, "old", start, given, fresh, size)
+        if paths:
+            return paths(drawing, "old", start, given, fresh, size)
+        return sampler(drawing, "old", start, given, size, fresh), None
 
     return collect
 

@@ -28,7 +28,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--images-per-prompt", type=count, metavar="N", help="images of every prompt (1)")
     evaluate.add_argument("--images", type=count, metavar="N", help="instead: this many in all, spread over tags and prompts")
     evaluate.add_argument("--resolution", type=count, metavar="PIXELS", help="height and width (the run's, else the pipeline's own)")
-    evaluate.add_argument("--solver", choices=("euler", "ddim", "dpm1", "dpm2", "heun"), help="(the recipe's evaluation)")
+    evaluate.add_argument("--solver", choices=("euler", "ddim", "dpm1", "dpm2", "heun", "cps"), help="(the recipe's evaluation)")
+    evaluate.add_argument("--eta", type=float, help="how much of the noise is new in a step of cps, at most 1 (the recipe's, else 0.9)")
     evaluate.add_argument("--steps", type=count, help="solver steps (the recipe's evaluation)")
     evaluate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none (the recipe's evaluation)")
     evaluate.add_argument("--seed", type=int, help="of the noise (the run's)")
@@ -73,6 +74,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             solver=args.solver,
             steps=args.steps,
             guidance=args.guidance,
+            eta=args.eta,
             seed=args.seed,
             compare_base=args.compare == "base",
             compat=args.compat,

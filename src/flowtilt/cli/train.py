@@ -35,7 +35,8 @@ def add(commands: Any) -> None:
     )
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's evaluation)")
     sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")
-    sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2 or heun")
+    sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2, heun or cps")
+    sample.add_argument("--eta", type=float, help="how much of the noise is new in a step of cps, at most 1 (the recipe's, else 0.9)")
     sample.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sample.add_argument("--same-noise", action="store_true", help="start all prompts from one noise")
     sample.add_argument("--no-base", action="store_true", help="draw only the tuned model")
@@ -108,10 +109,10 @@ def _sample(args: argparse.Namespace) -> int:
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps: must be at least 1, not {args.steps}")
     if args.solver is not None:
-        from flowtilt.solvers import SOLVERS
+        from flowtilt.solvers import SAMPLERS
 
-        if args.solver not in SOLVERS:
-            raise UserError(f"--solver: {args.solver!r} is not one of {', '.join(SOLVERS)}")
+        if args.solver not in SAMPLERS:
+            raise UserError(f"--solver: {args.solver!r} is not one of {', '.join(SAMPLERS)}")
     written = sample(
         args.prompts,
         args.output,
@@ -121,6 +122,7 @@ def _sample(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance=args.guidance,
         solver=args.solver,
+        eta=args.eta,
         same_noise=args.same_noise,
         base_too=not args.no_base,
     )

@@ -21,7 +21,7 @@ from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
 from flowtilt.rewards.judging import judge
 from flowtilt.rollout import Sampler, decode
-from flowtilt.seeding import noise
+from flowtilt.seeding import noise, step_noise
 
 Row = tuple[int, int]
 """An image of an evaluation: the place of its prompt, and how many images of this prompt come before it."""
@@ -95,7 +95,8 @@ def draw(
     positions = [(key, copy) for key, (_, copy) in zip(keys, rows, strict=True)]
     start = noise(seed, "evaluate", positions, drawing.model.latent_shape).to(drawing.model.device)
     conditioning = drawing.model.encode(texts)
-    latents = micro_batch.fit("sample", lambda size: sampler(drawing, role, start, conditioning, size))
+    fresh = step_noise(seed, "evaluate", positions, drawing.model.latent_shape)
+    latents = micro_batch.fit("sample", lambda size: sampler(drawing, role, start, conditioning, size, fresh))
     return micro_batch.fit("decode", lambda size: decode(drawing, latents, size))
 
 

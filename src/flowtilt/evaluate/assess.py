@@ -24,7 +24,7 @@ from flowtilt.prompts.sets import is_path
 from flowtilt.rewards import Reward, applicable
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
-from flowtilt.rollout import Sampler
+from flowtilt.rollout import Sampler, sampler_of
 from flowtilt.setup import judges_of, load_prompts
 from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
 
@@ -42,6 +42,7 @@ def assess(
     solver: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    eta: float | None = None,
     seed: int | None = None,
     compare_base: bool = False,
     compat: bool = False,
@@ -63,7 +64,7 @@ def assess(
         say: told in a line what is left out.
 
     Raises:
-        UserError: something can't be loaded, the folder holds another evaluation, or a reward fails.
+        UserError: something can't be loaded, an eta that the solver does not have, the folder holds another evaluation, or a reward fails.
     """
     world = distributed.start()
     added = read_stack(loras)
@@ -71,6 +72,7 @@ def assess(
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
     recipe = _recipe_for(model, added, complete=bool(prompts and rewards))
     e = recipe.evaluate if recipe else default_evaluation(model)
+    sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
     named = _named(rewards, recipe, compat)
     loaded = _load_sets(prompts or _own_prompts(recipe))
     if not prompts and images is None and images_per_prompt is None:
@@ -80,7 +82,6 @@ def assess(
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)
     stack = Stack(open_model(settings, world.device), added)
-    sampler = Sampler(solver or e.solver, steps or e.steps, e.guidance if guidance is None else guidance)
     variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
     seed = seed if seed is not None else recipe.seed if recipe else 0
     chosen = {"images": images, "images_per_prompt": None if images else images_per_prompt or 1, "seed": seed, "variants": list(variants)}
@@ -177,6 +178,7 @@ def _model_protocol(model: Model, settings: ModelSettings, loras: Sequence[Lora]
             {"path": str(Path(lora.source).resolve()), "sha256": digest(Path(lora.source)), "scales": lora.scales()} for lora in loras
         ],
         "solver": sampler.solver,
+        **({} if sampler.eta is None else {"eta": sampler.eta}),
         "steps": sampler.steps,
         "guidance": sampler.guidance,
         **model.protocol,

@@ -33,7 +33,7 @@ class Passes:
 
 
 def evaluations_per_image(solver: str, steps: int, guidance: float) -> int:
-    """Of one image: Heun's method asks twice in every step but the last, guidance doubles each."""
+    """Of one image: Heun's method asks twice in every step but the last, every other sampler once; guidance doubles each."""
     return (2 * steps - 1 if solver == "heun" else steps) * (2 if guidance != 1 else 1)
 
 

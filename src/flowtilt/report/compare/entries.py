@@ -54,7 +54,7 @@ class Entry:
         name = judged.partition("/")[0]
         settings = recipe.reward_table().get(name)
         judge = settings.model_dump(exclude={"weight"}) if settings else {"source": name, "compat": False, "options": {}}
-        drawn = e.model_dump(include={"images", "solver", "steps", "guidance"})
+        drawn = e.model_dump(include={"images", "solver", "eta", "steps", "guidance"})
         evaluate = {"prompts": e.prompts or recipe.prompts, "rewards": judged, **drawn}
         return dict(flat({"model": recipe.model.model_dump(mode="json"), "evaluate": evaluate, "judge": judge}))
 

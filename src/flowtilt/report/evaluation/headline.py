@@ -10,6 +10,7 @@ from flowtilt.report.numbers import counted, duration
 GENERIC = {"lora", "transformer", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "generator_ema.pt", ""}
 """Parts of a LoRA's path that don't tell it from others."""
 FORMS = {
+    "eta": "eta {}",
     "steps": "{} steps",
     "guidance": "guidance {}",
     "embedded_guidance": "embedded guidance {}",
