@@ -165,8 +165,8 @@ def distribution_matching_gradient(
         eta: of the step.
     """
     off = -kappa(per_sample(t, x_t), per_sample(s, x_t), eta) * (v_fake - v_teacher)
-    projected, mean, _ = sde_step(x_t, v_teacher, t, s, torch.zeros_like(x_t) if noise is None else noise, "cps", eta)
-    scale = per_sample((x_s - (mean if noise is None else projected)).abs().flatten(1).mean(1), x_s)
+    y_teacher, _, _ = sde_step(x_t, v_teacher, t, s, torch.zeros_like(x_t) if noise is None else noise, "cps", eta)
+    scale = per_sample((x_s - y_teacher).abs().flatten(1).mean(1), x_s)
     return torch.where((off == 0) & (scale == 0), torch.zeros_like(off), off / scale)
 
 
