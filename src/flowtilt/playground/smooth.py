@@ -22,7 +22,7 @@ from flowtilt.playground.world import BACKGROUND, COLORS, JITTER, RADIUS, SHAPES
 from flowtilt.prompts import Prompt
 
 POWER = 3
-"""Exponent of a drawing's weight; at 4 good images score nearer to 1, and ascent improved half as many."""
+"""Exponent of a drawing's weight; at 4 good images score nearer to 1, and ascent made far fewer images right."""
 PLACES = 7
 """Positions of a drawing an axis, .6 pixels apart: a true object between them has an E of about 1, at most 3.5."""
 OTHER = 5.0
