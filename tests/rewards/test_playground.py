@@ -1,9 +1,9 @@
-"""The playground's verifier as rewards, also of prompts that are none of the playground's."""
+"""The playground's verifier and its smooth stand-in as rewards, also of prompts that are none of the playground's."""
 
 import pytest
 import torch
 
-from flowtilt.playground import verify, world
+from flowtilt.playground import smooth, verify, world
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import applicable, load_reward, score
 from flowtilt.seeding import generator
@@ -47,3 +47,18 @@ def test_a_reward_that_can_judge_none_of_the_prompts_is_told_apart():
     )
     assert list(able) == ["jpeg_compressibility"] and why == {"playground": "not in the playground's grammar"}
     assert list(applicable([Prompt("a castle"), PROMPTS[0]], {"playground": load_reward("p", "playground")})[0]) == ["playground"]
+
+
+def test_the_smooth_reward_has_a_gradient_to_images_of_its_own_world_alone():
+    reward = load_reward("playground_smooth", "playground_smooth")
+    mixed = [Prompt("a castle at dawn"), *PROMPTS[:2]]
+    images = drawn([PROMPTS[0], *PROMPTS[:2]]).requires_grad_()
+    found, notes = score({"smooth": reward}, images, mixed)
+    torch.testing.assert_close(found["smooth"][1:], smooth.score(images[1:].detach(), PROMPTS[:2]))
+    assert found["smooth"].isnan().tolist() == [True, False, False] and notes == ["not in the playground's grammar", "", ""]
+    assert not reward(images, mixed).scores.requires_grad
+    scores = reward.differentiable(images, mixed)
+    torch.testing.assert_close(scores.detach(), found["smooth"], equal_nan=True)
+    (gradient,) = torch.autograd.grad(scores[1:].sum(), images)
+    assert gradient.flatten(1).any(1).tolist() == [False, True, True]
+    assert reward.differentiable(torch.rand(1, 3, 512, 512), mixed[:1]).isnan().all()  # of any size

@@ -24,7 +24,7 @@ from flowtilt.rewards import PAPER, Reward, score
 from flowtilt.rewards.versions import built_in_name
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-READ_PROMPTS = (*PAPER, "playground", "playground_strict", "playground_partial")
+READ_PROMPTS = (*PAPER, "playground", "playground_strict", "playground_partial", "playground_smooth")
 PROMPT_FREE = ("aesthetic",)
 BATCH = 32
 

@@ -9,7 +9,7 @@ from flowtilt.environment import versions
 from flowtilt.statistics import paired, summary
 
 SHARES = (
-    *("playground", "playground_strict", "playground_partial", "ocr"),
+    *("playground", "playground_strict", "playground_partial", "playground_smooth", "ocr"),
     *("geneval", "geneval/strict", "geneval/correct"),
 )
 """Scores that lie in [0, 1] by definition, so that an interval can be given also where all prompts score alike."""

@@ -5,7 +5,7 @@
 A class is built once, as `Class(device=…, **options)`, and its instance is called like a function. It may
 have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" where it can. A class whose
 models may leave the device between two calls names them in `modules`, a tuple of torch.nn.Module; each call
-computes where they are at that moment.
+computes where they are at that moment. What can be back-propagated has `differentiable`: `rewards.gradient`.
 NaN means "has no score for this image". An exception is an error of the run, never a score of 0.
 """
 
@@ -40,6 +40,7 @@ BUILT_IN = {
     "playground": "flowtilt.rewards.playground:Playground",
     "playground_strict": "flowtilt.rewards.playground:PlaygroundStrict",
     "playground_partial": "flowtilt.rewards.playground:PlaygroundPartial",
+    "playground_smooth": "flowtilt.rewards.playground:PlaygroundSmooth",
 }
 PAPER = ("geneval", "ocr", "pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward")
 """The eight of DiffusionNFT's table, which `--rewards all` names."""

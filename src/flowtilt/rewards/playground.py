@@ -1,10 +1,10 @@
-"""The playground's verifier as rewards."""
+"""The playground's verifier as rewards, and a smooth stand-in with a gradient."""
 
 import torch
 from torch import Tensor
 
 from flowtilt.errors import UserError
-from flowtilt.playground import verify, world
+from flowtilt.playground import smooth, verify, world
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
 
@@ -56,3 +56,32 @@ class PlaygroundPartial(Playground):
 
     def value(self, verdict: verify.Verdict) -> float:
         return verdict.partial
+
+
+class PlaygroundSmooth:
+    """How probably an image shows its prompt, in (0, 1) and smooth in the pixels: to be back-propagated, not to be reported.
+
+    It stands in for the verifier, whose "playground_strict" is the score that counts: see `playground.smooth`.
+
+    Args:
+        device: not used; it computes where the images are.
+    """
+
+    def __init__(self, *, device: torch.device | str = "cpu"):
+        pass
+
+    applies = staticmethod(Playground.applies)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
+        """Scores of images [N, 3, 32, 32] in [0, 1]."""
+        return RewardOutput(self.differentiable(images, prompts), [self.applies(prompt) for prompt in prompts])
+
+    def differentiable(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        """The same scores [N] with a gradient to the images; a prompt that is not in the playground's grammar has no score."""
+        rows = [n for n, prompt in enumerate(prompts) if not self.applies(prompt)]
+        scores = torch.full((len(prompts),), torch.nan, device=images.device)
+        if not rows:
+            return scores
+        at = torch.tensor(rows, device=images.device)
+        return scores.index_put((at,), smooth.score(images[at], [prompts[n] for n in rows]).float())
