@@ -16,7 +16,7 @@ from flowtilt.objectives import Objective, ema_decay
 from flowtilt.phases import Phases
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt
-from flowtilt.rollout import Pairs, Sampler, draw_times
+from flowtilt.rollout import Pairs, draw_times, sampler_of
 from flowtilt.seeding import generator
 from flowtilt.trajectory import Trajectory, Transitions
 from flowtilt.update import Update
@@ -96,7 +96,7 @@ class Learner:
             torch.arange(len(stochastic)).repeat(len(own)),
             levels[stochastic.start : stochastic.stop + 1],
             float(levels[1]),
-            Sampler(r.solver, r.steps, r.guidance).empty(self.policy),
+            sampler_of(r).empty(self.policy),
             r.guidance,
         )
 
