@@ -22,9 +22,14 @@ WIDTH, HEIGHT, MARGIN = 860, 470, 56
 
 def with_results(page: str, results: Record | None) -> str:
     """The page with its generated part made anew."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{markdown(results)}\n{END}{tail}"
+    return between(page, BEGIN, END, markdown(results))
+
+
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """The page with `text` between two of its lines."""
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{text}\n{end}{tail}"
 
 
 def markdown(results: Record | None) -> str:
@@ -47,7 +52,7 @@ def _methods(entries: Sequence[Record], base: Record) -> str:
     rows = [["base", "", "", "", "", *_measured([base])]]
     for method in dict.fromkeys(entry["method"] for entry in entries):
         rows.append([method, *_row([entry for entry in entries if entry["method"] == method])])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _row(own: Sequence[Record]) -> list[str]:
@@ -93,7 +98,7 @@ def _search(method: str, tried: Sequence[Record]) -> str:
         score = fixed(record["score"], 3) if record["score"] is not None else "–"
         mark = "**chosen**" if record.get("chosen") else ""
         rows.append([short(record["settings"][rate]), short(record["settings"][knob]), score, mark])
-    return f"{method}\n\n" + _table(["lr", knob.rpartition(".")[2], "score", ""], rows)
+    return f"{method}\n\n" + table(["lr", knob.rpartition(".")[2], "score", ""], rows)
 
 
 def _ablations(ablations: Sequence[Record], entries: Sequence[Record]) -> str:
@@ -113,10 +118,10 @@ def _ablations(ablations: Sequence[Record], entries: Sequence[Record]) -> str:
     for name in dict.fromkeys(entry["variant"] for entry in ablations):
         own = [entry for entry in ablations if entry["variant"] == name]
         rows.append([own[0]["question"], own[0]["label"], *_row(own)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
