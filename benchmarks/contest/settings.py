@@ -81,6 +81,8 @@ ABLATIONS: dict[str, Variant] = {
     "beta-1": Variant("beta", "1", ("objective.beta=1.0",)),
     "no-negative": Variant("negative term", "without", WITHOUT_NEGATIVE),
     "dpm2": Variant("solver of the rollout", "dpm2", ("rollout.solver=dpm2",)),
+    "cps": Variant("solver of the rollout", "cps, stochastic with eta 0.5", ("rollout.solver=cps", "rollout.eta=0.5")),
+    "not-adaptive": Variant("adaptive weight", "without", ("objective.adaptive=false",)),
     "consistency-0": Variant("consistency", "0", ("objective.consistency=0.0",)),
 }
 

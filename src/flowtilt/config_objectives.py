@@ -53,6 +53,8 @@ class NFTSettings(AdvantageSettings):
     """How far the implicit positive and negative velocities stand from the old policy's."""
     advantage_clip: float = Field(default=5.0, gt=0)
     """Advantages beyond this many standard deviations count as this many."""
+    adaptive: bool = True
+    """Divide each squared error of x0 by its mean absolute error, as published; false has the plain square, small near data."""
 
 
 class AWMSettings(AdvantageSettings):

@@ -22,10 +22,16 @@ LEAST_ERROR = 1e-5
 """The self-normalising weight is never smaller, in units of the latents."""
 
 
-def x0_error(v: Tensor, v_target: Tensor, t: Tensor | float) -> Tensor:
-    """mean (x0_hat - x0)^2 / w with w = max(mean |x0_hat - x0|, 1e-5) without gradient, [N]; x0_hat - x0 = -t (v - v_target)."""
+def x0_error(v: Tensor, v_target: Tensor, t: Tensor | float, adaptive: bool = True) -> Tensor:
+    """mean (x0_hat - x0)^2 / w with w = max(mean |x0_hat - x0|, 1e-5) without gradient, [N]; x0_hat - x0 = -t (v - v_target).
+
+    Args:
+        adaptive: false has w = 1.
+    """
     difference = v - v_target
     off = (per_sample(t, difference) * difference).flatten(1)
+    if not adaptive:
+        return off.square().mean(1)
     # the reference code takes the mean in float64; over a latent's values fp32 differs in the last bit only
     weight = off.detach().abs().mean(1, dtype=torch.float64).clamp_min(LEAST_ERROR).to(off.dtype)
     return off.square().mean(1) / weight

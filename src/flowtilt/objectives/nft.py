@@ -30,7 +30,9 @@ def optimality(advantages: Tensor, clip: float = 5.0) -> Tensor:
     return (advantages / clip).clamp(-1, 1) / 2 + 0.5
 
 
-def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, t: Tensor | float, r: Tensor, *, beta: float, clip: float = 5.0) -> Tensor:
+def nft_loss(
+    v: Tensor, v_old: Tensor, v_target: Tensor, t: Tensor | float, r: Tensor, *, beta: float, clip: float = 5.0, adaptive: bool = True
+) -> Tensor:
     """clip [r L(v+) + (1 - r) L(v-)] / beta for each sample, [N]; equation 5 with the adaptive weight.
 
     Args:
@@ -40,11 +42,12 @@ def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, t: Tensor | float, r: T
         r: optimality probability [N].
         beta: how far v+ and v- stand from v_old, > 0.
         clip: the advantage clip of `optimality`; it restores the advantage's scale.
+        adaptive: see `x0_error`.
     """
     v_old = v_old.detach()
     v_plus = (1 - beta) * v_old + beta * v
     v_minus = (1 + beta) * v_old - beta * v
-    return clip * (r * x0_error(v_plus, v_target, t) + (1 - r) * x0_error(v_minus, v_target, t)) / beta
+    return clip * (r * x0_error(v_plus, v_target, t, adaptive) + (1 - r) * x0_error(v_minus, v_target, t, adaptive)) / beta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +62,11 @@ class NFT(ForwardProcess):
     beta: float
     advantage_clip: float
     consistency: float = 0.0
+    adaptive: bool = True
 
     own_metrics: ClassVar[tuple[str, ...]] = ("deviation",)
 
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         r = optimality(batch.advantages + self.consistency, self.advantage_clip)
-        loss = nft_loss(at.v, at.v_old, at.v_target, batch.t, r, beta=self.beta, clip=self.advantage_clip)
+        loss = nft_loss(at.v, at.v_old, at.v_target, batch.t, r, beta=self.beta, clip=self.advantage_clip, adaptive=self.adaptive)
         return loss, {"deviation": velocity_kl(at.v, at.v_old)}
