@@ -4,6 +4,7 @@ The pipeline is saved to disk with the true classes, its base in bfloat16; text 
 device, activations are recomputed. Geometry and images are small, everything else is the recipe's.
 """
 
+import json
 import math
 
 import narrow_clip
@@ -19,6 +20,7 @@ from flowtilt.files import read_lines
 from flowtilt.prompts.geneval import generate, to_lines
 from flowtilt.rewards import clip, openclip
 from flowtilt.rewards.geneval import detect, mask2former
+from flowtilt.schedulers import CPSScheduler
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,31 @@ def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, t
     drawn = StableDiffusion3Pipeline.from_pretrained(model)
     drawn.load_lora_weights(tmp_path / "run" / "lora")
     assert drawn.get_list_adapters() == {"transformer": ["default_0"]}
+
+
+def test_rtdmds_two_published_stages_train_evaluate_and_stack(model, tmp_path):
+    scenes = tmp_path / "scenes.jsonl"
+    scenes.write_text(to_lines(generate(40, seed=0)))
+    common = [f"model.path={model}", "model.resolution=16", "model.dtype=bfloat16", "model.offload=true", "model.recompute=true"]
+    common += [f"prompts={scenes}", f"evaluate.prompts={scenes}", "evaluate.images=2", "evaluate.every=0", "steps=2", "micro_batch=3"]
+    cold, rl = tmp_path / "cold", tmp_path / "rl"
+    Trainer(load_recipe("sd35m-rtdmd-cold", [*common, "rollout.prompts=4", "objective.fake_updates=2", f"run={cold}"])).run()
+    second = [*common, "rollout.prompts=2", "rollout.images_per_prompt=2", f'lora.on=["{cold}"]', f"run={rl}"]
+    Trainer(load_recipe("sd35m-rtdmd-rl", second)).run()
+    for run, names in ((cold, ("fake_loss", "teacher_gap")), (rl, ("fake_loss", "loss", "backprop_reward", "reward/geneval"))):
+        records = read_lines(run / "metrics.jsonl")
+        assert len(records) == 2 and all(math.isfinite(record[name]) for record in records for name in (*names, "grad_norm"))
+        assert all(record["skipped_updates"] == 0 for record in records)
+    resumed = Trainer(load_recipe("sd35m-rtdmd-rl", [*second, "steps=3"]), resume=rl)
+    assert resumed.method.updates["fake"].count == resumed.method.updates["current"].count == 2
+
+    found = assess(tmp_path / "evaluation", loras=[rl], images=2)
+    protocol = json.loads((tmp_path / "evaluation" / "results.json").read_text())["protocol"]
+    assert found and (protocol["solver"], protocol["steps"], protocol["eta"], len(protocol["lora"])) == ("cps", 4, 0.9, 2)
+    drawn = StableDiffusion3Pipeline.from_pretrained(model)
+    drawn.load_lora_weights(cold / "lora", adapter_name="student")
+    drawn.load_lora_weights(rl / "lora", adapter_name="reinforced")
+    drawn.scheduler = CPSScheduler.from_config(drawn.scheduler.config)
+    drawn.set_adapters(["student", "reinforced"], [1, 1])
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "np"}
+    assert drawn("a cat", **call).images.shape == (1, 16, 16, 3)
