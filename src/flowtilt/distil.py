@@ -14,12 +14,13 @@ from torch import Tensor
 from flowtilt.config import Recipe
 from flowtilt.config_objectives import ACDMDSettings
 from flowtilt.distributed import World
+from flowtilt.errors import UserError
 from flowtilt.fake_score import FakeScore, Samples
 from flowtilt.flow import per_sample, sigma_schedule
 from flowtilt.learn import averaged_update, memory_saver
 from flowtilt.memory import MicroBatch
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.objectives.rtdmd import kappa, surrogate
+from flowtilt.objectives.rtdmd import LEAST_GAP, MOST_TIME, kappa, surrogate
 from flowtilt.phases import Phases
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, PromptWalk
@@ -65,12 +66,22 @@ def simulate(
 
 
 class Distillation:
-    """A student of few steps that comes to draw what its teacher draws with guidance in many."""
+    """A student of few steps that comes to draw what its teacher draws with guidance in many.
+
+    Raises:
+        UserError: the student's first step ends at a level from which there are no times to noise to.
+    """
 
     def __init__(self, recipe: Recipe, settings: ACDMDSettings, policy: Policy, walk: PromptWalk, world: World, micro_batch: MicroBatch):
         self.recipe, self.settings, self.policy, self.walk, self.world, self.micro_batch = (
             recipe, settings, policy, walk, world, micro_batch
         )  # fmt: skip
+        first = sigma_schedule(recipe.rollout.steps, policy.model.shift)[1]
+        if not first + LEAST_GAP < MOST_TIME:
+            raise UserError(
+                f"rollout.steps: the first of {recipe.rollout.steps} steps ends at noise level {float(first):.3f}, and a fake score learns "
+                f"only below {MOST_TIME - LEAST_GAP:.2f}; take fewer"
+            )
         self.images = recipe.rollout.images() * (settings.fake_updates + 1)
         """Samples that a step simulates."""
         self.fake = FakeScore(recipe, settings, policy, world, micro_batch)
@@ -84,6 +95,7 @@ class Distillation:
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Step number `step`, from 1; returns metrics."""
         means: dict[str, float] = {}
+        skipped = 0.0
         updates, prompts, number = self.settings.fake_updates, self.recipe.rollout.prompts, self.recipe.rollout.images()
         drawn: list[Prompt] = []
         for k in range(updates):
@@ -91,12 +103,15 @@ class Distillation:
             with phases("sample"):
                 _, samples = self._simulated(step, k, drawn)
             with phases("train"):
-                for name, value in self.fake.learn(samples, number, phases).items():
-                    means[name] = means.get(name, 0.0) + value / updates
+                told = self.fake.learn(samples, number, phases)
+            skipped += told.pop("skipped_updates")
+            for name, value in told.items():
+                means[name] = means.get(name, 0.0) + value / updates
         with phases("sample"):
             stopped, samples = self._simulated(step, updates, drawn)
         with phases("train"):
-            return means | self._learn(stopped, samples, number, phases)
+            told = self._learn(stopped, samples, number, phases)
+        return means | told | {"skipped_updates": skipped + told["skipped_updates"]}
 
     def _simulated(self, step: int, draw: int, drawn: list[Prompt]) -> tuple[Stopped, Samples]:
         """This rank's share of a batch of the student's samples."""

@@ -33,7 +33,6 @@ from flowtilt.solvers import sde_step
 from flowtilt.update import Update
 
 ROLE = "fake"
-METRICS = ("fake_loss", "fake_consistency")
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,14 @@ class FakeScore:
             "fake", lambda size: self._gradients(samples, number, size), memory_saver(self._recipe, self._policy), self._policy
         )
         norm = self.update.make(sums, phases)
-        return {**{name: float(value) / number for name, value in sums.items()}, "fake_grad_norm": norm}
+        told = {name: float(value) / number for name, value in sums.items()}
+        return {**told, "fake_grad_norm": norm, "skipped_updates": float(not norm < float("inf"))}
 
     def _gradients(self, samples: Samples, number: int, size: int) -> dict[str, Tensor]:
         self.update.clear()
-        sums = {name: torch.zeros((), device=samples.x_s.device) for name in METRICS}
-        for rows in torch.arange(len(samples)).split(size):
+        names = ("fake_loss", *(("fake_consistency",) if self._settings.consistency else ()))
+        sums = {name: torch.zeros((), device=samples.x_s.device) for name in names}
+        for rows in _parts(len(samples), size):
             loss, metrics = self._loss(samples.select(rows))
             (loss.sum() / number).backward()
             for name, value in metrics.items():
@@ -118,9 +119,10 @@ class FakeScore:
         empty = self._policy.model.encode([""]) if self._settings.teacher_guidance != 1 else None
         parts = self._micro_batch.fit(
             "match",
-            lambda size: [self._gradient(samples.select(rows), empty) for rows in torch.arange(len(samples)).split(size)],
+            lambda size: [self._gradient(samples.select(rows), empty) for rows in _parts(len(samples), size)],
             counter=self._policy,
         )
+        # a rank may have no image of an update
         g = torch.cat([g for g, _ in parts]) if parts else torch.zeros_like(samples.x_s)
         gap = torch.cat([gap for _, gap in parts]) if parts else torch.zeros_like(samples.s)
         return g, {"teacher_gap": gap}
@@ -135,6 +137,11 @@ class FakeScore:
         projected = z if o.normaliser == "noisy" else None
         g = distribution_matching_gradient(samples.x_s, x_t, v_teacher, v_fake, samples.s, t, projected, r.cps_eta())
         return g, (v_fake - v_teacher).square().flatten(1).mean(1)
+
+
+def _parts(number: int, size: int) -> Sequence[Tensor]:
+    """Consecutive rows, at most `size` at once; torch would split none into one part without rows."""
+    return torch.arange(number).split(size) if number else ()
 
 
 def _draws(seed: int, purpose: str, samples: Samples, uniform: int, normal: int) -> tuple[Tensor, Tensor]:

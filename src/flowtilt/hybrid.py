@@ -85,7 +85,7 @@ class Hybrid:
         metrics = self.fake.learn(finished, r.images(), phases) if self.fake else {}
         trained = subgrpo_steps(step - 1, r.steps, o.trained_steps, self.recipe.seed)
         means: dict[str, float] = {}
-        skipped = made = 0
+        skipped, made = metrics.pop("skipped_updates", 0.0), 0
         for chunk in shares(self.recipe, step, rollout):
             if not chunk:
                 continue
@@ -106,7 +106,7 @@ class Hybrid:
         self.policy.average("old", 0.0)
         means = {name: value / made for name, value in means.items()}
         skipped += self.recipe.optimizer.steps_per_rollout - made
-        return metrics | means | {"skipped_updates": float(skipped), "lr": self.update.rate()}
+        return metrics | means | {"skipped_updates": skipped, "lr": self.update.rate()}
 
     def _last_step(self, rollout: Scored, path: Trajectory, finished: Samples, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """dL / dv [n, ...] of the last step of the images `own`, and metrics [n]; x0_hat = x - sigma v, so it is -sigma dL / dx0_hat."""
