@@ -9,7 +9,8 @@ from flowtilt.config import Recipe
 from flowtilt.config_objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
-from flowtilt.lora import Lora
+from flowtilt.lora import Lora, fingerprint, join
+from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, load_lora, shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import BENEATH, read_onto
@@ -55,8 +56,10 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Po
 def fake_beneath(recipe: Recipe, resume: Path | None) -> Lora | None:
     """The LoRA from which a second stage's fake score goes on; none where the recipe has none.
 
+    That of a second stage comes joined with the one that lay beneath it.
+
     Raises:
-        UserError: there is none where the recipe says.
+        UserError: there is none where the recipe says, or what lay beneath it is gone.
     """
     o = recipe.objective
     if not isinstance(o, RTDMDSettings) or not o.matching:
@@ -67,7 +70,13 @@ def fake_beneath(recipe: Recipe, resume: Path | None) -> Lora | None:
     if where is None:
         return None
     try:
-        return read_lora(where)
+        fake = read_lora(where)
+        if not fake.parents:
+            return fake
+        below = read_lora((run_of(where) or Path(where)) / BENEATH / "fake")
+        if (fingerprint(below),) != fake.parents:
+            raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
+        return join([below, fake])
     except UserError as error:
         raise UserError(f"objective.fake: {error}; name the fake/ of a distillation's run, or set objective.matching = 0") from None
 

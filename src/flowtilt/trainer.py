@@ -13,7 +13,7 @@ import torch
 
 from flowtilt import checkpoint, distributed, runs
 from flowtilt.compiling import compile_blocks
-from flowtilt.config import Recipe, to_toml
+from flowtilt.config import Recipe, recipe_names, to_toml
 from flowtilt.config_objectives import ACDMDSettings, RTDMDSettings
 from flowtilt.display import Display
 from flowtilt.distil import Distillation
@@ -25,7 +25,8 @@ from flowtilt.files import append_line, clean, read_lines, write_atomic, write_j
 from flowtilt.guards import Guards
 from flowtilt.hybrid import Hybrid
 from flowtilt.lora import Lora, fingerprint
-from flowtilt.lora.stacked import keep, kept, read_stack
+from flowtilt.lora.fit import check, shapes_of
+from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
 from flowtilt.memory import MicroBatch
 from flowtilt.phases import Phases
 from flowtilt.prompts import PromptWalk
@@ -75,6 +76,8 @@ class Trainer:
         self.below = self._beneath(resume)
         self.fake_below = fake_beneath(recipe, resume)
         self.policy = build_policy(recipe, self.world, self.below)
+        if self.fake_below:
+            check(self.fake_below, shapes_of(self.policy.model.network))
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],
@@ -108,6 +111,9 @@ class Trainer:
     def _beneath(self, resume: Path | None) -> list[Lora]:
         """The LoRAs beneath the trained one; a run has copies of its own."""
         places = (kept(resume) if resume else []) or self.recipe.lora.on
+        for place in places:
+            if (name := Path(place).name) in recipe_names() and not Path(place).exists():
+                raise UserError(f"lora.on: there is no {place}; make it with `flowtilt train {name}`, or name another")
         try:
             return read_stack(places)
         except UserError as error:
@@ -123,13 +129,16 @@ class Trainer:
         self.world.barrier()
         found = checkpoint.newest(folder) if resume else None
         if found:
+            if found.state["parents"] != list(map(fingerprint, self.below)):
+                raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
             self._load(found)
         if self.clock.step > self.recipe.steps:
             raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
             runs.rewind(folder, self.clock.step or -1)
             write_atomic(folder / "recipe.toml", to_toml(self.recipe))
-        if main and not resume and (self.below or self.fake_below):
+        # a kill may have come before there were any
+        if main and (self.below or self.fake_below) and not (folder / BENEATH).is_dir():
             keep(self.below, folder, **({"fake": self.fake_below} if self.fake_below else {}))
         if main:
             write_json(folder / "environment.json", describe(self.world.size))
