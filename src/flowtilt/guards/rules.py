@@ -40,6 +40,8 @@ UNUSED = {
     "par": "there is no gain to regress and this is epg",
 }
 """What that means for each."""
+HOLD = {"ram": "lower objective.multiplier", "rtdmd": "raise objective.matching", "acdmd": "lower objective.teacher_guidance"}
+"""What holds the policies of methods that have no `objective.kl`."""
 
 
 class Seen(NamedTuple):
@@ -63,7 +65,8 @@ class Rule(NamedTuple):
 
 def nan(seen: Seen) -> str | None:
     """An update left out since its gradient is not finite; one left out since no image had an advantage has no norm of its own."""
-    if not seen.metrics.get("skipped_updates") or isfinite(seen.metrics.get("grad_norm", 0.0)):
+    norms = [seen.metrics.get(name, 0.0) for name in ("grad_norm", "fake_grad_norm")]
+    if not seen.metrics.get("skipped_updates") or all(map(isfinite, norms)):
         return None
     return (
         "the loss or its gradient is not finite; the update was left out. "
@@ -255,5 +258,5 @@ def held_out_falls(falls: Mapping[str, Fall | None], history: History, recipe: R
 
 
 def _hold(recipe: Recipe) -> str:
-    """How the pull to the base becomes stronger."""
-    return "lower objective.multiplier" if recipe.objective.type == "ram" else "raise objective.kl"
+    """How the pull to the base, or to RTDMD's teacher, becomes stronger."""
+    return HOLD.get(recipe.objective.type, "raise objective.kl")

@@ -28,6 +28,11 @@ MEANINGS = {
     "images/blank": "Share of images of one colour.",
     "images/diversity": "How far a prompt's images lie from their mean; falls as wrong images go, and collapses towards 0.",
     "groups/identical_images": "Share of prompts whose images are all the same.",
+    "fake_loss": "How well the fake score predicts what the student draws; of the noisy levels most cannot be predicted.",
+    "teacher_gap": "Mean (v<sub>fake</sub> − v<sub>teacher</sub>)²: how far the student's images are from the teacher's distribution.",
+    "backprop_reward": "The rewards that the last step follows by their gradient, in a weighted sum.",
+    "fake_consistency": "How far the fake score's denoiser is from agreeing with itself one step later; an estimate with both signs.",
+    "fake_grad_norm": "Length of the fake score's gradient before it is clipped.",
     "lr": "Learning rate of AdamW.",
     "images_per_second": "Images drawn and trained on, per second.",
     "reward/total_std": "Spread of the reward over the images of a step.",
@@ -109,7 +114,8 @@ def reward_curve(run: Run) -> str:
     """Training reward of every step, and its running mean where there are enough of them."""
     name = "reward/total" if "reward/total" in run.metric_names else next((n for n in run.metric_names if n.startswith("reward/")), None)
     if name is None:
-        return none_yet("No step is logged yet, so there is no training reward.")
+        nothing = "No step is logged yet, so there is no training reward."
+        return none_yet("This run trains on no reward." if run.metric_names else nothing)
     time = clock(run)
     steps, rewards = run.series("step"), run.series(name)
     x = np.array([time.at(s) for s in steps])
