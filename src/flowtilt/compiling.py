@@ -43,5 +43,5 @@ def _try(policy: Policy) -> None:
     given = model.encode(["", ""])
     policy.velocity("current", x, t, given).square().mean().backward()
     with torch.no_grad():
-        for role in ("old", "reference"):
+        for role in ("old", "reference", "teacher"):
             policy.velocity(role, x, t, given)

@@ -114,7 +114,8 @@ class Policy:
         beyond = sorted({layer for lora in loras for layer in lora.layers} - self._layers.keys())
         if beyond:
             ends = ", ".join(self.model.lora_targets)
-            where = f"lora {loras[0].source}: changes {len(beyond)} layers that are not trained, {beyond[0]} first"
+            first = next(lora for lora in loras if beyond[0] in lora.layers)
+            where = f"lora {first.source}: changes {len(beyond)} layers that are not trained, {beyond[0]} first"
             raise UserError(f"{where}; those that are end in {ends}")
         ground: dict[str, tuple[Tensor, ...]] = {}
         for lora in loras if self.merge else [join(loras)] if loras else []:
