@@ -1,6 +1,7 @@
 """Distillation to a few steps: what it computes, which network learns from what, and that neither batches, ranks nor pauses matter."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_every_level_is_stopped_at_equally_often_by_samples_that_change(trainer)
         stopped, samples = trainer.method._simulated(5, draw, trainer.walk.draw(0, N))
         counts = Counter(samples.s.tolist())
         assert [counts[level] for level in sigmas[1:].tolist()] == [2, 2, 2, 1]
-        before = {float(after): float(level) for level, after in zip(sigmas[:-1], sigmas[1:], strict=True)}
+        before = {float(after): float(level) for level, after in pairwise(sigmas)}
         assert stopped.sigma.tolist() == [before[s] for s in samples.s.tolist()]
         seen.add(tuple(samples.s.tolist()))
     assert len(seen) == 3
