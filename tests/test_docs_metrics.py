@@ -29,14 +29,35 @@ def first_cells(section):
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
 
+FEW_STEPS = {
+    "acdmd": ["rewards.playground=0", "rollout.images_per_prompt=1"],
+    "rtdmd": ["rewards.playground_smooth=0", "objective.backprop={playground_smooth=1.0}"],
+}
+"""RTDMD's two stages, each with all that it can log."""
+KINDS = [*OBJECTIVES, *FEW_STEPS]
+
+
 def logged(kind, folder):
+    if kind in FEW_STEPS:
+        return few_steps(kind, folder)
     settings = [f"objective.type={kind}", "rewards.mine=" + str(folder / "mine.py") + ":mine"]
     with_reference = [] if kind == "ram" else ["objective.kl=0.1"]
     size = [] if kind == "grpo" else ["objective.times_per_image=1"]
     quick = [setting for setting in QUICK if not setting.startswith("objective.")]
     recipe = load_recipe("playground", [*quick, *TINY, *settings, *with_reference, *size, f"run={folder / kind}"])
-    Trainer(recipe).run()
-    return set(read_lines(folder / kind / "metrics.jsonl")[0])
+    return run(recipe)
+
+
+def few_steps(kind, folder):
+    quick = [setting for setting in QUICK if not setting.startswith(("objective.", "optimizer."))]
+    settings = [f"objective.type={kind}", "rollout.solver=cps", "optimizer.steps_per_rollout=1", *FEW_STEPS[kind]]
+    return run(load_recipe("playground", [*quick, *TINY, *settings, f"run={folder / kind}"]))
+
+
+def run(recipe):
+    trainer = Trainer(recipe)
+    trainer.run()
+    return set(read_lines(trainer.run_folder / "metrics.jsonl")[0])
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +65,12 @@ def found(tmp_path_factory):
     """Names that each objective logs."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "mine.py").write_text(REWARD)
-    return {kind: logged(kind, folder) for kind in OBJECTIVES}
+    return {kind: logged(kind, folder) for kind in KINDS}
 
 
 def as_on_the_page(name):
     """`reward/mine/red_std` is `reward/<name>/<detail>` there."""
-    name = re.sub(r"^(reward|missing)/(mine|playground)", r"\1/<name>", name)
+    name = re.sub(r"^(reward|missing)/(mine|playground_smooth|playground)", r"\1/<name>", name)
     return re.sub(r"/<name>/red(_std)?$", "/<name>/<detail>", name)
 
 
@@ -63,12 +84,13 @@ def test_a_row_of_the_loss_names_the_objectives_that_log_it(found):
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE[PAGE.index("## The loss") : PAGE.index("## Clocks")], re.M)
     said: dict[str, set[str]] = {}
     for name, kinds in rows:
-        named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo)\b", kinds))
-        said[name] = said.get(name, set()) | (set(OBJECTIVES) if kinds == "all" else named)
+        named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo|acdmd|rtdmd)\b", kinds))
+        named = set(KINDS) - named if kinds.startswith("all") else named
+        said[name] = said.get(name, set()) | named
     forward = set(OBJECTIVES) - {"grpo"}
-    assert said.pop("norm_ratio") == set() and all(("norm_ratio" in found[kind]) == (kind in forward) for kind in OBJECTIVES)
+    assert said.pop("norm_ratio") == set() and all(("norm_ratio" in found[kind]) == (kind in forward) for kind in KINDS)
     for name, kinds in said.items():
-        assert kinds == {kind for kind in OBJECTIVES if name in found[kind]}, name
+        assert kinds == {kind for kind in KINDS if name in found[kind]}, name
 
 
 def test_every_guard_has_its_reason_and_metrics_point_to_guards_that_exist():

@@ -170,6 +170,22 @@ def test_ram_is_told_of_its_own_key():
     assert "objective.multiplier" in said and "objective.kl" not in said
 
 
+def test_rtdmd_is_told_of_its_own_key():
+    watch = guards("rtdmd", "rollout.solver=cps", "rollout.steps=4")
+    said = [watch.check(HEALTHY | {"groups/identical_images": 1.0}) for _ in range(3)][-1]["identical"]
+    assert "objective.matching" in said and "objective.kl" not in said
+
+
+def test_a_distillation_has_neither_rewards_nor_images_to_watch_but_its_gradients():
+    settings = ["objective.type=acdmd", "rollout.solver=cps", "optimizer.steps_per_rollout=1", "rewards.playground=0"]
+    watch = Guards(load_recipe("playground", settings))
+    healthy = {"fake_loss": 20.0, "fake_grad_norm": 0.2, "teacher_gap": 1.0, "grad_norm": 0.02, "skipped_updates": 0.0}
+    for score in (0.1, 0.9, 0.1):
+        assert not any(watch.check(healthy) for _ in range(BLOCK))
+        assert not watch.check_evaluation({"playground": score}, {"playground": 0.3}, 1000)
+    assert list(watch.check(healthy | {"fake_grad_norm": math.nan, "skipped_updates": 1.0})) == ["nan"]
+
+
 def test_missing_scores_are_told_by_reward_and_number():
     lost = {"missing/ocr": 3.0, "missing/geneval": 0.0, "missing/mine": 1.0}
     said = guards().check(HEALTHY | lost)["missing"]
