@@ -1,7 +1,7 @@
 """A run's folder: made, found again, and put back to where its newest checkpoint is.
 
 recipe.toml, torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl, guards.jsonl, checkpoints/, samples/,
-lora/, on/ (what lies beneath it), summary.json, report.html.
+lora/, on/ (what lies beneath it), fake/ (RTDMD's fake score), summary.json, report.html.
 """
 
 import json
