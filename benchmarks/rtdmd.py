@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rtdmd.json"
 PAGE = ROOT / "docs" / "rtdmd.md"
 PICTURE = ROOT / "docs" / "images" / "rtdmd.png"
-BUDGET = 250_000
+BUDGET = 160_000
 """Network evaluations of each run that goes on from a student, a backward pass counting two."""
 SECOND = {"rl": "playground-rtdmd-rl", "nft": "playground-fewstep-nft"}
 AMOUNT = Amount(images=360, copies=4)
