@@ -10,12 +10,12 @@ from flowtilt.runs import open_run
 from flowtilt.update import Update
 
 TINY = ["evaluate.every=0", "evaluate.images=2", "evaluate.samples=1", "checkpoint.every=1"]
-COLD = [*TINY, "steps=2", "rollout.prompts=7", "objective.consistency=0.01"]
+COLD = [*TINY, "steps=2", "rollout.prompts=5", "objective.consistency=0.01"]
 RL = [*TINY, "steps=2", "rollout.prompts=3", "rollout.images_per_prompt=4"]
 
 
 def cold(run, *overrides):
-    """Distillation: 7 samples a batch, which 4 steps do not divide."""
+    """Distillation: 5 samples a batch, which 4 steps do not divide."""
     return load_recipe("playground-rtdmd-cold", [*COLD, f"run={run}", *overrides])
 
 

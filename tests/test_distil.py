@@ -20,7 +20,7 @@ from flowtilt.seeding import generator, noise
 from flowtilt.solvers import sde_step
 
 CPU = torch.device("cpu")
-N, S, ETA = 7, 4, 0.9
+N, S, ETA = 5, 4, 0.9
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def simulated(trainer):
 
 
 def test_it_costs_what_the_plan_says(run):
-    # simulations of 1, 2, 3, 4, 1, 2, 3 steps, thrice; 3 passes for the fake score, twice; one for the student;
+    # simulations of 1, 2, 3, 4, 1 steps, thrice; 3 passes for the fake score, twice; one for the student;
     # in its update the fake score once, the teacher with and without the caption
-    step = 3 * 16 + 2 * N * 3 * 3 + N * 3 + N + 2 * N
+    step = 3 * 11 + 2 * N * 3 * 3 + N * 3 + N + 2 * N
     assert [record["network_evaluations"] for record in read_lines(run / "metrics.jsonl")] == [step, 2 * step]
     assert passes_in_all(cold(run)).evaluations == 2 * step
 
@@ -90,7 +90,7 @@ def test_every_level_is_stopped_at_equally_often_by_samples_that_change(trainer)
     for draw in range(3):
         stopped, samples = trainer.method._simulated(5, draw, trainer.walk.draw(0, N))
         counts = Counter(samples.s.tolist())
-        assert [counts[level] for level in sigmas[1:].tolist()] == [2, 2, 2, 1]
+        assert [counts[level] for level in sigmas[1:].tolist()] == [2, 1, 1, 1]
         before = {float(after): float(level) for level, after in pairwise(sigmas)}
         assert stopped.sigma.tolist() == [before[s] for s in samples.s.tolist()]
         seen.add(tuple(samples.s.tolist()))
@@ -118,8 +118,7 @@ def test_a_sample_is_the_students_own_way_step_by_step(trainer, simulated):
         torch.testing.assert_close(stopped.before[k : k + 1], before, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_the_micro_batch_is_a_matter_of_memory_only(trainer, simulated, size, monkeypatch):
+def test_the_micro_batch_is_a_matter_of_memory_only(trainer, simulated, monkeypatch):
     method = trainer.method
 
     def gradients():
@@ -129,7 +128,7 @@ def test_the_micro_batch_is_a_matter_of_memory_only(trainer, simulated, size, mo
         return found
 
     whole = gradients()
-    monkeypatch.setattr(trainer.micro_batch, "_first", size)
+    monkeypatch.setattr(trainer.micro_batch, "_first", 5)
     _, samples = method._simulated(3, 2, trainer.walk.draw(0, N))
     torch.testing.assert_close(samples.x_s, simulated[1].x_s, atol=1e-5, rtol=1e-5)
     assert torch.equal(samples.s, simulated[1].s)
@@ -139,9 +138,8 @@ def test_the_micro_batch_is_a_matter_of_memory_only(trainer, simulated, size, mo
         assert all(torch.allclose(a, b, atol=2e-5 * scale, rtol=1e-3) for a, b in zip(ours, theirs, strict=True)) and scale > 0
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_gradients_of_the_ranks_add_up_to_that_of_one(trainer, ranks, monkeypatch):
-    method, found = trainer.method, []
+def test_gradients_of_the_ranks_add_up_to_that_of_one(trainer, monkeypatch):
+    method, found, ranks = trainer.method, [], 3
     for world in (World(0, 1, CPU), *(World(rank, ranks, CPU) for rank in range(ranks))):
         monkeypatch.setattr(method, "world", world)
         found.append(recorded(monkeypatch))
@@ -170,7 +168,7 @@ def test_the_student_is_asked_with_a_gradient_at_its_last_step_alone_and_the_tea
     updates = recorded(monkeypatch)
     trainer.method.step(3, Phases(CPU))
     assert asked == {
-        ("current", False): 3 * 16,
+        ("current", False): 3 * 11,
         ("fake", True): 2 * 3 * N,
         ("fake", False): N,
         ("teacher", False): 2 * N,
@@ -274,8 +272,8 @@ def test_a_fake_score_that_is_not_finite_is_left_out_counted_and_told(tmp_path, 
 
 
 def test_without_consistency_two_passes_in_three_are_saved(tmp_path):
-    folder = tmp_path / "run"
-    Trainer(cold(folder, "steps=1", "objective.consistency=0")).run()
-    [record] = read_lines(folder / "metrics.jsonl")
+    recipe = cold(tmp_path / "run", "steps=1", "objective.consistency=0")
+    Trainer(recipe).run()
+    [record] = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert "fake_consistency" not in record
-    assert record["network_evaluations"] == passes_in_all(cold(folder, "steps=1", "objective.consistency=0")).evaluations == 195 - 63
+    assert record["network_evaluations"] == passes_in_all(recipe).evaluations == 3 * 11 + 2 * N * 3 + N * 3 + N + 2 * N

@@ -134,23 +134,17 @@ def test_matching_of_0_leaves_the_fake_score_out(parent, tmp_path):
 def test_it_goes_on_to_the_bit_though_the_distillation_went_on_in_the_meantime(parent, run, tmp_path):
     moving, folder = tmp_path / "cold", tmp_path / "run"
     shutil.copytree(parent, moving)
-    Trainer(rl(folder, moving, "steps=1")).run()
+    Trainer(rl(folder, moving, "steps=1"))
+    shutil.rmtree(folder / "on")  # as if killed before there were copies
+    Trainer(open_run(folder, []), resume=folder).run()
     Trainer(open_run(moving, ["steps=3"]), resume=moving).run()
     assert fingerprint(read_lora(moving)) != fingerprint(read_lora(parent))
     Trainer(open_run(folder, ["steps=2"]), resume=folder).run()
     assert kept(folder) == kept(run)
+    assert [fingerprint(lora) for lora in read_stack([folder])] == [fingerprint(lora) for lora in read_stack([run])]
     shutil.rmtree(folder / "on")
     with pytest.raises(UserError, match="was trained on top of other LoRAs than those now in its on/"):
         Trainer(open_run(folder, ["steps=3"]), resume=folder)
-
-
-def test_copies_are_made_up_where_a_kill_came_before_them(parent, run, tmp_path):
-    folder = tmp_path / "run"
-    Trainer(rl(folder, parent))
-    shutil.rmtree(folder / "on")
-    Trainer(open_run(folder, []), resume=folder).run()
-    assert kept(folder) == kept(run)
-    assert [fingerprint(lora) for lora in read_stack([folder])] == [fingerprint(lora) for lora in read_stack([run])]
 
 
 def test_what_it_draws_anywhere_is_what_its_average_draws_here(run, parent, trainer):
@@ -308,8 +302,9 @@ def share(rollout, rank, ranks):
     )
 
 
-@pytest.mark.parametrize(("ranks", "updates"), [(2, 1), (N, 3)])
+@pytest.mark.parametrize(("ranks", "updates"), [(2, 1), (3, 6)])
 def test_gradients_of_the_ranks_add_up_to_that_of_one_also_where_one_has_no_image(rollout, learn, ranks, updates):
+    # six updates are of two images each, which three ranks cannot all have
     whole, *parts = (learn(one, updates=updates) for one in (rollout, *(share(rollout, rank, ranks) for rank in range(ranks))))
     assert [role for role, _, _ in whole] == ["fake", *["current"] * updates]
     for k, (_, gradient, sums) in enumerate(whole):
@@ -317,10 +312,9 @@ def test_gradients_of_the_ranks_add_up_to_that_of_one_also_where_one_has_no_imag
         assert {name: sum(part[k][2][name] for part in parts) for name in sums} == pytest.approx(sums, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_the_micro_batch_is_a_matter_of_memory_only(trainer, learn, size, monkeypatch):
+def test_the_micro_batch_is_a_matter_of_memory_only(trainer, learn, monkeypatch):
     whole = learn()
-    monkeypatch.setattr(trainer.micro_batch, "_first", size)
+    monkeypatch.setattr(trainer.micro_batch, "_first", 5)
     for (_, ours, sums), (_, theirs, all_sums) in zip(learn(), whole, strict=True):
         agree(ours, theirs)
         assert sums == pytest.approx(all_sums, rel=1e-4, abs=1e-5)

@@ -183,11 +183,11 @@ def test_layers_that_are_not_trained_can_lie_beneath_no_role(shapes):
 
 
 def test_a_further_role_is_saved_and_put_back_and_starts_from_an_a_of_its_own(shapes, inputs):
-    policy, other = build(shapes, True), build(shapes, True, moved=False)
+    policy, other, again = build(shapes, True), build(shapes, True, moved=False), build(shapes, True, moved=False)
     state = policy.state("fake")
     a = {name: x for name, x in other.state("fake").items() if "lora_A" in name}
     assert all(not torch.equal(x, other.state("current")[name]) for name, x in a.items())
-    assert all(torch.equal(x, build(shapes, True, moved=False).state("fake")[name]) for name, x in a.items())
+    assert all(torch.equal(x, again.state("fake")[name]) for name, x in a.items())
     drawn(other, "fake", inputs)
     other.load_state("fake", state)
     assert torch.equal(drawn(other, "fake", inputs), drawn(policy, "fake", inputs))
