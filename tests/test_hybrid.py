@@ -229,7 +229,7 @@ def test_the_policy_gradient_is_reinforce(trainer, rollout, sigmas, learn):
 def test_the_last_steps_gradient_is_that_of_its_whole_loss_in_one_graph(trainer, rollout, sigmas, learn, margin):
     """C4: AC-DMD's quadratic and the rewards of the decoded image, through student and decoder at once."""
     policy, o = trainer.policy, trainer.recipe.objective
-    assert isinstance(o, RTDMDSettings) and o.matching == o.backprop_scale == 1e-2
+    assert isinstance(o, RTDMDSettings)
     still = replace(rollout, advantages=torch.zeros(N))
     positions = [(STEP, 0, i // K, i % K) for i in range(N)]
     x, sigma = rollout.path.states[:, -1], sigmas[-2]
