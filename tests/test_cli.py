@@ -43,7 +43,7 @@ def test_training_from_the_command_line_says_what_came_out(tmp_path):
         (["train", "playground", "rollout.solver=eulr"], "'euler', 'ddim', 'dpm1', 'dpm2', 'heun' or 'cps'"),
         (["train", "playground", "steps=many"], "steps"),
         (["train", "playground", "optimizer.lr=-1"], "greater than 0"),
-        (["train", "playground", "rollout.images_per_prompt=1"], "greater than or equal to 2"),
+        (["train", "playground", "rollout.images_per_prompt=1"], "it takes 2 at least"),
         (["train", "playground", "objective.type=ppo"], "objective.type"),
         (["train", "playground", "--init-lora", "no where"], "lora no where"),
         (["train", "playground", "steps"], "not key=value"),

@@ -63,8 +63,8 @@ class MicroBatch:
                 return work(size)
             except torch.OutOfMemoryError:
                 pass  # the traceback holds the tensors of what failed: go on after it is gone
-            gc.collect()  # a checkpointed forward that failed leaves a cycle, with activations in it
             if torch.cuda.is_available():
+                gc.collect()  # a checkpointed forward that failed leaves a cycle, with activations in it
                 torch.cuda.empty_cache()
             if (size < 2 * FEWEST or not self.auto) and save_memory():
                 self.sizes.pop(kind, None)
