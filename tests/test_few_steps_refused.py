@@ -40,6 +40,7 @@ WRONG = [
     (RL, ["rollout.guidance=2"], "rollout.guidance: a student of rtdmd draws without guidance"),
     (COLD, ["shard=base"], 'shard: acdmd does not go with "base" yet'),
     (COLD, ["optimizer.steps_per_rollout=2"], "optimizer.steps_per_rollout: acdmd makes one update of the student a step"),
+    (COLD, ['lora.on=["runs/other"]'], "lora.on: acdmd distils the base itself"),
     (COLD, ["objective.trained_steps=2"], "objective.trained_steps: belongs to objective.type = 'rtdmd', not 'acdmd'"),
     (COLD, ["objective.kl=0.1"], "objective.kl: belongs to objective.type = "),
     (COLD, ["objective.fake_updates=0"], "objective.fake_updates: must be greater than or equal to 1, not 0"),

@@ -297,6 +297,8 @@ class Recipe(Settings):
             raise ValueError(f"rollout.guidance: a student of {o.type} draws without guidance; set it to 1 and see teacher_guidance")
         if self.shard == "base":
             raise ValueError(f'shard: {o.type} does not go with "base" yet; set it to "none"')
+        if isinstance(o, ACDMDSettings) and self.lora.on:
+            raise ValueError("lora.on: acdmd distils the base itself, and its fake score begins there; leave it out, or see lora.init")
         if isinstance(o, ACDMDSettings) and self.optimizer.steps_per_rollout > 1:
             raise ValueError("optimizer.steps_per_rollout: acdmd makes one update of the student a step; see objective.fake_updates")
         if isinstance(o, RTDMDSettings):

@@ -37,7 +37,7 @@ tags: [text-to-image, lora, flowtilt, {objective}]
 ---
 # {name}
 
-A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, reinforced with {objective} by [flowtilt](https://pypi.org/project/flowtilt).
+A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, {made} with {objective} by [flowtilt](https://pypi.org/project/flowtilt).
 
 - rewards: {rewards}
 - rollouts: {steps}, of {prompts} prompts x {images} images; seed {seed}
@@ -110,6 +110,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     return CARD.format(
         name=recipe.name,
         base=m.path,
+        made="distilled" if recipe.objective.type == "acdmd" else "reinforced",
         objective=recipe.objective.type,
         rank=recipe.lora.rank,
         alpha=recipe.lora.alpha,
