@@ -101,6 +101,8 @@ def report(folder: Path, seeds: Sequence[int], students: Sequence[Job]) -> None:
     """Results of what is finished, the page's table, and the picture of the first seed."""
     jobs = {"cold": students, **{name: [second(folder, name, seed) for seed in seeds] for name in SECOND}}
     entries = [entry_of(job, method=name) for name, own in jobs.items() for job in own if job.finished()]
+    for entry in entries:  # wherever the runs lie
+        entry["command"] = entry["command"].replace(f"{folder}/", "runs/rtdmd/")
     if not entries:
         sys.exit(f"{folder}: no run is finished yet")
     kept = folder / "teacher.json"

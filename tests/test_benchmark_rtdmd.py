@@ -5,7 +5,7 @@ from pathlib import Path
 
 import rtdmd
 import torch
-from contest.rtdmd_page import GAP, MARGIN, SHOWN, TILE, _sheet, with_table
+from contest.rtdmd_page import GAP, HEAD, MARGIN, SHOWN, TILE, _sheet, with_table
 
 from flowtilt import load_recipe
 from flowtilt.plan.passes import passes_in_all, passes_of
@@ -42,6 +42,6 @@ def test_what_goes_on_from_a_student_goes_on_from_its_own_seeds(tmp_path):
 
 def test_a_picture_is_framed_where_the_verifier_agrees():
     images, step = torch.full((SHOWN, 3, 32, 32), 0.5), TILE + 2 * GAP
-    sheet = _sheet([("teacher, 20 steps", images)], [torch.tensor([1.0] + [0.0] * (SHOWN - 1))])
-    right, wrong = (sheet.getpixel((MARGIN + k * step + GAP // 2 + 1, step // 2)) for k in range(2))
-    assert right != wrong and sheet.getpixel((MARGIN + step // 2, step // 2)) == (128, 128, 128)
+    sheet = _sheet(["a circle"] * SHOWN, [("teacher, 20 steps", images)], [torch.tensor([1.0] + [0.0] * (SHOWN - 1))])
+    right, wrong = (sheet.getpixel((MARGIN + k * step + GAP // 2 + 1, HEAD + step // 2)) for k in range(2))
+    assert right != wrong and sheet.getpixel((MARGIN + step // 2, HEAD + step // 2)) == (128, 128, 128)

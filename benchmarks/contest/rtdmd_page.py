@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ Record = dict[str, Any]
 BEGIN, END = "<!-- results: written by benchmarks/rtdmd.py -->", "<!-- end of results -->"
 LABELS = {"cold": "student, 4 steps", "rl": "student after stage 2, 4 steps", "nft": "student after few-step NFT, 4 steps"}
 SHOWN = 10
-TILE, GAP, MARGIN = 96, 6, 190
+TILE, GAP, MARGIN, HEAD = 96, 6, 190, 56
 GREEN, RED = (38, 150, 70), (214, 214, 214)
 
 
@@ -72,8 +73,9 @@ def picture(target: Path, runs: Mapping[str, Path]) -> None:
     for name, run in runs.items():
         images = draw(_stack(recipe, run), "tuned", prompts, rows, sampler_of(recipe.evaluate), recipe.seed, size)
         drawn.append((LABELS[name], images))
+    shown = [prompts[index] for index, _ in rows]
     buffer = BytesIO()
-    _sheet(drawn, [verify.score(images, [prompts[index] for index, _ in rows]) for _, images in drawn]).save(buffer, "PNG")
+    _sheet([prompt.text for prompt in shown], drawn, [verify.score(images, shown) for _, images in drawn]).save(buffer, "PNG")
     write_atomic(target, buffer.getvalue())
 
 
@@ -81,14 +83,17 @@ def _stack(recipe: Any, run: Path | None) -> Stack:
     return Stack(open_model(recipe.model, torch.device("cpu")), read_stack([run]) if run else [])
 
 
-def _sheet(drawn: Sequence[tuple[str, Tensor]], right: Sequence[Tensor]) -> Image.Image:
+def _sheet(texts: Sequence[str], drawn: Sequence[tuple[str, Tensor]], right: Sequence[Tensor]) -> Image.Image:
     step = TILE + 2 * GAP
-    sheet = Image.new("RGB", (MARGIN + SHOWN * step, len(drawn) * step), "white")
+    sheet = Image.new("RGB", (MARGIN + SHOWN * step, HEAD + len(drawn) * step), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for x, text in enumerate(texts):
+        place = (MARGIN + x * step + step // 2, HEAD - 4)
+        pen.multiline_text(place, "\n".join(wrap(text, 17)), "black", ImageFont.load_default(12), anchor="md", align="center")
     for y, ((label, images), scores) in enumerate(zip(drawn, right, strict=True)):
-        pen.multiline_text((8, y * step + TILE // 2), label.replace(", ", ",\n"), "black", font, anchor="lm")
+        pen.multiline_text((8, HEAD + y * step + TILE // 2), label.replace(", ", ",\n"), "black", font, anchor="lm")
         for x, (tile, score) in enumerate(zip(to_pil(images), scores.tolist(), strict=True)):
-            left, top = MARGIN + x * step, y * step
+            left, top = MARGIN + x * step, HEAD + y * step
             pen.rectangle((left + 2, top + 2, left + step - 3, top + step - 3), fill=GREEN if score == 1 else RED)
             sheet.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST), (left + GAP, top + GAP))
     return sheet
