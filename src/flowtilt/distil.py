@@ -24,7 +24,7 @@ from flowtilt.objectives.rtdmd import LEAST_GAP, MOST_TIME, kappa, surrogate
 from flowtilt.phases import Phases
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, PromptWalk
-from flowtilt.seeding import generator, noise
+from flowtilt.seeding import generator, noise, step_noise
 from flowtilt.solvers import sde_step
 from flowtilt.update import Update
 
@@ -73,9 +73,8 @@ class Distillation:
     """
 
     def __init__(self, recipe: Recipe, settings: ACDMDSettings, policy: Policy, walk: PromptWalk, world: World, micro_batch: MicroBatch):
-        self.recipe, self.settings, self.policy, self.walk, self.world, self.micro_batch = (
-            recipe, settings, policy, walk, world, micro_batch
-        )  # fmt: skip
+        self.recipe, self.settings, self.policy = recipe, settings, policy
+        self.walk, self.world, self.micro_batch = walk, world, micro_batch
         first = sigma_schedule(recipe.rollout.steps, policy.model.shift)[1]
         if not first + LEAST_GAP < MOST_TIME:
             raise UserError(
@@ -124,9 +123,7 @@ class Distillation:
         order = torch.randperm(r.images(), generator=generator(seed, "stops", step, draw))
         stops = (order % r.steps + 1)[mine.start : mine.stop]
         start = noise(seed, "distil", positions, policy.model.latent_shape).to(policy.model.device)
-
-        def fresh(rows: Tensor, j: int) -> Tensor:
-            return noise(seed, "distil step", [(*positions[k], j) for k in rows.tolist()], policy.model.latent_shape)
+        fresh = step_noise(seed, "distil step", positions, policy.model.latent_shape)
 
         def run(size: int) -> Stopped:
             parts = [
