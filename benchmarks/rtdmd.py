@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contest.page import write_plot
 from contest.results import entry_of
 from contest.rtdmd_page import picture, with_table
 from contest.running import Job, run_all
@@ -36,6 +37,7 @@ from flowtilt.stack import Stack
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rtdmd.json"
 PAGE = ROOT / "docs" / "rtdmd.md"
+CURVES = ROOT / "docs" / "images" / "rtdmd.svg"
 PICTURE = ROOT / "docs" / "images" / "rtdmd.png"
 BUDGET = 160_000
 """Network evaluations of each run that goes on from a student, a backward pass counting two."""
@@ -112,6 +114,7 @@ def report(folder: Path, seeds: Sequence[int], students: Sequence[Job]) -> None:
     found = {"command": "python benchmarks/rtdmd.py", "budget": BUDGET, "teacher": told, "entries": entries}
     write_json(RESULTS, found)
     picture(PICTURE, {name: own[0].folder for name, own in jobs.items() if own[0].finished()})
+    write_plot(CURVES, {name: [job.folder for job in own if job.finished()] for name, own in jobs.items() if own[0].finished()})
     if PAGE.is_file():
         write_atomic(PAGE, with_table(PAGE.read_text(encoding="utf-8"), found))
     _say(f"results  {RESULTS}\npicture  {PICTURE}\npage     {PAGE}")
