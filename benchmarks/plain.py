@@ -71,7 +71,7 @@ class PlainLoop:
         parts = [range(start, min(start + size, images)) for start in range(0, images, size)]
         kept = [self.rollout(number, rows, [prompts[i] for i in rows], same_noise) for rows in parts]
         x0, embeds, pooled = (torch.cat([part[k] for part in kept]) for k in range(3))
-        total = combine({name: torch.cat([part[3][name] for part in kept]) for name in rewards}, self.trainer.weights)
+        total = combine({name: torch.cat([part[3][name] for part in kept]) for name in rewards}, self.trainer.method.rollouts.weights)
         groups = torch.arange(images) // r.images_per_prompt
         advantages = group_advantages(total, groups, recipe.advantage).to(self.device)
         self.network.set_adapter("default")

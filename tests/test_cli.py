@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import QUICK
@@ -136,7 +137,10 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):
 def test_an_evaluation_that_is_interrupted_says_how_it_goes_on_and_does(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef f(images, prompts):\n    time.sleep(0.5)\n    return images.mean((1, 2, 3))\n")
     words = ["evaluate", "--images", "96", "--steps", "1", "--rewards", "slow.py:f", "-o", "e"]
-    process = subprocess.Popen([sys.executable, "-m", "flowtilt", *words], cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    # a shell that runs the tests in the background has them ignore the signal, and so would whatever they start
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "flowtilt", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not (tmp_path / "e" / "scores-0.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline
