@@ -63,7 +63,7 @@ class PlainLoop:
             same_noise: flowtilt's, image by image on the CPU, for comparing; else drawn at once and where it is needed.
         """
         r, recipe, rewards = self.recipe.rollout, self.recipe, self.trainer.rewards
-        images = r.prompts * r.images_per_prompt
+        images = r.images()
         drawn = PromptWalk(self.trainer.prompts, recipe.seed, recipe.tags).draw((number - 1) * r.prompts, r.prompts)
         prompts = [drawn[i // r.images_per_prompt] for i in range(images)]
         self.network.enable_adapters()  # a step that ran out of memory may have left them off

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from contest.page import write_plot
 from contest.results import entry_of
-from contest.rtdmd_page import picture, with_table
+from contest.rtdmd_page import TEACHER, picture, with_table
 from contest.running import Job, run_all
 from contest.settings import Amount
 
 from flowtilt.cli.quiet import quieten
 from flowtilt.config import load_recipe
-from flowtilt.config_objectives import ACDMDSettings
 from flowtilt.distributed import World
 from flowtilt.evaluate import evaluate
 from flowtilt.files import write_atomic, write_json
@@ -65,9 +64,8 @@ def teacher(seed: int) -> dict[str, Any]:
     _, judges = load_rewards(recipe, torch.device("cpu"))
     prompts = evaluation_prompts(recipe, training_prompts(recipe))
     found = {}
-    assert isinstance(recipe.objective, ACDMDSettings)
     samplers = {
-        "teacher": Sampler("euler", 20, recipe.objective.teacher_guidance),
+        "teacher": TEACHER,
         "base": Sampler("euler", 20),
         "base in 4 steps": Sampler(e.solver, e.steps, 1.0, e.eta),
     }

@@ -17,9 +17,9 @@ from flowtilt.evaluate.assess import assess
 from flowtilt.export import export, write_lora
 from flowtilt.lora import PARENTS, Lora, fingerprint, join
 from flowtilt.lora.find import CONFIG
-from flowtilt.lora.fit import load_lora, shapes_of
+from flowtilt.lora.fit import check, load_lora, shapes_of
 from flowtilt.lora.read import read_lora
-from flowtilt.lora.stacked import keep, kept, leading, read_onto, read_stack, stacked
+from flowtilt.lora.stacked import keep, kept, leading, read_onto, read_stack
 from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.playground import pipeline_path
 from flowtilt.policy import Policy
@@ -238,11 +238,13 @@ def test_the_recipe_key(tmp_path, monkeypatch):
 
 
 def test_what_is_put_beneath_a_policy_is_checked_against_its_network(shapes, cold, tuned):
-    loras, parents = stacked([tuned], shapes)
-    assert list(parents) == hashes(loras) == hashes(read_stack([cold, tuned]))
-    assert stacked([], shapes) == ([], ())
-    with pytest.raises(UserError, match="belongs to another base"):
-        stacked([tuned], {"another.to_q": (4, 4)})
+    loras = read_stack([tuned])
+    assert hashes(loras) == hashes(read_stack([cold, tuned]))
+    assert read_stack([]) == []
+    for lora in loras:
+        check(lora, shapes)
+        with pytest.raises(UserError, match="belongs to another base"):
+            check(lora, {"another.to_q": (4, 4)})
 
 
 def test_training_goes_on_only_upon_what_a_lora_was_trained_on(cold, tuned, tmp_path):

@@ -25,6 +25,12 @@ def with_results(page: str, results: Record | None) -> str:
     return between(page, BEGIN, END, markdown(results))
 
 
+def run_on(entries: Sequence[Record]) -> str:
+    """Machines and commits, as a line."""
+    machines = sorted({f"{entry['machine']}, commit {str(entry['commit'])[:12]}" for entry in entries})
+    return f"Run on: {'; '.join(machines)}."
+
+
 def between(page: str, begin: str, end: str, text: str) -> str:
     """The page with `text` between two of its lines."""
     head, _, rest = page.partition(begin)
@@ -36,8 +42,7 @@ def markdown(results: Record | None) -> str:
     """The tables; that nothing was run yet, where there are no results."""
     if not results:
         return "**Not run yet.** There is no `benchmarks/results/head_to_head.json`."
-    machines = sorted({f"{entry['machine']}, commit {str(entry['commit'])[:12]}" for entry in results["entries"]})
-    parts = [f"Run on: {'; '.join(machines)}.", _methods(results["entries"], results["base"])]
+    parts = [run_on(results["entries"]), _methods(results["entries"], results["base"])]
     if (Path(__file__).parents[2] / "docs" / "images" / "head_to_head.svg").is_file():
         parts.insert(1, "![Score against network evaluations](images/head_to_head.svg)")
     parts += ["### What the search tried", *(_search(method, tried) for method, tried in results["search"].items())]
@@ -59,7 +64,7 @@ def _row(own: Sequence[Record]) -> list[str]:
     return [
         str(len(own)),
         _reached(own),
-        _median([entry["final_score"] for entry in own]),
+        median([entry["final_score"] for entry in own]),
         f"{sum(entry['collapsed'] for entry in own)} of {len(own)}",
         *_measured(own),
     ]
@@ -78,12 +83,12 @@ def _reached(own: Sequence[Record]) -> str:
 
 
 def _measured(own: Sequence[Record]) -> list[str]:
-    scores = [_median([entry[key] for entry in own]) for key in ("held_out", "trained")]
+    scores = [median([entry[key] for entry in own]) for key in ("held_out", "trained")]
     diversities = [entry["diversity"]["right"] for entry in own if entry["diversity"]["right"] is not None]
-    return [*scores, _median(diversities), short(span([entry["distance"] for entry in own]).median, 2)]
+    return [*scores, median(diversities), short(span([entry["distance"] for entry in own]).median, 2)]
 
 
-def _median(values: Sequence[float]) -> str:
+def median(values: Sequence[float]) -> str:
     if not values:
         return "–"
     found = span(values)

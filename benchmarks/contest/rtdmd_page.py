@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from contest.page import between, table
+from contest.page import between, median, run_on, table
 from flowtilt.config import load_recipe
 from flowtilt.evaluate import draw, spread
 from flowtilt.files import write_atomic
@@ -20,7 +20,7 @@ from flowtilt.models.opening import open_model
 from flowtilt.pictures import to_pil
 from flowtilt.playground import verify
 from flowtilt.report.compare.spans import span
-from flowtilt.report.numbers import fixed, short
+from flowtilt.report.numbers import short
 from flowtilt.rollout import Sampler, sampler_of
 from flowtilt.setup import evaluation_prompts, training_prompts
 from flowtilt.stack import Stack
@@ -30,7 +30,9 @@ BEGIN, END = "<!-- results: written by benchmarks/rtdmd.py -->", "<!-- end of re
 LABELS = {"cold": "student, 4 steps", "rl": "student after stage 2, 4 steps", "nft": "student after few-step NFT, 4 steps"}
 SHOWN = 10
 TILE, GAP, MARGIN, HEAD = 96, 6, 190, 56
-GREEN, RED = (38, 150, 70), (214, 214, 214)
+GREEN, GREY = (38, 150, 70), (214, 214, 214)
+TEACHER = Sampler("euler", 20, 4.5)
+"""The base with the guidance that playground-rtdmd-cold distils."""
 
 
 def with_table(page: str, results: Record | None) -> str:
@@ -42,24 +44,18 @@ def _table(results: Record) -> str:
     head = ["", "seeds", "network evaluations an image", "score", "held out", "network evaluations of training", "seconds"]
     told = results["teacher"]
     rows = [
-        ["base, 20 steps", str(len(told)), "20", _median([one["base"] for one in told]), "", "", ""],
-        ["base, 4 steps", str(len(told)), "4", _median([one["base in 4 steps"] for one in told]), "", "", ""],
-        ["teacher: base with guidance, 20 steps", str(len(told)), "40", _median([one["teacher"] for one in told]), "", "", ""],
+        ["base, 20 steps", str(len(told)), "20", median([one["base"] for one in told]), "", "", ""],
+        ["base, 4 steps", str(len(told)), "4", median([one["base in 4 steps"] for one in told]), "", "", ""],
+        ["teacher: base with guidance, 20 steps", str(len(told)), "40", median([one["teacher"] for one in told]), "", "", ""],
     ]
     for name, label in LABELS.items():
         own = [entry for entry in results["entries"] if entry["method"] == name]
         if own:
             cost = short(span([entry["network_evaluations"] for entry in own]).median)
             seconds = short(span([entry["seconds"] for entry in own]).median)
-            held_out = _median([entry["held_out"] for entry in own])
-            rows.append([label, str(len(own)), "4", _median([entry["final_score"] for entry in own]), held_out, cost, seconds])
-    machines = sorted({f"{entry['machine']}, commit {str(entry['commit'])[:12]}" for entry in results["entries"]})
-    return f"Run on: {'; '.join(machines)}.\n\n{table(head, rows)}"
-
-
-def _median(values: Sequence[float]) -> str:
-    found = span(values)
-    return fixed(found.median, 3) + (f" ({fixed(found.low, 3)} to {fixed(found.high, 3)})" if len(values) > 1 else "")
+            held_out = median([entry["held_out"] for entry in own])
+            rows.append([label, str(len(own)), "4", median([entry["final_score"] for entry in own]), held_out, cost, seconds])
+    return f"{run_on(results['entries'])}\n\n{table(head, rows)}"
 
 
 def picture(target: Path, runs: Mapping[str, Path]) -> None:
@@ -68,8 +64,7 @@ def picture(target: Path, runs: Mapping[str, Path]) -> None:
     prompts = evaluation_prompts(recipe, training_prompts(recipe))
     rows = spread(prompts, recipe.evaluate.images)[:SHOWN]
     size = MicroBatch("auto", "cpu")
-    of_teacher = Sampler("euler", 20, 4.5)
-    drawn = [("teacher, 20 steps, guided", draw(_stack(recipe, None), "base", prompts, rows, of_teacher, recipe.seed, size))]
+    drawn = [("teacher, 20 steps, guided", draw(_stack(recipe, None), "base", prompts, rows, TEACHER, recipe.seed, size))]
     for name, run in runs.items():
         images = draw(_stack(recipe, run), "tuned", prompts, rows, sampler_of(recipe.evaluate), recipe.seed, size)
         drawn.append((LABELS[name], images))
@@ -94,6 +89,6 @@ def _sheet(texts: Sequence[str], drawn: Sequence[tuple[str, Tensor]], right: Seq
         pen.multiline_text((8, HEAD + y * step + TILE // 2), label.replace(", ", ",\n"), "black", font, anchor="lm")
         for x, (tile, score) in enumerate(zip(to_pil(images), scores.tolist(), strict=True)):
             left, top = MARGIN + x * step, HEAD + y * step
-            pen.rectangle((left + 2, top + 2, left + step - 3, top + step - 3), fill=GREEN if score == 1 else RED)
+            pen.rectangle((left + 2, top + 2, left + step - 3, top + step - 3), fill=GREEN if score == 1 else GREY)
             sheet.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST), (left + GAP, top + GAP))
     return sheet

@@ -44,7 +44,7 @@ class Rollouts:
             UserError: a reward fails, or leaves nothing to compare.
         """
         r, policy = self.recipe.rollout, self.policy
-        number = r.prompts * r.images_per_prompt
+        number = r.images()
         mine = self.world.share(number)
         own = [drawn[i // r.images_per_prompt] for i in mine]
         groups = torch.arange(number) // r.images_per_prompt

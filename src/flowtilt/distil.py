@@ -18,7 +18,7 @@ from flowtilt.errors import UserError
 from flowtilt.fake_score import FakeScore, Samples
 from flowtilt.flow import per_sample, sigma_schedule
 from flowtilt.learn import averaged_update, memory_saver
-from flowtilt.memory import MicroBatch
+from flowtilt.memory import MicroBatch, parts
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives.rtdmd import LEAST_GAP, MOST_TIME, kappa, surrogate
 from flowtilt.phases import Phases
@@ -126,14 +126,14 @@ class Distillation:
         fresh = step_noise(seed, "distil step", positions, policy.model.latent_shape)
 
         def run(size: int) -> Stopped:
-            parts = [
+            found = [
                 simulate(
                     policy, start[rows.to(start.device)], given.select(rows), stops[rows], sigmas, r.cps_eta(),
                     lambda within, j, rows=rows: fresh(rows[within], j),
                 )
-                for rows in torch.arange(len(stops)).split(size)
+                for rows in parts(len(stops), size)
             ]  # fmt: skip
-            return Stopped(*(torch.cat([getattr(part, name) for part in parts]) for name in ("before", "sigma", "x_s", "s")))
+            return Stopped(*(torch.cat([getattr(part, name) for part in found]) for name in ("before", "sigma", "x_s", "s")))
 
         stopped = self.micro_batch.fit("sample", run, counter=policy)
         return stopped, Samples(stopped.x_s, stopped.s, given, positions)
@@ -147,7 +147,7 @@ class Distillation:
 
         def gradients(size: int) -> None:
             self.student.clear()
-            for rows in torch.arange(len(samples)).split(size):
+            for rows in parts(len(samples), size):
                 there = rows.to(g.device)
                 v = self.policy.velocity("current", stopped.before[there], stopped.sigma[there], samples.conditioning.select(rows))
                 (surrogate(v, cotangent[there]).sum() / number).backward()

@@ -16,7 +16,7 @@ from flowtilt.distributed import World
 from flowtilt.flow import per_sample
 from flowtilt.learn import memory_saver
 from flowtilt.lora import Lora
-from flowtilt.memory import MicroBatch
+from flowtilt.memory import MicroBatch, parts
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives.rtdmd import (
     consistency_loss,
@@ -87,7 +87,7 @@ class FakeScore:
         self.update.clear()
         names = ("fake_loss", *(("fake_consistency",) if self._settings.consistency else ()))
         sums = {name: torch.zeros((), device=samples.x_s.device) for name in names}
-        for rows in _parts(len(samples), size):
+        for rows in parts(len(samples), size):
             loss, metrics = self._loss(samples.select(rows))
             (loss.sum() / number).backward()
             for name, value in metrics.items():
@@ -117,14 +117,14 @@ class FakeScore:
     def gradient(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """g [n, ...], along which -x_s comes nearer to the teacher's distribution, and metrics [n]."""
         empty = self._policy.model.encode([""]) if self._settings.teacher_guidance != 1 else None
-        parts = self._micro_batch.fit(
+        found = self._micro_batch.fit(
             "match",
-            lambda size: [self._gradient(samples.select(rows), empty) for rows in _parts(len(samples), size)],
+            lambda size: [self._gradient(samples.select(rows), empty) for rows in parts(len(samples), size)],
             counter=self._policy,
         )
         # a rank may have no image of an update
-        g = torch.cat([g for g, _ in parts]) if parts else torch.zeros_like(samples.x_s)
-        gap = torch.cat([gap for _, gap in parts]) if parts else torch.zeros_like(samples.s)
+        g = torch.cat([g for g, _ in found]) if found else torch.zeros_like(samples.x_s)
+        gap = torch.cat([gap for _, gap in found]) if found else torch.zeros_like(samples.s)
         return g, {"teacher_gap": gap}
 
     def _gradient(self, samples: Samples, empty: Conditioning | None) -> tuple[Tensor, Tensor]:
@@ -137,11 +137,6 @@ class FakeScore:
         projected = z if o.normaliser == "noisy" else None
         g = distribution_matching_gradient(samples.x_s, x_t, v_teacher, v_fake, samples.s, t, projected, r.cps_eta())
         return g, (v_fake - v_teacher).square().flatten(1).mean(1)
-
-
-def _parts(number: int, size: int) -> Sequence[Tensor]:
-    """Consecutive rows, at most `size` at once; torch would split none into one part without rows."""
-    return torch.arange(number).split(size) if number else ()
 
 
 def _draws(seed: int, purpose: str, samples: Samples, uniform: int, normal: int) -> tuple[Tensor, Tensor]:

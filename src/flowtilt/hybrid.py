@@ -21,7 +21,7 @@ from flowtilt.fake_score import FakeScore, Samples
 from flowtilt.flow import predict_x0, sigma_schedule
 from flowtilt.learn import Scored, averaged_update, memory_saver, shares
 from flowtilt.lora import Lora
-from flowtilt.memory import MicroBatch
+from flowtilt.memory import MicroBatch, parts
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.objectives.rtdmd import subgrpo_steps, surrogate
 from flowtilt.phases import Phases
@@ -89,7 +89,7 @@ class Hybrid:
         for chunk in shares(self.recipe, step, rollout):
             if not chunk:
                 continue
-            own = torch.tensor([i - rollout.indices.start for i in chunk if i in rollout.indices], dtype=torch.long)
+            own = torch.tensor(rollout.own(chunk), dtype=torch.long)
             cotangent, told = self._last_step(rollout, rollout.path, finished, own)
             sums = self.micro_batch.fit(
                 "train",
@@ -132,9 +132,8 @@ class Hybrid:
         given = rollout.conditioning.select(own)
 
         def run(size: int) -> Tensor:
-            parts = torch.arange(len(own)).split(size)
-            v = torch.cat([self.policy.velocity("current", x[rows.to(x.device)], sigma, given.select(rows)) for rows in parts])
-            return predict_x0(x, v, sigma)
+            v = [self.policy.velocity("current", x[rows.to(x.device)], sigma, given.select(rows)) for rows in parts(len(own), size)]
+            return predict_x0(x, torch.cat(v), sigma)
 
         return self.micro_batch.fit("sample", run, counter=self.policy)
 
@@ -164,13 +163,13 @@ class Hybrid:
         self.update.clear()
         image = own.repeat_interleave(len(trained))
         which = torch.tensor(trained).repeat(len(own))
-        for rows in torch.arange(len(image)).split(size) if len(image) else ():
+        for rows in parts(len(image), size):
             loss, off = self._policy_gradient(rollout, rollout.path, image[rows], which[rows], sigmas)
             (loss.sum() / of).backward()
             sums["loss"] += loss.detach().sum() / len(trained)
             sums["ratio_off"] += off.sum() / len(trained)
         last = rollout.path.states[own, -1]
-        for rows in torch.arange(len(own)).split(size) if len(own) else ():
+        for rows in parts(len(own), size):
             v = self.policy.velocity("current", last[rows].to(device), sigmas[steps - 1].to(device), rollout.conditioning.select(own[rows]))
             (surrogate(v, cotangent[rows.to(device)]).sum() / of).backward()
         return sums

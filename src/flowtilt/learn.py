@@ -42,6 +42,10 @@ class Scored:
     kept: Tensor
     prompts: Sequence[Prompt]
 
+    def own(self, images: Sequence[int]) -> list[int]:
+        """Which of this rank's n images are among those."""
+        return [i - self.indices.start for i in images if i in self.indices]
+
 
 class Learner:
     """Trains a policy by an objective on rollouts."""
@@ -63,7 +67,7 @@ class Learner:
             if not chunk:  # the optimizer would still decay weights and follow its averages
                 empty += 1
                 continue
-            own = self._rows(step, rollout, [i - rollout.indices.start for i in chunk if i in rollout.indices])
+            own = self._rows(step, rollout, rollout.own(chunk))
             number_of_rows = len(chunk) * self.recipe.rows_per_image()
             sums = self.micro_batch.fit(
                 "train",

@@ -1,10 +1,11 @@
 """The micro-batch: how many rows pass through the network at once, found by trying where it is left to us."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from flowtilt.errors import UserError
 
@@ -21,6 +22,11 @@ START = {"cpu": 96, "cuda": 1152}
 """Where "auto" begins. On a CPU larger batches no longer fit its caches; a GPU's memory ends the search."""
 FEWEST = 4
 """Rows below which a way to need less memory is preferred to a smaller micro-batch, which would leave a GPU idle."""
+
+
+def parts(number: int, size: int) -> Sequence[Tensor]:
+    """Consecutive rows of `number`, at most `size` at once; none of none, where torch's `split` gives one part without rows."""
+    return torch.arange(number).split(size) if number else ()
 
 
 class MicroBatch:

@@ -12,16 +12,11 @@ from flowtilt.phases import Phases
 from flowtilt.policy import Policy
 from flowtilt.prompts import PromptWalk
 from flowtilt.rewards import Reward
-from flowtilt.setup import build_objective
 from flowtilt.update import Update
 
 
 class Reinforcement:
-    """Rewards that tilt a policy, by any method that learns from scored images.
-
-    Args:
-        hybrid: RTDMD's learner; none builds that of the recipe's objective.
-    """
+    """Rewards that tilt a policy, by any method that learns from scored images."""
 
     def __init__(
         self,
@@ -29,15 +24,15 @@ class Reinforcement:
         policy: Policy,
         walk: PromptWalk,
         rewards: Mapping[str, Reward],
-        hybrid: Hybrid | None,
+        learner: Learner | Hybrid,
         world: World,
         micro_batch: MicroBatch,
     ):
         self.walk, self._prompts = walk, recipe.rollout.prompts
         self.images = recipe.rollout.images()
         """Images that a step draws."""
-        self.learner = hybrid or Learner(recipe, policy, build_objective(recipe.objective), world, micro_batch)
-        self.rollouts = Rollouts(recipe, policy, self.learner.objective, rewards, world, micro_batch)
+        self.learner = learner
+        self.rollouts = Rollouts(recipe, policy, learner.objective, rewards, world, micro_batch)
 
     @property
     def updates(self) -> dict[str, Update]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from flowtilt.config import CPS_ETA, EvaluateSettings, RolloutSettings
 from flowtilt.errors import UserError
 from flowtilt.flow import sigma_schedule
+from flowtilt.memory import parts
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.solvers import Velocity, solve, solve_cps
@@ -155,7 +156,7 @@ class Pairs:
 
     def micro_batches(self, size: int) -> Iterator[TrainingBatch]:
         """Consecutive parts of at most `size` rows."""
-        for rows in torch.arange(len(self)).split(size) if len(self) else ():
+        for rows in parts(len(self), size):
             image, device = self.image[rows], self.device
             yield TrainingBatch(
                 self.x0[image.to(device)],

@@ -24,6 +24,7 @@ from flowtilt.export import write_fake, write_lora
 from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
 from flowtilt.guards import Guards
 from flowtilt.hybrid import Hybrid
+from flowtilt.learn import Learner
 from flowtilt.lora import Lora, fingerprint
 from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
@@ -34,7 +35,7 @@ from flowtilt.reinforce import Reinforcement
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import sampler_of
-from flowtilt.setup import build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
+from flowtilt.setup import build_objective, build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
 from flowtilt.tracking import Sink, check_installed, open_sinks
 
 
@@ -75,6 +76,8 @@ class Trainer:
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.below = self._beneath(resume)
         self.fake_below = fake_beneath(recipe, resume)
+        self.parents = list(map(fingerprint, self.below))  # each reads through all of its weights
+        self.fake_parents = [fingerprint(self.fake_below)] if self.fake_below else []
         self.policy = build_policy(recipe, self.world, self.below)
         if self.fake_below:
             check(self.fake_below, shapes_of(self.policy.model.network))
@@ -103,9 +106,10 @@ class Trainer:
         o = self.recipe.objective
         if isinstance(o, ACDMDSettings):
             return Distillation(self.recipe, o, self.policy, self.walk, self.world, self.micro_batch)
-        learner = None
         if isinstance(o, RTDMDSettings):
             learner = Hybrid(self.recipe, o, self.policy, self.rewards, self.fake_below, self.world, self.micro_batch)
+        else:
+            learner = Learner(self.recipe, self.policy, build_objective(o), self.world, self.micro_batch)
         return Reinforcement(self.recipe, self.policy, self.walk, self.rewards, learner, self.world, self.micro_batch)
 
     def _beneath(self, resume: Path | None) -> list[Lora]:
@@ -129,7 +133,7 @@ class Trainer:
         self.world.barrier()
         found = checkpoint.newest(folder) if resume else None
         if found:
-            if found.state["parents"] != list(map(fingerprint, self.below)):
+            if found.state["parents"] != self.parents:
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
             self._load(found)
         if self.clock.step > self.recipe.steps:
@@ -250,7 +254,7 @@ class Trainer:
                 "clock": asdict(self.clock),
                 "optimizer_steps": {role: update.count for role, update in self.method.updates.items()},
                 "guards": self.guards.state,
-                "parents": list(map(fingerprint, self.below)),
+                "parents": self.parents,
                 "micro_batch": self.micro_batch.sizes,
                 "recompute": self.policy.recomputes,
             }
@@ -262,9 +266,9 @@ class Trainer:
         self.world.barrier()
 
     def _write_loras(self) -> None:
-        write_lora(self.policy, self.run_folder, self.recipe, self.clock.step, tuple(map(fingerprint, self.below)))
+        write_lora(self.policy, self.run_folder, self.recipe, self.clock.step, self.parents)
         if "fake" in self.policy.roles:
-            write_fake(self.policy, self.run_folder, [fingerprint(self.fake_below)] if self.fake_below else [])
+            write_fake(self.policy, self.run_folder, self.fake_parents)
 
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.clock = Clock(**found.state["clock"])

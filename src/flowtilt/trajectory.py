@@ -9,6 +9,7 @@ from torch import Tensor
 from flowtilt.config import Recipe
 from flowtilt.config_objectives import GRPOSettings, RTDMDSettings
 from flowtilt.flow import sigma_schedule
+from flowtilt.memory import parts
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Collecting
@@ -176,7 +177,7 @@ class Transitions:
 
     def micro_batches(self, size: int) -> Iterator[TransitionBatch]:
         """Consecutive parts of at most `size` rows."""
-        for rows in torch.arange(len(self)).split(size) if len(self) else ():
+        for rows in parts(len(self), size):
             image, j, device = self.image[rows], self.step[rows], self.device
             yield TransitionBatch(
                 self.path.states[image, j].to(device),

@@ -4,7 +4,7 @@ What was trained with others beneath it means something on exactly those. It nam
 they are found and checked. LoRAs that name none add up freely.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowtilt.config import load_recipe
@@ -12,7 +12,6 @@ from flowtilt.errors import UserError
 from flowtilt.files import whole_folder
 from flowtilt.lora import Lora, fingerprint
 from flowtilt.lora.find import run_of
-from flowtilt.lora.fit import check
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers
 
@@ -42,18 +41,6 @@ def _read(places: Sequence[Path | str], above: tuple[str, ...]) -> list[Lora]:
             stack = beneath
         stack.append(lora)
     return stack
-
-
-def stacked(places: Sequence[Path | str], shapes: Mapping[str, Sequence[int]]) -> tuple[list[Lora], tuple[str, ...]]:
-    """As `read_stack`, each checked against a network's layers, [out, in] by name; and their fingerprints, the parents of what goes on top.
-
-    Raises:
-        UserError: as `read_stack`, or one belongs to another base.
-    """
-    loras = read_stack(places)
-    for lora in loras:
-        check(lora, shapes)
-    return loras, tuple(map(fingerprint, loras))
 
 
 def read_onto(place: Path | str, beneath: Sequence[Lora]) -> Lora:

@@ -110,7 +110,7 @@ class Memory:
     @property
     def images(self) -> int:
         """The most images of a rollout that one GPU gets."""
-        return self.machine.share(self.recipe.rollout.prompts * self.recipe.rollout.images_per_prompt)
+        return self.machine.share(self.recipe.rollout.images())
 
     @property
     def part(self) -> int:
@@ -121,7 +121,7 @@ class Memory:
     def pairs(self) -> int:
         """Rows that a GPU trains in an update: pairs of image and time, or steps of images."""
         r, updates = self.recipe.rollout, self.recipe.optimizer.steps_per_rollout
-        return self.machine.share(-(-r.prompts * r.images_per_prompt // updates)) * self.recipe.rows_per_image()
+        return self.machine.share(-(-r.images() // updates)) * self.recipe.rows_per_image()
 
     @property
     def captions(self) -> float:

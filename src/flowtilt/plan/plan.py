@@ -155,7 +155,7 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
     """Network evaluations and operations of a whole run by phase."""
     recipe, costs, machine = needed.recipe, needed.costs, needed.machine
     r, e, steps = recipe.rollout, recipe.evaluate, recipe.steps
-    images = r.prompts * r.images_per_prompt
+    images = r.images()
     passes, times = passes_in_all(recipe), evaluations_in_all(recipe)
     drawn = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)
     forward, through = costs.forward.each.flops, costs.train(found.recompute)
