@@ -1,26 +1,27 @@
 """Every objective on the playground at equal compute: a declared search, seeds, ablations, one file of results.
 
-    python benchmarks/head_to_head.py                      search, run, report: about two hours on two idle cores
+    python benchmarks/head_to_head.py                      search, run, report: hours
     python benchmarks/head_to_head.py ablate report        what DiffusionNFT's parts are worth, after that
     python benchmarks/head_to_head.py --estimate           how long it takes, and nothing else
 
 Settings are chosen on combinations of objects that are in neither the training nor the test prompts; docs/benchmarks.md has the
-protocol. Each run is a folder: what is finished is skipped, what was interrupted goes on.
+protocol. Each run is a folder: what is finished is skipped, what was interrupted goes on. What the file of results holds of the same
+plan is not made again either, so that a comparison can be finished on another machine than it was begun on.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from contest.estimate import expected, hours
-from contest.jobs import ablation_jobs, main_jobs, search_jobs
-from contest.page import with_results, write_plot
-from contest.results import declared, entry_of, search_of
+from contest.jobs import ablation_jobs, main_jobs
+from contest.page import drawn, with_results, write_plot
+from contest.results import Record, declared, entry_of, kept
 from contest.running import Job, run_all
+from contest.search import Search
 from contest.settings import ABLATIONS, METHODS, QUICK, Plan
 
 from flowtilt.cli.quiet import quieten
@@ -35,32 +36,40 @@ STAGES = ("search", "run", "ablate", "report")
 class Contest:
     """The comparison in a folder.
 
+    Args:
+        results: file of results; what it has of the same plan counts as made.
+
     Raises:
-        UserError: the folder holds one of another plan.
+        UserError: the folder holds a comparison of another plan.
     """
 
-    def __init__(self, folder: Path, plan: Plan, workers: int, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, plan: Plan, workers: int, results: Path, say: Callable[[str], None] = print):
         self.folder, self.plan, self.workers, self.say = folder, plan, workers, say
-        kept, told = folder / "plan.json", json.loads(json.dumps(declared(plan)))
-        if kept.is_file() and json.loads(kept.read_text()) != told:
+        path = folder / "plan.json"
+        if path.is_file() and json.loads(path.read_text()) != declared(plan):
             raise UserError(f"{folder}: holds a comparison with another plan; choose another --folder, or the same --budget and --quick")
-        write_json(kept, told)
+        write_json(path, declared(plan))
+        self._results = results
+        known = json.loads(results.read_text()) if results.is_file() else {}
+        self._known: Record = known if known.get("plan") == declared(plan) else {"entries": [], "search": {}, "ablations": []}
 
     def search(self) -> None:
-        """Tries every setting on a part of the budget."""
-        self._run("search", [job for method in self.plan.methods for job in search_jobs(self.folder, self.plan, method)])
+        """Tries every setting on a part of the budget, then those that are close on more of it."""
+        methods = [self._search(method) for method in self.plan.methods]
+        self._run("search, first round", [job for method in methods for job in method.first_round()])
+        self._run("search, second round", [job for method in methods for job in method.second_round()])
 
     def run(self) -> None:
         """All seeds of each method with the setting that its search has chosen."""
         jobs = [main_jobs(self.folder, self.plan, method, self.chosen(method)) for method in self.plan.methods]
         # a seed of every method before the next seed: what is interrupted compares as many of each
-        self._run("runs", [job for same_seed in zip(*jobs, strict=True) for job in same_seed])
+        self._run("runs", [job for same_seed in zip(*jobs, strict=True) for job in same_seed if not kept(job, self._known["entries"])])
 
     def ablate(self) -> None:
         """All seeds of DiffusionNFT with one change each."""
-        self._run(
-            "ablations", [job for name in self._variants() for job in ablation_jobs(self.folder, self.plan, name, self.chosen("nft"))]
-        )
+        jobs = [ablation_jobs(self.folder, self.plan, name, self.chosen("nft")) for name in self._variants()]
+        left = [job for same_seed in zip(*jobs, strict=True) for job in same_seed if not kept(job, self._known["ablations"])]
+        self._run("ablations", left)
 
     def chosen(self, method: str) -> tuple[str, ...]:
         """Overrides of the setting that the search has chosen.
@@ -68,66 +77,72 @@ class Contest:
         Raises:
             UserError: the search is not done.
         """
-        tried = search_of(self.folder, self.plan, method)
-        for setting, record in zip(self.plan.grid(method), tried, strict=True):
-            if record.get("chosen"):
-                return setting
+        if setting := self._search(method).chosen():
+            return setting
         raise UserError(f"{self.folder}: the search of {method} is not done; the stage search comes first")
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Record:
         """Entries of all finished runs, the search, the ablations."""
         plan, entries, ablations = self.plan, [], []
         for method in plan.methods:
-            jobs = [job for job in main_jobs(self.folder, plan, method, self.chosen(method)) if job.finished()]
-            entries += [entry_of(job, method=method) for job in jobs]
+            if setting := self._search(method).chosen():
+                jobs = main_jobs(self.folder, plan, method, setting)
+                entries += _entries(jobs, self._known["entries"], {"method": method})
         for name in self._variants() if "nft" in plan.methods else ():
-            variant = ABLATIONS[name]
-            jobs = [job for job in ablation_jobs(self.folder, plan, name, self.chosen("nft")) if job.finished()]
-            told = {"method": "nft", "variant": name, "question": variant.question, "label": variant.label}
-            ablations += [entry_of(job, **told) for job in jobs]
+            jobs = ablation_jobs(self.folder, plan, name, self.chosen("nft"))
+            told = {"method": "nft", "variant": name, "question": ABLATIONS[name].question, "label": ABLATIONS[name].label}
+            ablations += _entries(jobs, self._known["ablations"], told)
         return {
             "plan": declared(plan),
             "base": self._base(),
             "entries": entries,
-            "search": {method: search_of(self.folder, plan, method) for method in plan.methods},
+            "search": {method: self._search(method).tried() for method in plan.methods},
             "ablations": ablations,
         }
 
-    def report(self, results: Path, page: Path, plot: Path) -> None:
+    def report(self, page: Path, plot: Path) -> None:
         """Writes the results' file, the picture, and the page's generated part, of what is finished.
 
         Raises:
             UserError: nothing is.
         """
         found = self.results()
-        runs: dict[str, list[Path]] = {}
-        for entry in found["entries"]:
-            runs.setdefault(entry["method"], []).append(self.folder / "runs" / f"{entry['method']}-{entry['seed']}")
-        if not runs:
+        if not found["entries"]:
             raise UserError(f"{self.folder}: no run is finished yet; the stage run comes first")
-        write_json(results, found)
-        write_plot(plot, runs)
+        write_json(self._results, found)
+        write_plot(plot, drawn(found["entries"]))
         if page.is_file():
             write_atomic(page, with_results(page.read_text(encoding="utf-8"), found))
-        self.say(f"results  {results}\nplot     {plot}\npage     {page}")
+        self.say(f"results  {self._results}\nplot     {plot}\npage     {page}")
+
+    def _search(self, method: str) -> Search:
+        return Search(self.folder, self.plan, method, self._known["search"].get(method, ()))
 
     def _variants(self) -> list[str]:
         """Those that are not what the search has chosen anyway."""
         chosen = self.chosen("nft")
         return [name for name, variant in ABLATIONS.items() if not set(variant.overrides) <= set(chosen)]
 
-    def _base(self) -> dict[str, Any]:
+    def _base(self) -> Record:
         """What is measured of the base, once."""
-        kept = self.folder / "base.json"
-        if not kept.is_file():
+        if "base" in self._known:
+            return self._known["base"]
+        path = self.folder / "base.json"
+        if not path.is_file():
             from contest.measures import measures_of
 
-            write_json(kept, measures_of(load_recipe("playground", self.plan.overrides), None, self.plan.amount))
-        return json.loads(kept.read_text())
+            write_json(path, measures_of(load_recipe("playground", self.plan.overrides), None, self.plan.amount))
+        return json.loads(path.read_text())
 
     def _run(self, what: str, jobs: list[Job]) -> None:
         self.say(f"{what}: {len(jobs)} runs")
         run_all(jobs, self.workers, self.say, expected)
+
+
+def _entries(jobs: Sequence[Job], known: Sequence[Record], told: Record) -> list[Record]:
+    """Of the runs that are finished here or were made before."""
+    found = [entry_of(job, **told) if job.finished() else kept(job, known) for job in jobs]
+    return [entry for entry in found if entry]
 
 
 def main() -> None:
@@ -152,11 +167,11 @@ def main() -> None:
     quieten()
     base = args.folder if args.quick else ROOT
     try:
-        contest = Contest(args.folder.resolve(), plan, args.workers, lambda line: print(line, flush=True))
+        results = base / "benchmarks" / "results" / "head_to_head.json"
+        contest = Contest(args.folder.resolve(), plan, args.workers, results, lambda line: print(line, flush=True))
         for stage in stages:
             if stage == "report":
-                plot = base / "docs" / "images" / "head_to_head.svg"
-                contest.report(base / "benchmarks" / "results" / "head_to_head.json", base / "docs" / "benchmarks.md", plot)
+                contest.report(base / "docs" / "benchmarks.md", base / "docs" / "images" / "head_to_head.svg")
             else:
                 getattr(contest, stage)()
     except UserError as error:

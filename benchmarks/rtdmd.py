@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest.page import write_plot
+from contest.page import drawn, write_plot
 from contest.results import entry_of
 from contest.rtdmd_page import TEACHER, picture, with_table
 from contest.running import Job, run_all
@@ -112,7 +112,7 @@ def report(folder: Path, seeds: Sequence[int], students: Sequence[Job]) -> None:
     found = {"command": "python benchmarks/rtdmd.py", "budget": BUDGET, "teacher": told, "entries": entries}
     write_json(RESULTS, found)
     picture(PICTURE, {name: own[0].folder for name, own in jobs.items() if own[0].finished()})
-    write_plot(CURVES, {name: [job.folder for job in own if job.finished()] for name, own in jobs.items() if own[0].finished()})
+    write_plot(CURVES, drawn(entries))
     if PAGE.is_file():
         write_atomic(PAGE, with_table(PAGE.read_text(encoding="utf-8"), found))
     _say(f"results  {RESULTS}\npicture  {PICTURE}\npage     {PAGE}")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from contest.jobs import ablation_jobs, main_jobs, search_jobs
 from contest.measures import diversity
-from contest.page import with_results
-from contest.results import entry_of, search_of
+from contest.page import NOTHING, drawn, with_results
+from contest.results import entry_of, kept
 from contest.running import Job, more_rollouts, run_all
+from contest.search import Search, finalists
 from contest.settings import ABLATIONS, METHODS, QUICK, Amount, Plan
 from head_to_head import Contest
 from safetensors.torch import load_file
@@ -83,7 +84,7 @@ def test_a_budget_is_spent_but_for_less_than_a_rollout(method):
 
 
 def test_a_budget_below_a_rollout_is_refused(tmp_path):
-    with pytest.raises(UserError, match="budget 2000: 500 network evaluations are less than one rollout of playground"):
+    with pytest.raises(UserError, match="budget 2000: 666 network evaluations are less than one rollout of playground"):
         search_jobs(tmp_path, Plan(budget=2000), "nft")
 
 
@@ -139,14 +140,54 @@ def test_what_was_never_reached_is_none_and_what_fell_has_collapsed(tmp_path):
     assert entry["evaluations_to_0.9"] is None and entry["fell"] == pytest.approx(0.15) and entry["collapsed"]
 
 
+def test_the_second_round_is_for_those_that_one_evaluation_cant_tell_from_the_best():
+    assert finalists([0.5, 0.9, 0.88, 0.86]) == [1, 2]
+    assert finalists([0.5, 0.9, 0.86]) == [1]
+    assert finalists([0.89, 0.9, 0.88, 0.9, 0.5]) == [0, 1, 3]
+
+
+def searched(folder: Path, plan: Plan, scores: list[float]) -> Search:
+    """A search of nft whose first round ended with these scores."""
+    search = Search(folder, plan, "nft")
+    records = [{"score": score, "network_evaluations": 0, "machine": "a core", "commit": ""} for score in scores]
+    return Search(folder, plan, "nft", [tried | record for tried, record in zip(search.tried(), records, strict=True)])
+
+
+def test_the_best_of_the_first_round_is_chosen_where_it_stands_out_else_the_second_round_decides(tmp_path):
+    plan = Plan()
+    alone = searched(tmp_path, plan, [0.5] * 8 + [0.9])
+    assert not alone.first_round() and not alone.second_round() and alone.chosen() == plan.grid("nft")[8]
+    close = searched(tmp_path, plan, [0.5] * 7 + [0.88, 0.9])
+    assert [job.folder for job in close.second_round()] == [job.folder for job in close.jobs[7:]] and close.chosen() is None
+    assert {job.budget for job in close.second_round()} == {plan.final_budget}
+    finals = [{}] * 7 + [{"final": 0.95}, {"final": 0.93}]
+    decided = Search(tmp_path, plan, "nft", [record | final for record, final in zip(close.tried(), finals, strict=True)])
+    assert decided.chosen() == plan.grid("nft")[7] and not decided.second_round()
+
+
+def test_curves_are_drawn_of_entries_alone(tmp_path):
+    entry = entry_of(finished(tmp_path / "run", [0.3, 0.8, 1.0]), method="nft")
+    (method,) = drawn([entry]).methods
+    costs, scores = method.entries[0].line("evaluations")
+    assert costs.tolist() == [0, 1000, 2000] and scores.tolist() == [0.3, 0.8, 1.0] and method.seeds == [0]
+
+
+def test_an_entry_is_known_by_its_command_without_its_length(tmp_path):
+    job = finished(tmp_path / "run", [0.3, 0.8])
+    entry = entry_of(job, method="nft")
+    assert kept(job, [entry]) == entry
+    assert kept(dataclasses.replace(job, overrides=("seed=10",)), [entry]) is None
+
+
 # the page
 
 
 def test_the_page_is_what_the_results_say():
     page, results = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results" / "head_to_head.json"
     told = page.read_text(encoding="utf-8")
-    assert with_results(told, json.loads(results.read_text()) if results.is_file() else None) == told
-    assert ("Not run yet" in told) == (not results.is_file())
+    found = json.loads(results.read_text()) if results.is_file() else None
+    assert with_results(told, found) == told
+    assert (NOTHING in told) == (not found or not found["entries"])
 
 
 # all of it
@@ -154,16 +195,33 @@ def test_the_page_is_what_the_results_say():
 
 @pytest.fixture(scope="module")
 def contest(tmp_path_factory):
-    found = Contest(tmp_path_factory.mktemp("contest"), TINY, 1, silent)
+    folder = tmp_path_factory.mktemp("contest")
+    found = Contest(folder, TINY, 1, folder / "results.json", silent)
     found.search()
     found.run()
     return found
 
 
 def test_the_search_ends_with_one_setting_and_keeps_what_lost(contest):
-    tried = search_of(contest.folder, TINY, "grpo")
+    search = Search(contest.folder, TINY, "grpo")
+    tried = search.tried()
     assert len(tried) == 2 and [record["chosen"] for record in tried].count(True) == 1
-    assert max(record["score"] for record in tried) == next(record["score"] for record in tried if record["chosen"])
+    assert not search.first_round() and not search.second_round()
+    close = finalists([record["score"] for record in tried])
+    assert [place for place, record in enumerate(tried) if "final" in record] == (close if len(close) > 1 else [])
+    decided = {place: tried[place].get("final", tried[place]["score"]) for place in close}
+    assert tried[max(decided, key=decided.__getitem__)]["chosen"]
+
+
+def test_another_machine_goes_on_with_what_the_results_hold(contest, tmp_path):
+    found = contest.results()
+    write_json(tmp_path / "results.json", found)
+    other = Contest(tmp_path / "elsewhere", TINY, 1, tmp_path / "results.json", silent)
+    other.search()
+    other.run()
+    assert other.results() == found and not list(other.folder.rglob("metrics.jsonl"))
+    longer = Contest(tmp_path / "longer", dataclasses.replace(TINY, budget=2_700), 1, tmp_path / "results.json", silent)
+    assert longer.results()["search"]["grpo"][0]["score"] is None
 
 
 def test_runs_spend_their_budget_and_no_more(contest):
@@ -184,25 +242,23 @@ def test_what_is_finished_is_not_made_again(contest):
 
 def test_another_plan_does_not_mix_with_what_is_there(contest):
     with pytest.raises(UserError, match="another plan"):
-        Contest(contest.folder, dataclasses.replace(TINY, budget=900), 1, silent)
+        Contest(contest.folder, dataclasses.replace(TINY, budget=900), 1, contest.folder / "results.json", silent)
 
 
 def test_the_report_has_the_search_and_every_seed_and_a_picture(contest, tmp_path):
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    contest.report(tmp_path / "results.json", page, tmp_path / "plot.svg")
-    told, results = page.read_text(), json.loads((tmp_path / "results.json").read_text())
-    assert "Not run yet" not in told and "| grpo | 1 |" in told and told.count("**chosen**") == 1
+    contest.report(page, tmp_path / "plot.svg")
+    told, results = page.read_text(), json.loads((contest.folder / "results.json").read_text())
+    assert NOTHING not in told and "| grpo | 1 |" in told and told.count("**chosen**") == 1
     assert with_results(told, results) == told
     assert (tmp_path / "plot.svg").read_text().startswith("<svg xmlns")
     assert {"method", "seed", "command", "machine", "commit", "evaluations_to_0.9", "final_score"} <= results["entries"][0].keys()
 
 
 def test_an_interrupted_run_goes_on_to_the_bits_of_an_unbroken_one(contest, tmp_path):
-    whole, broken = (
-        next(job for job in search_jobs(folder, TINY, "grpo") if contest.chosen("grpo")[0] in job.overrides)
-        for folder in (contest.folder, tmp_path)
-    )
+    (whole,), (broken,) = (main_jobs(folder, TINY, "grpo", contest.chosen("grpo")) for folder in (contest.folder, tmp_path))
+    broken = dataclasses.replace(broken, amount=None)
     trainer = Trainer(broken.load(2))
     trainer.interrupted = True
     assert trainer.run() is None and not broken.finished()

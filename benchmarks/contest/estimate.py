@@ -11,6 +11,8 @@ START = 4.0
 """Seconds until a process trains."""
 MEASURES = 25.0
 """Seconds of what is measured after a run."""
+CLOSE = 2
+"""Settings of a method that come into the search's second round, as a guess."""
 
 
 def expected(job: Job) -> float:
@@ -29,7 +31,7 @@ def hours(plan: Plan, stages: list[str], workers: int) -> str:
     for method in plan.methods:
         whole = START + _seconds(method, plan.budget, POINTS)
         tried = START + _seconds(method, plan.search_budget, POINTS * plan.search_budget // plan.budget)
-        of_stage = {"search": len(plan.grid(method)) * tried, "run": len(plan.seeds) * (whole + MEASURES)}
+        of_stage = {"search": (len(plan.grid(method)) + CLOSE) * tried, "run": len(plan.seeds) * (whole + MEASURES)}
         if method == "nft":
             of_stage["ablate"] = len(ABLATIONS) * of_stage["run"]
         for stage in stages:

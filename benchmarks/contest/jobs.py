@@ -1,5 +1,6 @@
 """Which runs there are: of the search, of the comparison, of the ablations. No torch here."""
 
+import dataclasses
 from pathlib import Path
 
 from contest.running import Job, more_rollouts
@@ -18,6 +19,11 @@ def search_jobs(folder: Path, plan: Plan, method: str) -> list[Job]:
         overrides = (*setting, *VALIDATION, f"seed={SEARCH_SEED}")
         jobs.append(_job(folder / "search" / f"{method},{name}", METHODS[method].recipe, overrides, plan, plan.search_budget))
     return jobs
+
+
+def final_job(job: Job, plan: Plan) -> Job:
+    """A run of the search, for its second round: it goes on."""
+    return dataclasses.replace(job, budget=plan.final_budget)
 
 
 def main_jobs(folder: Path, plan: Plan, method: str, setting: tuple[str, ...]) -> list[Job]:

@@ -8,15 +8,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from contest.settings import TARGET
+from flowtilt.config import load_recipe
 from flowtilt.files import write_atomic
-from flowtilt.report.compare import compare
+from flowtilt.report.compare import Comparison
 from flowtilt.report.compare.curves import score_chart, tone
+from flowtilt.report.compare.entries import Entry
+from flowtilt.report.compare.methods import Method
 from flowtilt.report.compare.spans import span
+from flowtilt.report.loading import Run
 from flowtilt.report.numbers import fixed, short
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results: written by benchmarks/head_to_head.py -->", "<!-- end of results -->"
+NOTHING = "**No run is finished yet.**"
 WIDTH, HEIGHT, MARGIN = 860, 470, 56
 
 
@@ -40,8 +47,8 @@ def between(page: str, begin: str, end: str, text: str) -> str:
 
 def markdown(results: Record | None) -> str:
     """The tables; that nothing was run yet, where there are no results."""
-    if not results:
-        return "**Not run yet.** There is no `benchmarks/results/head_to_head.json`."
+    if not results or not results["entries"]:
+        return NOTHING
     parts = [run_on(results["entries"]), _methods(results["entries"], results["base"])]
     if (Path(__file__).parents[2] / "docs" / "images" / "head_to_head.svg").is_file():
         parts.insert(1, "![Score against network evaluations](images/head_to_head.svg)")
@@ -100,10 +107,10 @@ def _search(method: str, tried: Sequence[Record]) -> str:
     rate, knob = tried[0]["settings"]
     rows = []
     for record in tried:
-        score = fixed(record["score"], 3) if record["score"] is not None else "–"
+        scores = [fixed(found, 3) if found is not None else "–" for found in (record["score"], record.get("final"))]
         mark = "**chosen**" if record.get("chosen") else ""
-        rows.append([short(record["settings"][rate]), short(record["settings"][knob]), score, mark])
-    return f"{method}\n\n" + table(["lr", knob.rpartition(".")[2], "score", ""], rows)
+        rows.append([short(record["settings"][rate]), short(record["settings"][knob]), *scores, mark])
+    return f"{method}\n\n" + table(["lr", knob.rpartition(".")[2], "first round", "second round", ""], rows)
 
 
 def _ablations(ablations: Sequence[Record], entries: Sequence[Record]) -> str:
@@ -130,9 +137,28 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def write_plot(target: Path, runs: dict[str, list[Path]]) -> None:
+def drawn(entries: Sequence[Record]) -> Comparison:
+    """What the curves of entries say, wherever their runs were made."""
+    methods = dict.fromkeys(str(entry["method"]) for entry in entries)
+    return Comparison(
+        [Method(method, [_run(entry) for entry in entries if entry["method"] == method]) for method in methods],
+        axes=["evaluations"],
+        targets=[TARGET],
+        chosen=True,
+        odd=[],
+    )
+
+
+def _run(entry: Record) -> Entry:
+    _, _, recipe, *overrides = str(entry["command"]).split()
+    costs, scores = np.array(entry["curve_evaluations_score"], dtype=float).T
+    metrics = [{"step": place, "network_evaluations": cost} for place, cost in enumerate(costs.tolist())]
+    run = Run(Path(), "", {}, {}, metrics, [], {}, [], {})
+    return Entry(run, load_recipe(recipe, overrides), np.arange(len(costs), dtype=float), scores)
+
+
+def write_plot(target: Path, comparison: Comparison) -> None:
     """The compare page's curves as a picture of their own, with a legend."""
-    comparison = compare([], labels=runs, targets=[TARGET])
     chart = re.search(r"<svg role.*</svg>", score_chart(comparison, "evaluations"), re.S)
     assert chart
     assets = (resources.files("flowtilt.report") / name for name in ("page.css", "compare.css"))

@@ -49,9 +49,13 @@ class Job:
     def load(self, steps: int = 1) -> Recipe:
         return load_recipe(self.recipe, [*self.overrides, f"steps={steps}", f"run={self.folder}"])
 
+    def line(self) -> str:
+        """What tells it from all other runs."""
+        return " ".join(["flowtilt train", self.recipe, *self.overrides])
+
     def command(self) -> str:
         """What repeats it, once it is finished."""
-        return " ".join(["flowtilt train", self.recipe, *self.overrides, f"steps={self._rollouts()}"])
+        return f"{self.line()} steps={self._rollouts()}"
 
     def _rollouts(self) -> int:
         return max((record["step"] for record in read_lines(self.folder / "metrics.jsonl")), default=0)

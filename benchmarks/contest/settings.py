@@ -8,14 +8,20 @@ from itertools import product
 
 FACTORS = (0.5, 1.0, 2.0)
 """Learning rates of every grid, as multiples of the method's own recipe."""
-SHARE = 4
-"""A run of the search spends one part in so many of the budget."""
+SHARE = 3
+"""A run of the search's first round spends one part in so many of the budget, one of its second round two."""
+NEAR = 0.03
+"""Settings whose scores are no further than this below the best one's come into the second round; one evaluation can't tell them apart."""
+MOST = 3
+"""Of them at most."""
+DECIDED_BY = 3
+"""The second round goes by the mean of so many last evaluations."""
 SEARCH_SEED = 100
 """Of all runs of the search; none of the seeds that are reported."""
 TARGET = 0.9
 COLLAPSE = 0.1
 """A run has collapsed where its last score is further than this below its best: six standard errors of one evaluation."""
-POINTS = 12
+POINTS = 9
 """Evaluations of a whole run, besides the one before."""
 
 
@@ -113,7 +119,7 @@ class Plan:
         amount: of what is measured after each of them.
     """
 
-    budget: int = 360_000
+    budget: int = 270_000
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     settings: int | None = None
@@ -122,8 +128,13 @@ class Plan:
 
     @property
     def search_budget(self) -> int:
-        """Of each run of the search."""
+        """Of each run of the search's first round."""
         return self.budget // SHARE
+
+    @property
+    def final_budget(self) -> int:
+        """Of each run of the second round, the first round's part included."""
+        return 2 * self.budget // SHARE
 
     def grid(self, method: str) -> list[tuple[str, ...]]:
         whole = METHODS[method].grid()
