@@ -20,6 +20,7 @@ from flowtilt.plan.geometry import KNOWN, find_geometry
 from flowtilt.plan.judges import judging
 from flowtilt.plan.meter import measure
 from flowtilt.plan.network import batch, build_pipeline, conditioning, costs_of, train_work, weights_of
+from flowtilt.plan.shapes import outcome
 from flowtilt.playground import pipeline_path
 from flowtilt.policy import Policy
 from flowtilt.rewards.named import parse
@@ -27,6 +28,7 @@ from flowtilt.rollout import TrainingBatch
 from flowtilt.setup import build_policy
 
 CPU = torch.device("cpu")
+aten = torch.ops.aten
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
 
@@ -54,6 +56,25 @@ def test_bytes_that_live_at_once_follow_a_chain_of_layers():
         work = measure(lambda: layers(torch.empty(4, 10, device="meta")))
     # four rows of four-byte numbers; a layer's input goes once its output is there, the first is its caller's
     assert [count / 16 for count in work.alive] == [10, 10 + 100, 10 + 100 + 20, 10 + 20 + 1] and work.peak == 16 * 130
+
+
+def test_an_operation_that_was_seen_gives_what_it_would_anew():
+    x = torch.empty(4, 6, device="meta")
+    for _ in range(2):
+        product, view, both = (
+            outcome(f, a, {}, [x]) for f, a in ((aten.mm.default, (x, x.t())), (aten.t.default, (x,)), (aten.topk.default, (x, 2)))
+        )
+        assert (product.shape, product.dtype, product.is_meta) == ((4, 4), torch.float32, True)
+        assert view.untyped_storage()._cdata == x.untyped_storage()._cdata and view.stride() == (1, 6)
+        assert [(one.shape, one.dtype) for one in both] == [((4, 2), torch.float32), ((4, 2), torch.int64)]
+        assert outcome(aten.mul.Tensor, (x, 2), {}, [x]).dtype == torch.float32
+        whole = torch.empty(4, device="meta", dtype=torch.long)
+        assert [outcome(aten.mul.Tensor, (whole, y), {}, [whole]).dtype for y in (2, 2.0, True)] == [
+            torch.int64,
+            torch.float32,
+            torch.int64,
+        ]
+        assert outcome(aten.add_.Tensor, (x, x), {}, [x, x]) is x
 
 
 def test_what_is_saved_for_the_backward_pass_is_counted_once_and_without_weights_and_inputs():
@@ -247,4 +268,5 @@ def test_every_recipe_of_sd35_medium_has_its_published_shapes(name):
     shapes = {name: tuple(x.shape) for name, x in conditioning(geometry, model).distinct.items()}
     assert shapes == {"encoder_hidden_states": (1, 77 + 128, 4096), "pooled_projections": (1, 2048)}
     # r (1536 + 1536) for each of 8 layers in 24 blocks; the last has nothing to add to the caption
-    assert costs(recipe).lora.number == recipe.lora.rank * 3072 * (8 * 24 - 1)
+    alike = load_recipe("sd35m", [f"lora.rank={recipe.lora.rank}", f"lora.alpha={recipe.lora.alpha}"])
+    assert costs(alike).lora.number == recipe.lora.rank * 3072 * (8 * 24 - 1)

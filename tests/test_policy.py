@@ -9,8 +9,9 @@ from flowtilt.models.sd3 import SD3
 from flowtilt.policy import ROLES, Policy
 
 
-def build(merge=None, dtype="float32", rank=4, alpha=16.0):
+def build(merge=None, dtype="float32", rank=4, alpha=16.0, blocks=4):
     pipeline = load_pipeline("playground", revision=None, dtype=dtype, device=torch.device("cpu"))
+    pipeline.transformer.transformer_blocks = pipeline.transformer.transformer_blocks[-blocks:]
     policy = Policy(SD3(pipeline), rank=rank, alpha=alpha, seed=0, merge=merge)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():

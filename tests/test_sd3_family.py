@@ -56,12 +56,12 @@ def test_loras_go_on_the_eight_projections_of_each_joint_attention_and_nowhere_e
 
 def test_a_block_of_sd35_medium_trains_in_bfloat16_to_the_same_bits_when_recomputed():
     geometry = KNOWN["stabilityai/stable-diffusion-3.5-medium"]
-    # block 0 whole, with its second attention, and a last one after it; 256 pixels
+    # block 0 whole, with its second attention, and a last one after it; few tokens, as half precision is slow on many CPUs
     small = {**geometry.transformer, "num_layers": 2, "dual_attention_layers": (0,), "pos_embed_max_size": 16}
     pipeline = build_pipeline(replace(geometry, transformer=small), "bfloat16")
     torch.manual_seed(0)
     pipeline.transformer = SD3Transformer2DModel(**small).to(torch.bfloat16).requires_grad_(False)
-    model = SD3(pipeline, resolution=256)
+    model = SD3(pipeline, resolution=64)
     policy = Policy(model, rank=32, alpha=64.0, seed=0)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_block_of_sd35_medium_trains_in_bfloat16_to_the_same_bits_when_recompu
     def random(*shape):
         return torch.randn(*shape, generator=rng)
 
-    captions = {"encoder_hidden_states": random(1, 205, 4096).bfloat16(), "pooled_projections": random(1, 2048).bfloat16()}
+    captions = {"encoder_hidden_states": random(1, 12, 4096).bfloat16(), "pooled_projections": random(1, 2048).bfloat16()}
     x, t, given = random(1, *model.latent_shape), torch.tensor([0.6]), Conditioning(captions, torch.zeros(1, dtype=torch.long))
     found = []
     for on in (False, True):

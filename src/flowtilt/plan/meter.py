@@ -7,7 +7,7 @@ probabilities: torch itself would take the plain one on meta tensors.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from flowtilt.plan.shapes import outcome, tensors
 
 aten: Any = torch.ops.aten
 _FUSED = aten._scaled_dot_product_flash_attention_for_cpu
@@ -105,13 +107,13 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        given = _tensors((*args, *kwargs.values()))
+        given = tensors((*args, *kwargs.values()))
+        out = outcome(func, args, kwargs, given)
         operation = func._overloadpacket
         if operation in flop_registry or operation in (_FUSED, _FUSED_BACKWARD):
             self.flops[_precision(operation, given[0].dtype)] += _flops(operation, args, kwargs, out)
         before = {x.untyped_storage()._cdata for x in given}
-        for x in _tensors((out,)):
+        for x in tensors((out,)):
             if x.untyped_storage()._cdata not in before:
                 self._born(x)
         return out
@@ -128,17 +130,6 @@ class _Meter(TorchDispatchMode):
         self.alive[key] = (weakref.ref(storage, died), size)
         self.bytes += size
         self.history.append(self.bytes)
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Tensors among an operation's arguments or results, in lists too; torch's own walk through them takes ten times as long."""
-    found = []
-    for x in values:
-        if isinstance(x, Tensor):
-            found.append(x)
-        elif isinstance(x, list | tuple):
-            found += _tensors(x)
-    return found
 
 
 def _flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
