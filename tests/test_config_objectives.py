@@ -3,7 +3,7 @@
 import pytest
 
 from flowtilt.config import Recipe, known_keys, load_recipe
-from flowtilt.config_objectives import NFTSettings
+from flowtilt.config.objectives import NFTSettings
 from flowtilt.errors import UserError
 from flowtilt.setup import build_objective
 

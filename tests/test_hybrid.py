@@ -9,7 +9,7 @@ import torch
 from few_steps import cold, going_on, kept, largest, recorded, rl
 
 from flowtilt import Trainer, UserError, checkpoint
-from flowtilt.config_objectives import RTDMDSettings
+from flowtilt.config.objectives import RTDMDSettings
 from flowtilt.fake_score import Samples
 from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule

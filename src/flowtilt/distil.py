@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import ACDMDSettings
+from flowtilt.config.objectives import ACDMDSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.fake_score import FakeScore, Samples

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import MatchingSettings
+from flowtilt.config.objectives import MatchingSettings
 from flowtilt.distributed import World
 from flowtilt.flow import per_sample
 from flowtilt.learn import memory_saver

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import RTDMDSettings
+from flowtilt.config.objectives import RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.fake_score import FakeScore, Samples
 from flowtilt.flow import predict_x0, sigma_schedule

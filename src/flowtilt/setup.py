@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import ObjectiveSettings, RTDMDSettings
+from flowtilt.config.objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.lora import Lora, fingerprint, join

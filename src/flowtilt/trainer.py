@@ -14,7 +14,7 @@ import torch
 from flowtilt import checkpoint, distributed, runs
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, recipe_names, to_toml
-from flowtilt.config_objectives import ACDMDSettings, RTDMDSettings
+from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
 from flowtilt.display import Display
 from flowtilt.distil import Distillation
 from flowtilt.environment import describe

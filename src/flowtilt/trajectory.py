@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import GRPOSettings, RTDMDSettings
+from flowtilt.config.objectives import GRPOSettings, RTDMDSettings
 from flowtilt.flow import sigma_schedule
 from flowtilt.memory import parts
 from flowtilt.models.base import Drawing

@@ -5,7 +5,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import GRPOSettings
+from flowtilt.config.objectives import GRPOSettings
 from flowtilt.guards.history import BLOCK, TRAINED, Fall, History
 
 NO_VARIANCE = 0.9

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import GRPOSettings
+from flowtilt.config.objectives import GRPOSettings
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK
 from flowtilt.memory import MicroBatch

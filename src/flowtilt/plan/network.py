@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.config import ModelSettings
-from flowtilt.config_objectives import ObjectiveSettings
+from flowtilt.config.objectives import ObjectiveSettings
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import DTYPES
 from flowtilt.models.sd3 import SD3

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import ACDMDSettings, GRPOSettings, MatchingSettings, RTDMDSettings
+from flowtilt.config.objectives import ACDMDSettings, GRPOSettings, MatchingSettings, RTDMDSettings
 from flowtilt.objectives.forward import old_policy_decay
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flowtilt.config import Recipe
-from flowtilt.config_objectives import MatchingSettings
+from flowtilt.config.objectives import MatchingSettings
 from flowtilt.errors import UserError
 from flowtilt.plan import memory
 from flowtilt.plan.judges import judging

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from flowtilt.config_keys import chosen, names, variants
+from flowtilt.config.keys import chosen, names, variants
 
 
 def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any], origins: dict[str, str], where: str) -> str:

@@ -1,24 +1,14 @@
-"""Recipes: what a run is, as data. Nothing here imports torch.
+"""What a run is, as data: the tables of a recipe, and what has to agree between them."""
 
-A recipe is a TOML file; `key=value` on the command line overrides one key, the value parsed as TOML, a
-bare word being a string. `base = "name"` starts from another recipe. Unknown keys are errors.
-"""
-
-import json
 import os
 import re
-import tomllib
-from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from flowtilt.config_errors import explain
-from flowtilt.config_keys import Key, keys_of
-from flowtilt.config_objectives import (
+from flowtilt.config.keys import Key, keys_of
+from flowtilt.config.objectives import (
     ACDMDSettings,
     GRPOSettings,
     MatchingSettings,
@@ -27,7 +17,6 @@ from flowtilt.config_objectives import (
     RTDMDSettings,
     Settings,
 )
-from flowtilt.errors import UserError
 from flowtilt.sources import absolute
 
 CPS_ETA = 0.9
@@ -338,169 +327,6 @@ class Recipe(Settings):
         eta = "" if e.eta is None else f" of eta {e.eta:g}"
         drawn = f"{e.images} images of {e.prompts or self.prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
         return f"{judged}, EMA weights, {drawn}, noise seed {self.seed}"
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes inside the package."""
-    return sorted(file.name.removesuffix(".toml") for file in resources.files("flowtilt.recipes").iterdir() if file.name.endswith(".toml"))
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a name or file, with `key=value` overrides.
-
-    Raises:
-        UserError: no such recipe, a file that is not TOML, or keys and values that do not fit: all of
-            them, each with its origin, and the nearest key.
-    """
-    tree, origins = _read(str(source), ())
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        if not sign or not key.strip():
-            raise UserError(f"override {item!r} is not key=value")
-        key = _set(tree, key.strip().split("."), _value(text), item)
-        table = key.removesuffix(".solver")
-        if key in ("rollout.solver", "evaluate.solver") and not origins.get(f"{table}.eta", "").startswith("command line"):
-            _leave_cps(tree[table], tree[table])
-        origins = _newer(origins, {key: f"command line: {item}"})
-    return validate(tree, origins, str(source))
-
-
-def validate(tree: dict[str, Any], origins: dict[str, str], where: str) -> Recipe:
-    """Checks a tree of values; `origins` says where a key was set."""
-    try:
-        return Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)  # str: of a date, so that run=2026-01-31 is a name
-    except ValidationError as error:
-        raise UserError(explain(error, Recipe, tree, origins, where)) from None
-
-
-def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML that `load_recipe` reads back equal; what is none is left out."""
-    tree = recipe.model_dump(mode="json", exclude_none=True)
-    plain = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
-    tables = [
-        f"\n[{key}]\n" + "\n".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items())
-        for key, value in tree.items()
-        if isinstance(value, dict) and value
-    ]
-    return "\n".join(plain) + "\n" + "\n".join(tables) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    # JSON's numbers, booleans and strings are TOML's, once DEL is escaped
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _toml_key(key: str) -> str:
-    return key if key.isascii() and key.replace("_", "a").replace("-", "a").isalnum() else _toml(key)
-
-
-def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    text, where = _find(source)
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe {where}: not TOML: {error}") from None
-    base = tree.pop("base", None)
-    if isinstance(tree.get("model"), str):
-        tree["model"] = {"path": tree["model"]}
-    origins = {key: where for key in _leaves(tree)}
-    if base is None:
-        return tree, origins
-    if not isinstance(base, str):
-        raise UserError(f"recipe {where}: base = {base!r} must name another recipe")
-    base_source = base if base in recipe_names() else str(Path(where).parent / base)
-    seen = (*seen, _identity(source))
-    if _identity(base_source) in seen:
-        raise UserError(f"recipe {where}: base = {base!r} must name another recipe, but comes back to itself")
-    below, below_origins = _read(base_source, seen)
-    _merge(below, tree)
-    return below, _newer(below_origins, origins)
-
-
-def _identity(source: str) -> str:
-    return source if source in recipe_names() else str(Path(source).resolve())
-
-
-def _find(source: str) -> tuple[str, str]:
-    names = recipe_names()
-    if source in names:
-        return resources.files("flowtilt.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8"), f"{source}.toml"
-    path = Path(source)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8-sig"), str(path)
-        except UnicodeDecodeError:
-            raise UserError(f"recipe {path}: not UTF-8 text") from None
-        except OSError as error:
-            raise UserError(f"recipe {path}: {error.strerror}") from None
-    from difflib import get_close_matches
-
-    near = get_close_matches(source, names, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"give a .toml file or one of: {', '.join(names)}"
-    raise UserError(f"recipe {source!r}: no such recipe or file; {hint}")
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found
-
-
-def _newer(below: dict[str, str], above: dict[str, str]) -> dict[str, str]:
-    """Origins once the keys of `above` were set: what stood at or under one of them is gone."""
-    return {old: at for old, at in below.items() if not any(old.startswith(key + ".") for key in above)} | above
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
-    for key, value in above.items():
-        if key == "rewards":  # what a run is for: a recipe that names its own means those alone
-            below[key] = value
-        elif isinstance(value, dict) and isinstance(below.get(key), dict):
-            # another variant starts from its own defaults, not from the old one's values
-            if key == "objective" and value.get("type", below[key].get("type", "nft")) != below[key].get("type", "nft"):
-                below[key] = {}
-            if key in ("rollout", "evaluate"):
-                _leave_cps(below[key], value)
-            _merge(below[key], value)
-        else:
-            below[key] = value
-
-
-def _leave_cps(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Another solver that is set above cps has no use for its eta."""
-    if above.get("solver", "cps") != "cps":
-        below.pop("eta", None)
-
-
-def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
-    """Sets one key in place; returns the key, spelt out."""
-    if parts == ["model"] and isinstance(value, str):
-        parts = ["model", "path"]
-    node = tree
-    rewards = tree.get("rewards")
-    given = rewards.get(parts[1]) if isinstance(rewards, dict) and len(parts) > 2 and parts[0] == "rewards" else None
-    if isinstance(given, str | int | float) and not isinstance(given, bool):  # a reward in its short form
-        tree["rewards"][parts[1]] = {"source" if isinstance(given, str) else "weight": given}
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {item!r}: {part!r} is a value, not a table")
-    if parts == ["objective", "type"] and node.get("type", "nft") != value:
-        node.clear()
-    node[parts[-1]] = value
-    return ".".join(parts)
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def known_keys() -> list[Key]:
