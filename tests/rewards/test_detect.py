@@ -104,20 +104,21 @@ def from_golden(threshold: float) -> list[Detection]:
     )
 
 
-def same_as(found: list[Detection], rows: torch.Tensor, masks: torch.Tensor, atol: float) -> None:
+def same_as(found: list[Detection], rows: torch.Tensor, masks: torch.Tensor, *, rtol: float = 0, atol: float = 0) -> None:
     """mmdetection lists by class; boxes and scores tell those of one class apart."""
     ours = sorted(found, key=lambda o: (o.label, *o.box, o.score))
     order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
     assert len(ours) == len(rows)
     for o, i in zip(ours, order, strict=True):
         assert o.label == rows[i, 0] and list(o.box) == rows[i, 1:5].tolist()
-        assert math.isclose(o.score, rows[i, 5].item(), rel_tol=0, abs_tol=atol)
+        assert math.isclose(o.score, rows[i, 5].item(), rel_tol=rtol, abs_tol=atol)
         assert o.mask.dtype == torch.bool and torch.equal(o.mask, masks[i].bool())
 
 
 def test_all_hundred_detections_are_mmdetections():
     case = load_file(POST)
-    same_as(from_golden(-1), case["out.dets"], case["out.masks"], atol=0)
+    # exponentials and sums of fp32 end in other last bits on another kind of CPU; boxes and masks do not
+    same_as(from_golden(-1), case["out.dets"], case["out.masks"], rtol=4 * torch.finfo(torch.float32).eps)
 
 
 def test_the_tiny_network_detects_what_mmdetections_does():
