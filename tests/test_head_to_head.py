@@ -104,6 +104,11 @@ def test_without_the_negative_term_is_the_positive_half_of_nft():
     torch.testing.assert_close(a, b)
 
 
+def test_whatever_beta_the_search_chooses_is_not_run_again_as_an_ablation():
+    for setting in METHODS["nft"].grid():
+        assert [variant.question for variant in ABLATIONS.values() if set(variant.overrides) <= set(setting)] == ["beta"]
+
+
 # what is measured
 
 

@@ -84,7 +84,7 @@ ABLATIONS: dict[str, Variant] = {
     "old-delayed": Variant("pace of the old policy", "delayed", ("objective.old_policy=delayed",)),
     "beta-0.1": Variant("beta", "0.1", ("objective.beta=0.1",)),
     "beta-0.3": Variant("beta", "0.3", ("objective.beta=0.3",)),
-    "beta-1": Variant("beta", "1", ("objective.beta=1.0",)),
+    "beta-1": Variant("beta", "1", ("objective.beta=1",)),
     "no-negative": Variant("negative term", "without", WITHOUT_NEGATIVE),
     "dpm2": Variant("solver of the rollout", "dpm2", ("rollout.solver=dpm2",)),
     "cps": Variant("solver of the rollout", "cps, stochastic with eta 0.5", ("rollout.solver=cps", "rollout.eta=0.5")),
