@@ -14,16 +14,20 @@ from contest.settings import TARGET
 from flowtilt.config import load_recipe
 from flowtilt.files import write_atomic
 from flowtilt.report.compare import Comparison
+from flowtilt.report.compare.comparison import Reach
 from flowtilt.report.compare.curves import score_chart, tone
 from flowtilt.report.compare.entries import Entry
 from flowtilt.report.compare.methods import Method
 from flowtilt.report.compare.spans import span
+from flowtilt.report.compare.tables import ratio_cell
 from flowtilt.report.loading import Run
 from flowtilt.report.numbers import fixed, short
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results: written by benchmarks/head_to_head.py -->", "<!-- end of results -->"
 NOTHING = "**No run is finished yet.**"
+LADDER = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, TARGET)
+"""Scores to which the cost of getting there is told: where some methods end, another has hardly begun."""
 WIDTH, HEIGHT, MARGIN = 860, 470, 56
 
 
@@ -52,6 +56,7 @@ def markdown(results: Record | None) -> str:
     parts = [run_on(results["entries"]), _methods(results["entries"], results["base"])]
     if (Path(__file__).parents[2] / "docs" / "images" / "head_to_head.svg").is_file():
         parts.insert(1, "![Score against network evaluations](images/head_to_head.svg)")
+    parts.append(_ladder(drawn(results["entries"])))
     parts += ["### What the search tried", *(_search(method, tried) for method, tried in results["search"].items())]
     if results["ablations"]:
         parts += ["### Ablations", _ablations(results["ablations"], results["entries"])]
@@ -87,6 +92,20 @@ def _reached(own: Sequence[Record]) -> str:
     median = span([math.inf if cost is None else cost for cost in costs]).median
     told = f"{len(known)} of {len(costs)} seeds"
     return f"{short(median)}, {told}" if math.isfinite(median) else f"never ({told})"
+
+
+def _ladder(comparison: Comparison) -> str:
+    """Medians of the cost of each score, and how many times the first method's that is."""
+    rows = []
+    for method in comparison.methods:
+        reaches = [comparison.reach(method, "evaluations", score) for score in LADDER]
+        rows.append([method.label, *(_step(reach) for reach in reaches)])
+    return table(["thousands of network evaluations to", *(f"{score:g}" for score in LADDER)], rows)
+
+
+def _step(reach: Reach) -> str:
+    cost = f"{reach.span.median / 1000:.0f}" if math.isfinite(reach.span.median) else "–"
+    return f"{cost} ({ratio_cell(reach.against).main})" if reach.against else cost
 
 
 def _measured(own: Sequence[Record]) -> list[str]:
