@@ -14,15 +14,15 @@ from flowtilt.config import Recipe, load_recipe
 
 QUICK = [
     "steps=4",
-    "rollout.prompts=6",
-    "rollout.images_per_prompt=4",
+    "rollout.prompts=4",
+    "rollout.images_per_prompt=3",
     "rollout.steps=4",
     "objective.times_per_image=2",
     "optimizer.steps_per_rollout=2",
     "evaluate.every=2",
-    "evaluate.images=12",
+    "evaluate.images=8",
     "evaluate.steps=4",
-    "evaluate.samples=6",
+    "evaluate.samples=4",
     "checkpoint.every=1",
 ]
 

@@ -33,7 +33,7 @@ MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
 
 def costs(recipe):
-    return costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha, recipe.objective)
+    return costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha)
 
 
 # the meter ----------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_training_saves_and_costs_on_the_meta_device_what_it_does_on_a_cpu(recom
 
 def test_recomputing_costs_one_more_forward_pass_of_the_blocks_and_saves_memory():
     found = costs(load_recipe("sd35m-geneval"))
-    plain, anew = found.train(False).each, found.train(True).each
+    plain, anew = found.train(True, False).each, found.train(True, True).each
     more = sum(anew.flops.values()) - sum(plain.flops.values())
     assert 0.98 < more / sum(found.forward.each.flops.values()) < 1  # not what is outside the blocks, nor a block's last product
     # what enters 24 blocks: 1024 image tokens and 205 of the caption, 1536 wide, in 16 bits; and little beside
@@ -250,7 +250,7 @@ def test_a_half_precision_base_differs_from_a_cpu_in_the_norms_statistics_alone(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_line_through_few_rows_holds_for_many(dtype, recompute):
     found = costs(load_recipe("playground", [f"model.dtype={dtype}", "objective.kl=1"]))
-    measured, drawn = train_work(*without_numbers(dtype, 50, recompute), True), found.train(recompute).at(50)
+    measured, drawn = train_work(*without_numbers(dtype, 50, recompute), True), found.train(True, recompute).at(50)
     assert drawn.flops == pytest.approx(measured.flops) and (drawn.peak, drawn.saved) == (measured.peak, measured.saved)
     # without a gradient nothing is fixed: operations are proportional to the rows
     assert not any(found.forward.fixed.flops.values())

@@ -61,6 +61,7 @@ def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, t
     words = [word for word in QUICK if not (recipe.objective.type == "grpo" and word.startswith("objective."))]
     small = [*words, f"model.path={model}", "model.resolution=16", "model.dtype=bfloat16", f"run={tmp_path / 'run'}", "micro_batch=7"]
     small += ["model.offload=true", "model.recompute=true", f"prompts={prompts}", f"evaluate.prompts={prompts}", "steps=2"]
+    small += ["rollout.prompts=2", "evaluate.images=4", "evaluate.samples=2"]
     Trainer(load_recipe(name, small)).run()
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 2 and all(math.isfinite(record["loss"]) and record["skipped_updates"] == 0 for record in records)

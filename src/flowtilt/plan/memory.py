@@ -193,7 +193,7 @@ class Memory:
         }
         if isinstance(self.recipe.objective, GRPOSettings) and guidance != 1:  # guided steps are trained guided
             rows, held = 2 * rows, {**held, "captions with the empty one": self._joined(self.captions)}
-        return self._phase("train", held, self.costs.train(recompute).at(rows).peak)
+        return self._phase("train", held, self.costs.train(self.recipe.objective.reference, recompute).at(rows).peak)
 
     def evaluate(self, of: str, size: int) -> Phase:
         """The work "encode", "sample", "decode" or "reward" of an evaluation, which goes block by block."""

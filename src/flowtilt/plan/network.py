@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.config import ModelSettings
-from flowtilt.config.objectives import ObjectiveSettings
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import DTYPES
 from flowtilt.models.sd3 import SD3
@@ -51,8 +50,8 @@ class Costs:
         resolution: in pixels.
         encode: one caption.
         forward: rows through a role's network, without a gradient.
-        train: rows through the objective and back, the old policy's pass and, where the recipe has it, the reference's among them;
-            told whether activations are recomputed.
+        train: rows through the objective and back, the old policy's pass among them; told whether the reference's is too, and whether
+            activations are recomputed.
         decode: latents to images.
     """
 
@@ -70,7 +69,7 @@ class Costs:
     resolution: int
     encode: Work
     forward: Line
-    train: Callable[[bool], Line]
+    train: Callable[[bool, bool], Line]
     decode: Line
 
 
@@ -112,7 +111,7 @@ def _encoder(config: Config, dtype: str) -> nn.Module:
     return encoder
 
 
-def costs_of(model: ModelSettings, rank: int, alpha: float, objective: ObjectiveSettings) -> Costs:
+def costs_of(model: ModelSettings, rank: int, alpha: float) -> Costs:
     """The costs of a recipe's model; measured once a process for what they depend on.
 
     Raises:
@@ -120,13 +119,11 @@ def costs_of(model: ModelSettings, rank: int, alpha: float, objective: Objective
     """
     # a plan is for GPUs, where "auto" is bfloat16
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha, objective.reference)
+    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha)
 
 
 @cache
-def _costs(
-    path: str, revision: str | None, dtype: str, t5_length: int | None, resolution: int | None, rank: int, alpha: float, reference: bool
-) -> Costs:
+def _costs(path: str, revision: str | None, dtype: str, t5_length: int | None, resolution: int | None, rank: int, alpha: float) -> Costs:
     geometry = find_geometry(path, revision)
     pipeline = build_pipeline(geometry, dtype)
     model = SD3(pipeline, t5_length=t5_length, resolution=resolution)
@@ -141,7 +138,7 @@ def _costs(
         bringing = measure(lambda: policy._weights_for("old"))  # once, and kept: no row's work
 
     @cache
-    def train(recompute: bool) -> Line:
+    def train(reference: bool, recompute: bool) -> Line:
         policy.recompute(recompute)
         return through(lambda rows: train_work(policy, batch(model, given, rows), reference))
 

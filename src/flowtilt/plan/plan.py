@@ -76,7 +76,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: bytes, operations, hours."""
-        saved = self.costs.train(self.recompute)
+        saved = self.costs.train(self.recipe.objective.reference, self.recompute)
         return {
             "figures": "computed, not measured",
             "recipe": self.recipe.name,
@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     if isinstance(recipe.objective, MatchingSettings):
         raise UserError(f"plan: the memory of {recipe.objective.type} is not counted yet; other objectives are (docs/plan.md)")
-    costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha, recipe.objective)
+    costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha)
     train, judge = (judging(rewards, costs.resolution) for rewards in (rewards_of(recipe), judges_of(recipe)))
     models = {**train.models, **judge.models}
     needed = Memory(recipe, costs, train, judge, machine)
@@ -158,7 +158,7 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
     images = r.images()
     passes, times = passes_in_all(recipe), evaluations_in_all(recipe)
     drawn = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)
-    forward, through = costs.forward.each.flops, costs.train(found.recompute)
+    forward, through = costs.forward.each.flops, costs.train(recipe.objective.reference, found.recompute)
     # each GPU has its own micro-batches, and where weights are merged each of them pays for that once
     micro = steps * recipe.optimizer.steps_per_rollout * machine.gpus * -(-needed.pairs // found.micro_batches["train"])
     equal = passes.pairs - passes.old
