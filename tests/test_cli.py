@@ -1,13 +1,11 @@
 """The command line as a person types it: what it prints, and one clear line for each mistake."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
+from commands import typed
 from conftest import QUICK
 from PIL import Image
 
@@ -16,6 +14,13 @@ from flowtilt.cli import main
 
 def run(*words, **options):
     return subprocess.run([sys.executable, "-m", "flowtilt", *words], capture_output=True, text=True, timeout=240, **options)
+
+
+def wait_for(path, command):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert command.process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def complaint(capsys, *words):
@@ -120,16 +125,11 @@ def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, finished
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):
-    words = [sys.executable, "-m", "flowtilt", "train", "playground", *QUICK, "steps=500", "evaluate.every=0", "run=run"]
-    process = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    command = typed("train", "playground", *QUICK, "steps=500", "evaluate.every=0", "run=run", cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", command)
+    command.interrupt()
+    code, out, err = command.ended()
+    assert code == 130
     assert "flowtilt train --resume run" in out and "Traceback" not in err
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -137,20 +137,13 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):
 def test_an_evaluation_that_is_interrupted_says_how_it_goes_on_and_does(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef f(images, prompts):\n    time.sleep(0.5)\n    return images.mean((1, 2, 3))\n")
     words = ["evaluate", "--images", "96", "--steps", "1", "--rewards", "slow.py:f", "-o", "e"]
-    # a shell that runs the tests in the background has them ignore the signal, and so would whatever they start
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    command = [sys.executable, "-m", "flowtilt", *words]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, preexec_fn=heed)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "e" / "scores-0.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "flowtilt: interrupted; the same command goes on from there\n")
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 0 and "96 images" in done.stdout
-    assert done.stderr == ""  # and no bar where nobody watches
+    command = typed(*words, cwd=tmp_path)
+    wait_for(tmp_path / "e" / "scores-0.jsonl", command)
+    command.interrupt()
+    assert command.ended() == (130, "", "flowtilt: interrupted; the same command goes on from there\n")
+    code, out, err = typed(*words, cwd=tmp_path, name="again").ended()
+    assert code == 0 and "96 images" in out
+    assert err == ""  # and no bar where nobody watches
 
 
 def test_doctor_says_once_what_a_reward_lacks_and_that_it_failed(tmp_path, capsys, monkeypatch):

@@ -26,7 +26,8 @@ from flowtilt.plan.passes import passes_of
 from flowtilt.setup import evaluation_prompts, training_prompts
 
 ROOT = Path(__file__).parents[1]
-TINY = dataclasses.replace(QUICK, budget=2_600, methods=("grpo",), amount=Amount(images=12, copies=2))
+SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6")
+TINY = dataclasses.replace(QUICK, budget=1_000, methods=("grpo",), overrides=(*QUICK.overrides, *SMALL), amount=Amount(images=6, copies=2))
 
 
 def silent(line: str) -> None:
@@ -225,7 +226,7 @@ def test_another_machine_goes_on_with_what_the_results_hold(contest, tmp_path):
     other.search()
     other.run()
     assert other.results() == found and not list(other.folder.rglob("metrics.jsonl"))
-    longer = Contest(tmp_path / "longer", dataclasses.replace(TINY, budget=2_700), 1, tmp_path / "results.json", silent)
+    longer = Contest(tmp_path / "longer", dataclasses.replace(TINY, budget=1_100), 1, tmp_path / "results.json", silent)
     assert longer.results()["search"]["grpo"][0]["score"] is None
 
 

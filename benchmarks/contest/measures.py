@@ -46,14 +46,16 @@ def measures_of(recipe: Recipe, run: Path | None, amount: Amount) -> dict[str, A
     stack = Stack(open_model(recipe.model, torch.device("cpu")), read_stack([run] if run else []))
     trained = training_prompts(recipe)
     tests = evaluation_prompts(recipe, trained)
-    groups, right = _drawn(stack, recipe, tests, each(tests, amount.copies))
-    number = torch.arange(len(tests)).repeat_interleave(amount.copies)
+    rows = spread(tests, amount.images)
+    looked_at = [tests[index] for index in sorted({index for index, _ in rows})]
+    groups, right = _drawn(stack, recipe, looked_at, each(looked_at, amount.copies))
+    number = torch.arange(len(looked_at)).repeat_interleave(amount.copies)
     apart = {"all": diversity(groups, number), "right": diversity(groups[right > 0], number[right > 0])}
     return {
-        "held_out": float(_drawn(stack, recipe, tests, spread(tests, amount.images))[1].double().mean()),
+        "held_out": float(_drawn(stack, recipe, tests, rows)[1].double().mean()),
         "trained": float(_drawn(stack, recipe, trained, spread(trained, amount.images))[1].double().mean()),
         "diversity": {name: None if math.isnan(value) else value for name, value in apart.items()},
-        "distance": distance(stack, recipe, tests),
+        "distance": distance(stack, recipe, looked_at),
     }
 
 

@@ -98,7 +98,8 @@ class Amount:
     """How much is measured after a run, on noise that nothing was compared on.
 
     Args:
-        images: of each of the two scores, spread over tags and prompts as in an evaluation.
+        images: of each of the two scores, spread over tags and prompts as in an evaluation; fewer than there are test prompts
+            leave some of these out of everything.
         copies: of each test prompt, within which diversity is taken.
     """
 
