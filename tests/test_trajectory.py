@@ -113,8 +113,8 @@ def test_groups_without_a_difference_are_left_out(tmp_path):
     trainer = Trainer(grpo(tmp_path / "run", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
     rollout, metrics = trainer.method.rollouts.draw(1, drawn, Phases(torch.device("cpu")))
-    assert metrics["groups/without_variance"] == pytest.approx(1 / 6)
-    assert rollout.kept.view(6, 4).any(1).tolist() == [False] + [True] * 5
+    assert metrics["groups/without_variance"] == pytest.approx(1 / 4)
+    assert rollout.kept.view(4, 3).any(1).tolist() == [False] + [True] * 3
 
 
 def test_where_nothing_is_left_no_weight_moves(tmp_path):
@@ -132,9 +132,9 @@ def test_a_run_learns_counts_its_cost_and_resumes_to_the_bit(tmp_path):
     whole.run()
     records = read_lines(tmp_path / "whole" / "metrics.jsonl")
     assert [r["optimizer_step"] for r in records] == [2, 4, 6, 8] and all(r["loss"] == r["loss"] for r in records)
-    # 24 images: 4 steps of the sampler, and 2 trained steps with backward and reference
+    # 12 images: 4 steps of the sampler, and 2 trained steps with backward and reference
     if all(r["groups/without_variance"] == 0 for r in records):
-        assert records[0]["network_evaluations"] == 24 * 4 + 24 * 2 * 4
+        assert records[0]["network_evaluations"] == 12 * 4 + 12 * 2 * 4
     first = Trainer(grpo(tmp_path / "parts", *window, "steps=2"))
     first.run()
     recipe = grpo(tmp_path / "parts", *window)
