@@ -7,7 +7,7 @@ train: .venv/installed  ## the first run: train the playground and write its rep
 	$(BIN)/flowtilt train playground
 
 test: .venv/installed  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: .venv/installed  ## lint, format and types
 	$(BIN)/ruff check .

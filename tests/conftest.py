@@ -6,6 +6,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from flowtilt.config import Recipe, load_recipe
 
 QUICK = [
     "steps=4",
-    "rollout.prompts=4",
-    "rollout.images_per_prompt=3",
+    "rollout.prompts=3",
+    "rollout.images_per_prompt=4",
     "rollout.steps=4",
     "objective.times_per_image=2",
     "optimizer.steps_per_rollout=2",
@@ -25,6 +26,34 @@ QUICK = [
     "evaluate.samples=4",
     "checkpoint.every=1",
 ]
+
+
+TOGETHER = {
+    "plan": ("test_plan", "test_plan_memory", "test_plan_network"),
+    "forked": (
+        "test_cli",
+        "test_distributed",
+        "test_evaluate_images",
+        "test_head_to_head",
+        "test_lifeline",
+        "test_resume",
+        "test_sharding",
+    ),
+}
+"""Modules that one worker runs: what the first has measured, or imported to fork from, takes many seconds once."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take whole modules, so that what a module shares is made once, and all modules of a group."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return next((group for group, modules in TOGETHER.items() if Path(module).stem in modules), module)
+
+    return ByGroup(config, log)
 
 
 def quick(run: Path, *overrides: str) -> Recipe:

@@ -12,10 +12,6 @@ from PIL import Image
 from flowtilt.cli import main
 
 
-def run(*words, **options):
-    return subprocess.run([sys.executable, "-m", "flowtilt", *words], capture_output=True, text=True, timeout=240, **options)
-
-
 def wait_for(path, command):
     deadline = time.monotonic() + 120
     while not path.exists():
@@ -29,15 +25,6 @@ def complaint(capsys, *words):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("flowtilt: ") and "Traceback" not in "\n".join(lines)
     return lines[-1]
-
-
-def test_training_from_the_command_line_says_what_came_out(tmp_path):
-    done = run("train", "playground", *QUICK, "steps=1", "run=first", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "score" in done.stdout and "->" in done.stdout and "first/report.html" in done.stdout
-    assert "Warning" not in done.stderr and "Loading" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert all(line.startswith(("after ", "1/1")) for line in lines), lines
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def check_the_same(run, reference, steps):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_one_and_several_processes_give_the_same_rewards_and_gradients(finished, tmp_path, processes):
-    # 6 prompts of 4 images: over 4 ranks, groups are split between them
+    # 3 prompts of 4 images: over 2 ranks and over 4, groups are split between them
     done = launch(tmp_path / "run", processes, "steps=2")
     assert done.codes == [0] * processes, done.stderr[-2000:]
     check_the_same(tmp_path / "run", finished, 2)
@@ -51,7 +51,7 @@ def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(finished, 
 
 
 def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(finished, tmp_path):
-    given = ["--lora", str(finished), "--images", "70", "--rewards", "playground_strict,jpeg_incompressibility"]
+    given = ["--lora", str(finished), "--images", "70", "--steps", "2", "--rewards", "playground_strict,jpeg_incompressibility"]
     done = together(2, main, ["evaluate", *given, "-o", str(tmp_path / "two")], folder=tmp_path / "ranks")
     assert done.codes == [0, 0], done.stderr[-2000:]
     assert main(["evaluate", *given, "-o", str(tmp_path / "one")]) == 0

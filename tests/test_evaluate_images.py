@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
+from commands import typed
 from PIL import Image
-from test_cli import run
 
 from flowtilt import UserError
 from flowtilt.cli import main
@@ -105,12 +105,13 @@ def test_the_command_prints_means_and_writes_every_score(tmp_path):
     for k in range(4):
         grey(tmp_path / "images" / f"{k}.png", 50 * k)
     (tmp_path / "p.txt").write_text("same\nsame\nother\nthird\n")
-    done = run("score", "images", "--prompts", "p.txt", "--rewards", "jpeg_incompressibility", "-o", "out.csv", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    words = ["score", "images", "--prompts", "p.txt", "--rewards", "jpeg_incompressibility", "-o", "out.csv"]
+    code, out, err = typed(*words, cwd=tmp_path).ended()
+    assert code == 0, err
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert [row["prompt"] for row in rows] == ["same", "same", "other", "third"] and len({r["image"] for r in rows}) == 4
     mean = sum(float(row["jpeg_incompressibility"]) for row in rows) / 4
-    assert f"{mean:.3f} [" in done.stdout
+    assert f"{mean:.3f} [" in out
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,6 @@ def test_what_was_judged_before_a_judge_failed_is_kept(tmp_path):
     for k in range(40):
         grey(tmp_path / "images" / f"{k}.png", k, (8, 8 + k // 20))
     (tmp_path / "mine.py").write_text("def f(images, prompts):\n    assert images.shape[2] == 8\n    return images.mean((1, 2, 3))\n")
-    done = run("score", "images", "--rewards", "mine.py:f", "-o", "out.jsonl", cwd=tmp_path)
-    assert done.returncode == 2 and "reward f failed" in done.stderr
+    code, _, err = typed("score", "images", "--rewards", "mine.py:f", "-o", "out.jsonl", cwd=tmp_path).ended()
+    assert code == 2 and "reward f failed" in err
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20

@@ -1,6 +1,5 @@
 """Killed, interrupted, torn or out of space: a run goes on to the same bits, and nothing that was there is lost."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -10,14 +9,12 @@ import time
 import pytest
 import torch
 from conftest import quick
+from ranks import CONTEXT
 
 from flowtilt import Trainer, UserError, checkpoint, files
 from flowtilt.files import read_lines
 from flowtilt.policy import ROLES
 from flowtilt.runs import open_run
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flowtilt.trainer"])
 
 
 def contents(run):

@@ -16,12 +16,12 @@ from flowtilt.files import read_lines
 from flowtilt.policy import ROLES
 from flowtilt.runs import open_run
 
-# 5 prompts of 3 images on 2 ranks are 7 and 8 images, an optimizer step's share of them is anything; 70 images are 3 blocks
+# 5 prompts of 3 images on 2 ranks are 7 and 8 images, an optimizer step's share of them is anything; 35 images are 2 blocks
 UNEVEN = [
     "rollout.prompts=5",
     "rollout.images_per_prompt=3",
     "micro_batch=4",
-    "evaluate.images=70",
+    "evaluate.images=35",
     "evaluate.samples=3",
     "evaluate.steps=1",
     "evaluate.every=1",
@@ -29,8 +29,10 @@ UNEVEN = [
 ]
 CASES = {
     "plain": ["steps=2"],
-    "recomputed": ["steps=1", "model.recompute=true", "objective.type=grpo", "rollout.solver=euler", "evaluate.images=2"],
-    "guided": ["steps=1", "rollout.guidance=2", "model.dtype=bfloat16", "evaluate.images=2"],
+    "recomputed": [
+        *("steps=1", "evaluate.images=2", "model.recompute=true", "model.dtype=bfloat16"),
+        *("objective.type=grpo", "rollout.solver=euler", "rollout.guidance=2"),
+    ],
 }
 
 

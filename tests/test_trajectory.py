@@ -113,8 +113,8 @@ def test_groups_without_a_difference_are_left_out(tmp_path):
     trainer = Trainer(grpo(tmp_path / "run", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
     rollout, metrics = trainer.method.rollouts.draw(1, drawn, Phases(torch.device("cpu")))
-    assert metrics["groups/without_variance"] == pytest.approx(1 / 4)
-    assert rollout.kept.view(4, 3).any(1).tolist() == [False] + [True] * 3
+    assert metrics["groups/without_variance"] == pytest.approx(1 / 3)
+    assert rollout.kept.view(3, 4).any(1).tolist() == [False, True, True]
 
 
 def test_where_nothing_is_left_no_weight_moves(tmp_path):

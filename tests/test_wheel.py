@@ -46,4 +46,7 @@ def test_the_first_run_works_from_the_wheel_alone(wheel, tmp_path):
     command = [sys.executable, "-m", "flowtilt", "train", "playground", *QUICK, "steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=inside, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "score" in done.stdout and "->" in done.stdout and "runs/playground/report.html" in done.stdout
     assert (tmp_path / "runs" / "playground" / "report.html").is_file()
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert all(line.startswith(("after ", "1/1")) for line in lines), lines  # no library greets

@@ -86,7 +86,7 @@ def test_rtdmds_two_published_stages_train_evaluate_and_stack(model, tmp_path):
     common = [f"model.path={model}", "model.resolution=16", "model.dtype=bfloat16", "model.offload=true", "model.recompute=true"]
     common += [f"prompts={scenes}", f"evaluate.prompts={scenes}", "evaluate.images=2", "evaluate.every=0", "steps=2", "micro_batch=3"]
     cold, rl = tmp_path / "cold", tmp_path / "rl"
-    Trainer(load_recipe("sd35m-rtdmd-cold", [*common, "rollout.prompts=4", "objective.fake_updates=2", f"run={cold}"])).run()
+    Trainer(load_recipe("sd35m-rtdmd-cold", [*common, "rollout.prompts=2", "objective.fake_updates=2", f"run={cold}"])).run()
     second = [*common, "rollout.prompts=2", "rollout.images_per_prompt=2", f'lora.on=["{cold}"]', f"run={rl}"]
     Trainer(load_recipe("sd35m-rtdmd-rl", second)).run()
     for run, names in ((cold, ("fake_loss", "teacher_gap")), (rl, ("fake_loss", "loss", "backprop_reward", "reward/geneval"))):
