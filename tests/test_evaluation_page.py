@@ -210,7 +210,9 @@ def test_values_that_are_no_numbers_are_missing_pieces(two: Path, value: Any) ->
     def broken(tree: Any, at: str) -> Any:
         return {k: value if k == at else broken(v, at) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
-    shutil.rmtree(two / "pictures")  # so that a hundred pages take seconds
+    shutil.rmtree(two / "pictures")  # so that a hundred pages take seconds, and few rows
+    rows = (two / "scores.jsonl").read_text().splitlines(keepends=True)
+    (two / "scores.jsonl").write_text("".join(rows[:8] + rows[-8:]))
     whole = results(two)
     keys = (
         "mean",
