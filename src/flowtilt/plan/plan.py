@@ -11,7 +11,7 @@ from flowtilt.plan import memory
 from flowtilt.plan.judges import judging
 from flowtilt.plan.machine import Machine
 from flowtilt.plan.memory import GIB, Fitted, Memory, Phase
-from flowtilt.plan.meter import added, scaled
+from flowtilt.plan.meter import Line, added, scaled
 from flowtilt.plan.network import Costs, Weights, costs_of
 from flowtilt.plan.passes import evaluations_in_all, evaluations_per_image, passes_in_all
 from flowtilt.setup import judges_of, rewards_of
@@ -74,9 +74,13 @@ class Plan:
         """The phase that takes most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
+    @property
+    def training(self) -> Line:
+        """Rows through the objective and back, as the run makes them."""
+        return self.costs.train(self.recipe.objective.reference, self.recompute)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values: bytes, operations, hours."""
-        saved = self.costs.train(self.recipe.objective.reference, self.recompute)
         return {
             "figures": "computed, not measured",
             "recipe": self.recipe.name,
@@ -94,7 +98,7 @@ class Plan:
                 "recompute": self.recompute,
                 "fits": self.fits,
                 "spare": memory.SPARE,
-                "saved_for_backward": {"once": saved.fixed.saved, "a_row": saved.each.saved},
+                "saved_for_backward": {"once": self.training.fixed.saved, "a_row": self.training.each.saved},
                 "resident": dict(self.resident),
                 "phases": {
                     phase.name: {"held": dict(phase.held), "activations": phase.activations, "total": phase.total} for phase in self.phases

@@ -60,7 +60,7 @@ def _memory(plan: Plan) -> str:
     held = [f"{what} {_bytes(count)}" for what, count in plan.peak.held.items()]
     chosen = "given" if isinstance(plan.recipe.micro_batch, int) else "auto"
     how = "computes activations anew, and keeps" if plan.recompute else "keeps"
-    saved = f"training {how} {_bytes(plan.costs.train(plan.recipe.objective.reference, plan.recompute).each.saved)} of a row until its backward pass"
+    saved = f"training {how} {_bytes(plan.training.each.saved)} of a row until its backward pass"
     spare = f"{100 * SPARE:.0f} % of {plan.machine.gib:.4g} GiB are left to what is not modelled"
     visits = ["text encoders and reward models are on the GPU only while they work"] if plan.offload else []
     beside = ", ".join(f"{what} {count / GIB:.2f}" for what, count in plan.host.items() if count >= 0.005 * GIB)
