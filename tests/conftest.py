@@ -22,7 +22,7 @@ QUICK = [
     "optimizer.steps_per_rollout=2",
     "evaluate.every=2",
     "evaluate.images=8",
-    "evaluate.steps=4",
+    "evaluate.steps=2",
     "evaluate.samples=4",
     "checkpoint.every=1",
 ]

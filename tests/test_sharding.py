@@ -25,6 +25,7 @@ UNEVEN = [
     "evaluate.samples=3",
     "evaluate.steps=1",
     "evaluate.every=1",
+    "rollout.steps=2",
     "optimizer.steps_per_rollout=3",
 ]
 CASES = {
