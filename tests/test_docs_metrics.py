@@ -18,7 +18,15 @@ from flowtilt import RewardOutput
 def mine(images, prompts):
     return RewardOutput(images.mean((1, 2, 3)), details={"red": images[:, 0].mean((1, 2))})
 """
-TINY = ["steps=1", "rollout.prompts=2", "rollout.images_per_prompt=2", "evaluate.every=0", "evaluate.images=1", "evaluate.samples=0", "evaluate.steps=2"]
+TINY = [
+    "steps=1",
+    "rollout.prompts=2",
+    "rollout.images_per_prompt=2",
+    "evaluate.every=0",
+    "evaluate.images=1",
+    "evaluate.samples=0",
+    "evaluate.steps=2",
+]
 
 
 def first_cells(section):
