@@ -91,7 +91,9 @@ def _reached(own: Sequence[Record]) -> str:
         return f"{short(found.median)} ({short(found.low)} to {short(found.high)})"
     median = span([math.inf if cost is None else cost for cost in costs]).median
     told = f"{len(known)} of {len(costs)} seeds"
-    return f"{short(median)}, {told}" if math.isfinite(median) else f"never ({told})"
+    if math.isfinite(median):
+        return f"{short(median)}, {told}"
+    return f"{told}, first after {short(min(known))}" if known else f"never ({told})"
 
 
 def _ladder(comparison: Comparison) -> str:
