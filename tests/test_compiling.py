@@ -23,7 +23,8 @@ def inputs():
 @pytest.mark.parametrize(("dtype", "merge"), [("float32", True), ("bfloat16", False)])
 def test_traced_blocks_follow_the_roles(inputs, dtype, merge):
     torch._dynamo.reset()
-    plain, compiled = (build(merge=merge, dtype=dtype, blocks=1) for _ in range(2))
+    # the last block and one of the others: two kinds
+    plain, compiled = (build(merge=merge, dtype=dtype, blocks=2) for _ in range(2))
     # "eager" traces, and leaves out the minutes of generating code
     assert compile_blocks(compiled, backend="eager") == ""
     assert compiled.evaluations == 0 and all(p.grad is None for p in compiled.parameters)
@@ -37,7 +38,7 @@ def test_traced_blocks_follow_the_roles(inputs, dtype, merge):
 
 def test_without_a_compiler_training_goes_on_uncompiled(inputs, monkeypatch):
     torch._dynamo.reset()
-    policy = build(blocks=1)
+    policy = build(blocks=2)
     before = velocities(policy, inputs)
 
     def broken(graph, inputs):

@@ -30,10 +30,8 @@ UNEVEN = [
 ]
 CASES = {
     "plain": ["steps=2"],
-    "recomputed": [
-        *("steps=1", "evaluate.images=2", "model.recompute=true", "model.dtype=bfloat16"),
-        *("objective.type=grpo", "rollout.solver=euler", "rollout.guidance=2"),
-    ],
+    "recomputed": ["steps=1", "model.recompute=true", "objective.type=grpo", "rollout.solver=euler", "evaluate.images=2"],
+    "guided": ["steps=1", "rollout.guidance=2", "model.dtype=bfloat16", "evaluate.images=2"],
 }
 
 

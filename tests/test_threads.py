@@ -73,8 +73,9 @@ sys.exit(2)
 @pytest.mark.parametrize("task", ["compute", "lambda: in_threads([compute] * 4, 2)"])
 def test_a_thread_that_computes_does_not_abort_a_program_that_ends(task):
     """Without care this fails more often than not: "terminate called without an active exception", 134."""
-    ended = subprocess.run([sys.executable, "-c", COMPUTES.format(task=task)], timeout=60, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (2, "")
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, "-c", COMPUTES.format(task=task)], timeout=60, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (2, "")
 
 
 def test_a_thread_that_waits_for_a_server_is_not_waited_for():

@@ -31,6 +31,10 @@ def uniform(steps):
     return [1 - k / steps for k in range(steps)]
 
 
+MORE = ["rollout.prompts=6", "rollout.images_per_prompt=4", "evaluate.steps=4"]
+"""The rollouts whose rounding the bounds of two tests were found for; smaller ones round more, relative to what is left of their gradients."""
+
+
 def rewards(run):
     return [record["reward/total"] for record in read_lines(run / "metrics.jsonl")]
 
@@ -108,10 +112,11 @@ def test_our_sampler_is_the_pipelines_own(guidance):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_the_micro_batch_is_a_matter_of_memory_only(finished, tmp_path):
-    small = Trainer(quick(tmp_path / "small", "micro_batch=5", "steps=2"))
+def test_the_micro_batch_is_a_matter_of_memory_only(tmp_path):
+    Trainer(quick(tmp_path / "whole", *MORE)).run()
+    small = Trainer(quick(tmp_path / "small", *MORE, "micro_batch=5"))
     small.run()
-    assert rewards(tmp_path / "small") == pytest.approx(rewards(finished)[:2], abs=1e-6)
+    assert rewards(tmp_path / "small") == pytest.approx(rewards(tmp_path / "whole"), abs=1e-6)
     # gradients, not weights: Adam divides a rounding by itself where a gradient is near zero
     rng = torch.Generator().manual_seed(0)
     given = small.policy.model.encode(["a red circle", "two crosses"] * 6)
@@ -124,7 +129,7 @@ def test_the_micro_batch_is_a_matter_of_memory_only(finished, tmp_path):
         found.append([*(p.grad.clone() for p in small.policy.parameters), *sums.values()])
     for other in found[:-1]:
         for ours, whole in zip(other, found[-1], strict=True):
-            torch.testing.assert_close(ours, whole, atol=1e-5 * float(whole.norm()) + 1e-9, rtol=0)
+            torch.testing.assert_close(ours, whole, atol=1e-5 * float(whole.abs().max()) + 1e-9, rtol=0)
 
 
 def test_seeds_differ_and_equal_seeds_repeat_to_the_bit(finished, tmp_path):
@@ -174,7 +179,7 @@ def test_a_failing_reward_ends_the_run_and_is_never_a_zero(tmp_path, body, said)
 
 def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
     (tmp_path / "mine.py").write_text("import torch\ndef f(images, prompts):\n    return torch.ones(len(images))\n")
-    base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "steps=6", "evaluate.every=0", "checkpoint.every=100"]
+    base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "steps=7", "evaluate.every=0", "checkpoint.every=100"]
     Trainer(quick(tmp_path / "warned", *base)).run()
     fired = read_lines(tmp_path / "warned" / "guards.jsonl")
     assert [record["guard"] for record in fired] == ["no_variance"]
@@ -268,10 +273,11 @@ def test_a_reward_is_built_with_its_options_and_an_unknown_one_is_refused_before
 def test_scoring_elsewhere_while_sampling_changes_no_score(tmp_path):
     """Such a reward is asked part by part; images differ only by how their batches round."""
     for run, remote in (("here", False), ("there", True)):
-        Trainer(quick(tmp_path / run, *mine(tmp_path, remote=remote))).run()
+        Trainer(quick(tmp_path / run, *MORE, *mine(tmp_path, remote=remote))).run()
     here, there = (read_lines(tmp_path / run / "metrics.jsonl")[0] for run in ("here", "there"))
-    for name in ("reward/mine", "reward/mine/red", "loss", "grad_norm"):  # Adam divides a rounding by itself where a gradient is near zero
-        assert there[name] == pytest.approx(here[name], rel=1e-5)
+    assert there["reward/mine"] == pytest.approx(here["reward/mine"], abs=1e-6)
+    for name, value in weights(tmp_path / "here").items():
+        torch.testing.assert_close(weights(tmp_path / "there")[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_the_playgrounds_verifier_may_watch_a_run_on_prompts_it_cannot_judge(tmp_path):
