@@ -32,7 +32,7 @@ def uniform(steps):
 
 
 MORE = ["rollout.prompts=6", "rollout.images_per_prompt=4", "evaluate.steps=4"]
-"""The rollouts whose rounding the bounds of two tests were found for; smaller ones round more, relative to what is left of their gradients."""
+"""The rollouts that the bounds of rounding of two tests were found for; smaller ones leave less of a gradient, and round as much."""
 
 
 def rewards(run):
