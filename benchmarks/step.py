@@ -65,6 +65,13 @@ AGREE = 0.02
 where a gradient is nearly zero."""
 
 
+def stand_ins(folder: Path) -> list[str]:
+    """What a recipe of SD3.5-Medium takes for a model of random weights: a reward and prompts that cost nothing."""
+    reward = f"rewards={{brightness='{Path(__file__).parent}/models.py:brightness'}}"
+    prompts = ["prompts=playground", "evaluate.prompts=playground"]
+    return [f"model.path={folder}", reward, *prompts, "evaluate.rewards=['brightness']"]
+
+
 class Bench:
     """Both sides, and what was measured of them."""
 
@@ -72,9 +79,7 @@ class Bench:
         recipe, overrides, sizes = RECIPES[model]
         overrides = [*COMMON, *overrides, f"run={run}"]
         if model != "playground":
-            reward = f"rewards={{brightness='{Path(__file__).parent}/models.py:brightness'}}"
-            overrides += [f"model.path={folder}", reward, "prompts=playground", "evaluate.prompts=playground"]
-            overrides += ["evaluate.rewards=['brightness']"]
+            overrides += stand_ins(folder)
         if args.memory_cap:
             cap_memory(args.memory_cap)
             overrides.append(f"model.offload={str(args.memory_cap * GIB < SMALL_GPU).lower()}")
@@ -197,12 +202,13 @@ class Bench:
             "clock": clock_name(),
             "base": self._base(),
             "plain base": "float32" if self._base() == "float32" else f"float32, autocast to {self._base()}",
-            "machine": _machine(self.device),
+            "machine": machine(self.device),
             "command": "python " + " ".join(["benchmarks/step.py", *sys.argv[1:]]),
         }
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """The device's name and the versions that matter."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 

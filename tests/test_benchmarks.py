@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import clocks
 import models
+import objectives
 import plain
 import step
 
@@ -77,6 +78,19 @@ def test_a_size_that_does_not_fit_is_named_and_not_tried_again(bench, monkeypatc
     found = bench("--sizes", "4,6", *TINY)
     assert tried == [4, 6, 4] and found[2]["seconds"] is None and found[1]["ratio"] > 0
     assert "plain 6      out of memory" in capsys.readouterr().out
+
+
+def test_methods_differ_in_nothing_but_the_method(monkeypatch, tmp_path, folder, capsys):
+    output, recipes = tmp_path / "objectives.json", "sd35m-geneval,sd35m-grpo-fast"
+    begun = []
+    monkeypatch.setattr(objectives, "begin_memory", lambda device: begun.append(device))
+    small = ["model.dtype=float32", "model.resolution=32", "lora.rank=4"]
+    objectives.main(["--model", str(folder), "--output", str(output), "--images", "2", "--recipes", recipes, *small])
+    nft, grpo = json.loads(output.read_text())
+    # 10 to draw, then 9 times forward, backward, old and reference; FlowGRPO-Fast 3 steps forward and backward
+    assert (nft["evaluations_per_image"], grpo["evaluations_per_image"]) == (10 + 9 * (3 + 1 + 1), 10 + 3 * 3)
+    assert len(begun) == 2 and nft["utilisation"] is None and nft["peak_gib"] is None
+    assert "(1.00 x NFT)" in capsys.readouterr().out
 
 
 def test_utilisation_is_told_for_gpus_whose_figures_are_known_alone():

@@ -9,7 +9,7 @@ from commands import typed
 from conftest import QUICK
 from PIL import Image
 
-from flowtilt.cli import main
+from flowtilt.cli import main, parser
 
 
 def wait_for(path, command):
@@ -25,6 +25,14 @@ def complaint(capsys, *words):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("flowtilt: ") and "Traceback" not in "\n".join(lines)
     return lines[-1]
+
+
+def test_words_may_come_before_and_after_options():
+    def read(*words):
+        return vars(parser().parse_args(words))
+
+    assert read("plan", "playground", "--gpus", "2", "steps=3", "seed=1") == read("plan", "playground", "steps=3", "seed=1", "--gpus", "2")
+    assert read("compare", "-o", "page.html", "a", "b") == read("compare", "a", "-o", "page.html", "b")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,7 @@ def complaint(capsys, *words):
         (["sample", "a red circle", "--solver", "eulr"], "eulr"),
         (["sample", "a red circle", "--steps", "0"], "--steps"),
         (["sample", "a red circle", "--steps", "x"], "--steps"),
+        (["plan", "--gpu", "h200"], "required: recipe (see"),
         (["dance"], "dance"),
         ([], "COMMAND"),
     ],

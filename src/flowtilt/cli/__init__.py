@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.cli.quiet import quieten
@@ -23,7 +23,18 @@ EPILOG = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints look like all others."""
+    """argparse whose complaints look like all others, and whose words may come before and after options."""
+
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers or self._mixing:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True  # by two calls of this very method, one for options and one for the rest
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")

@@ -13,11 +13,11 @@ def add(commands: Any) -> None:
     """The command and its options."""
     plan = commands.add_parser("plan", help="say what a recipe will ask of a machine: memory, work, hours; needs neither weights nor a GPU")
     plan.add_argument("recipe", help="name (`flowtilt recipes` lists them) or .toml file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe")
     plan.add_argument("--gpu", default="h100", help="its published peak counts: h100, h200, a100, l40s, 4090, 3090 (%(default)s)")
     plan.add_argument("--gpus", type=count, default=1, metavar="N", help="how many (%(default)s)")
     plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each (the GPU's own)")
-    plan.add_argument("--utilisation", type=float, default=0.4, metavar="SHARE", help="of the peak, an assumption (%(default)s)")
+    plan.add_argument("--utilisation", type=float, default=0.24, metavar="SHARE", help="of the peak (%(default)s, as measured on one H200)")
     plan.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, hours")
     plan.set_defaults(call=_plan)
 

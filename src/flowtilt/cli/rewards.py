@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     serve.set_defaults(call=_serve)
 
     download = commands.add_parser("download", help="fetch rewards' weights and prompt sets, with checksums")
-    download.add_argument("names", nargs="*", metavar="NAME", help="rewards or prompt sets, as --list shows them")
+    download.add_argument("names", nargs="*", default=[], metavar="NAME", help="rewards or prompt sets, as --list shows them")
     download.add_argument("--to", type=Path, metavar="FOLDER", help="for FLOWTILT_WEIGHTS and FLOWTILT_PROMPTS to point at (the caches)")
     download.add_argument("--list", action="store_true", help="what there is, and what is here")
     download.set_defaults(call=_download)

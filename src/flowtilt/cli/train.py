@@ -17,7 +17,9 @@ def add(commands: Any) -> None:
     """The commands and their options."""
     train = commands.add_parser("train", help="run a recipe, or go on with a run")
     train.add_argument("recipe", nargs="?", help="name (`flowtilt recipes` lists them) or .toml file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe (`flowtilt keys` lists them)")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe (`flowtilt keys` lists them)"
+    )
     train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
     train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
     train.set_defaults(call=_train)

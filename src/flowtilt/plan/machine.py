@@ -52,7 +52,7 @@ class Machine:
     gpu: str = "h100"
     gpus: int = 1
     memory: float | None = None
-    utilisation: float = 0.4
+    utilisation: float = 0.24
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
