@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     _mixing = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._subparsers or self._mixing:
             return super().parse_known_args(args, namespace)
         self._mixing = True  # by two calls of this very method, one for options and one for the rest
