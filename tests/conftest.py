@@ -5,7 +5,10 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import copy
+import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +59,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByGroup(config, log)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not walk over its million objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def quick(run: Path, *overrides: str) -> Recipe:
     """The playground recipe, cut down to a few seconds."""
     return load_recipe("playground", [*QUICK, f"run={run}", *overrides])
@@ -69,6 +78,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     Trainer(quick(folder)).run()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once():
+    """A worker reads the playground once: each test has a network of its own, beside text encoders and a VAE that nobody trains."""
+    from flowtilt.models import opening
+    from flowtilt.playground import pipeline_path
+
+    library, read = opening.DiffusionPipeline, {}
+
+    def from_pretrained(place: str, **how: Any) -> Any:
+        if place != str(pipeline_path()):
+            return library.from_pretrained(place, **how)
+        key = tuple(sorted(how.items(), key=str))
+        if key not in read:
+            read[key] = library.from_pretrained(place, **how)
+        pipeline = copy.copy(read[key])
+        own = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")}
+        pipeline.register_modules(**own)
+        return pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "DiffusionPipeline", SimpleNamespace(load_config=library.load_config, from_pretrained=from_pretrained))
+        yield
 
 
 @pytest.fixture(autouse=True)
