@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import CONTEXT
+from ranks import forked
 
 from flowtilt.cli import main
 
@@ -44,6 +44,4 @@ class Command:
 def typed(*words, cwd, name="command"):
     """The command `flowtilt` with these words in a folder; names of commands there tell them apart."""
     said = (cwd / f"{name}.out", cwd / f"{name}.err")
-    process = CONTEXT.Process(target=_typed, args=(words, cwd, said))
-    process.start()
-    return Command(process, said)
+    return Command(forked(_typed, words, cwd, said), said)

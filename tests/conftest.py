@@ -1,34 +1,36 @@
-"""What several test files share: a recipe that trains in seconds, and runs of it."""
+"""What several test files share: a recipe that trains in seconds, and runs of it.
+
+Imports are in the functions that need them: the process that hands out the tests needs none, and workers wait for it.
+"""
 
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import copy
 import gc
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from flowtilt.config import Recipe, load_recipe
+if TYPE_CHECKING:
+    from flowtilt.config import Recipe
 
 QUICK = [
-    "steps=4",
+    "steps=2",
     "rollout.prompts=3",
     "rollout.images_per_prompt=4",
     "rollout.steps=4",
     "objective.times_per_image=2",
     "optimizer.steps_per_rollout=2",
-    "evaluate.every=2",
+    "evaluate.every=1",
     "evaluate.images=8",
     "evaluate.steps=2",
     "evaluate.samples=4",
     "checkpoint.every=1",
 ]
+LONGER = ["steps=4", "evaluate.every=2"]
 
 
 TOGETHER = {
@@ -46,6 +48,16 @@ TOGETHER = {
 """Modules that one worker runs: what the first has measured, or imported to fork from, takes many seconds once."""
 
 
+def _group(nodeid: str) -> str | None:
+    module = Path(nodeid.partition("::")[0]).stem
+    return next((group for group, modules in TOGETHER.items() if module in modules), None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no worker is left with it in the end."""
+    items.sort(key=lambda item: _group(item.nodeid) is None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Workers take whole modules, so that what a module shares is made once, and all modules of a group."""
@@ -53,8 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            module = nodeid.partition("::")[0]
-            return next((group for group, modules in TOGETHER.items() if Path(module).stem in modules), module)
+            return _group(nodeid) or nodeid.partition("::")[0]
 
     return ByGroup(config, log)
 
@@ -65,8 +76,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def quick(run: Path, *overrides: str) -> Recipe:
+def quick(run: Path, *overrides: str) -> "Recipe":
     """The playground recipe, cut down to a few seconds."""
+    from flowtilt.config import load_recipe
+
     return load_recipe("playground", [*QUICK, f"run={run}", *overrides])
 
 
@@ -76,41 +89,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from flowtilt import Trainer
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    Trainer(quick(folder)).run()
+    Trainer(quick(folder, *LONGER)).run()
     return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once():
-    """A worker reads the playground once: each test has a network of its own, beside text encoders and a VAE that nobody trains."""
-    from flowtilt.models import opening
-    from flowtilt.playground import pipeline_path
+    from reading import read_once
 
-    library, read = opening.DiffusionPipeline, {}
-
-    def from_pretrained(place: str, **how: Any) -> Any:
-        if place != str(pipeline_path()):
-            return library.from_pretrained(place, **how)
-        key = tuple(sorted(how.items(), key=str))
-        if key not in read:
-            read[key] = library.from_pretrained(place, **how)
-        pipeline = copy.copy(read[key])
-        own = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")}
-        pipeline.register_modules(**own)
-        return pipeline
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "DiffusionPipeline", SimpleNamespace(load_config=library.load_config, from_pretrained=from_pretrained))
+    with read_once():
         yield
+
+
+def no_fsync(file: int) -> None:
+    """Tests end processes, never the machine: what waits for the disk takes a tenth of a small run's time and changes nothing."""
 
 
 @pytest.fixture(autouse=True)
 def _no_power_cut(monkeypatch: pytest.MonkeyPatch):
-    """Tests end processes, never the machine: what waits for the disk takes a tenth of a small run's time and changes nothing."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(os, "fsync", no_fsync)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_count():
     """Bits depend on the number of threads: every test, on whichever worker, computes with one."""
+    import torch
+
     torch.set_num_threads(1)

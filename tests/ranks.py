@@ -6,11 +6,24 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
 
+import pytest
 import torch
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flowtilt.trainer"])
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def forked(function, *args):
+    """A process at `function(*args)`."""
+    _CONTEXT.set_forkserver_preload(["forked_from"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        forkserver.ensure_running()
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
 
 
 @dataclass
@@ -43,8 +56,7 @@ def start(size, function, *args, folder, **environment):
     processes = []
     for rank in range(size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}
-        processes.append(CONTEXT.Process(target=_rank, args=(own, str(folder / f"stderr-{rank}"), function, args)))
-        processes[-1].start()
+        processes.append(forked(_rank, own, str(folder / f"stderr-{rank}"), function, args))
     return processes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import quick
+from conftest import LONGER, quick
 from test_report import HOSTILE, Page, lines, samples
 
 from flowtilt.cli import main
@@ -267,7 +267,7 @@ def test_a_real_pair_of_runs_is_compared_without_torch(finished, tmp_path):
     from flowtilt import Trainer
 
     other = tmp_path / "other"
-    Trainer(quick(other, "optimizer.lr=1e-4")).run()
+    Trainer(quick(other, *LONGER, "optimizer.lr=1e-4")).run()
     words = [str(finished), str(other), "--axis", "steps", "-o", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
     code = f"import sys; from flowtilt.cli import main; assert main({['compare', *words]!r}) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -22,6 +22,8 @@ def inputs():
 
 @pytest.mark.parametrize(("dtype", "merge"), [("float32", True), ("bfloat16", False)])
 def test_traced_blocks_follow_the_roles(inputs, dtype, merge):
+    from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     # the last block and one of the others: two kinds
     plain, compiled = (build(merge=merge, dtype=dtype, blocks=2) for _ in range(2))
@@ -29,8 +31,10 @@ def test_traced_blocks_follow_the_roles(inputs, dtype, merge):
     assert compile_blocks(compiled, backend="eager") == ""
     assert compiled.evaluations == 0 and all(p.grad is None for p in compiled.parameters)
     assert all(block._compiled_call_impl is not None for block in compiled.model.blocks)
+    graphs = counters["stats"]["unique_graphs"]
     assert all(torch.equal(a, b) for a, b in zip(velocities(plain, inputs), velocities(compiled, inputs), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(gradients(plain, *inputs), gradients(compiled, *inputs), strict=True))
+    assert counters["stats"]["unique_graphs"] == graphs > 0, "three images are compiled anew where two have been"
     compiled.average("old", 0.0)
     after = velocities(compiled, inputs)
     assert torch.equal(after[0], after[1])

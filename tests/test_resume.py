@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from conftest import quick
-from ranks import CONTEXT
+from conftest import LONGER, quick
+from ranks import forked
 
 from flowtilt import Trainer, UserError, checkpoint, files
 from flowtilt.files import read_lines
@@ -33,7 +33,7 @@ def contents(run):
 def train(folder, resume):
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    recipe = open_run(folder, []) if resume else quick(folder)
+    recipe = open_run(folder, []) if resume else quick(folder, *LONGER)
     Trainer(recipe, resume=folder if resume else None).run()
 
 
@@ -41,8 +41,7 @@ def test_killed_at_random_instants_a_run_ends_in_the_same_bits(finished, tmp_pat
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
     for _ in range(12):
         # once the folder has its recipe there is a run to go on with, at whatever instant the kill comes
-        process = CONTEXT.Process(target=train, args=(folder, (folder / "recipe.toml").exists()))
-        process.start()
+        process = forked(train, folder, (folder / "recipe.toml").exists())
         process.join(rng.uniform(0.05, 1.5) if kills < 6 else 120)
         if process.exitcode is None:
             assert process.pid
@@ -57,7 +56,7 @@ def test_killed_at_random_instants_a_run_ends_in_the_same_bits(finished, tmp_pat
 
 def test_going_on_in_another_process_is_going_on(finished, tmp_path):
     folder = tmp_path / "run"
-    Trainer(quick(folder, "steps=2")).run()
+    Trainer(quick(folder, *LONGER, "steps=2")).run()
     trainer = Trainer(open_run(folder, ["steps=4"]), resume=folder)
     assert trainer.clock.step == 2
     trainer.run()
@@ -66,7 +65,7 @@ def test_going_on_in_another_process_is_going_on(finished, tmp_path):
 
 def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path):
     folder = tmp_path / "run"
-    trainer = Trainer(quick(folder, "checkpoint.every=100"))
+    trainer = Trainer(quick(folder, *LONGER, "checkpoint.every=100"))
     log = trainer._log
 
     def log_and_interrupt(*args):
@@ -102,7 +101,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(finished, tmp_path,
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    trainer = Trainer(quick(folder))
+    trainer = Trainer(quick(folder, *LONGER))
     save_file, calls = checkpoint.save_file, []
 
     def full(tensors, path):
@@ -146,12 +145,12 @@ def test_a_folder_that_is_no_run_and_a_run_of_another_recipe_are_refused(finishe
     with pytest.raises(UserError, match="not a run"):
         open_run(tmp_path, [])
     with pytest.raises(UserError, match=r"another recipe.*rollout"):
-        open_run(finished, [], quick(finished, "rollout.steps=5"))
+        open_run(finished, [], quick(finished, *LONGER, "rollout.steps=5"))
 
 
 def test_a_new_run_never_writes_over_an_old_one(finished):
     with pytest.raises(UserError, match=r"not empty.*--resume"):
-        Trainer(quick(finished))
+        Trainer(quick(finished, *LONGER))
 
 
 def test_without_one_readable_checkpoint_nothing_is_taken_back(finished, tmp_path):

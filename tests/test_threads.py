@@ -59,7 +59,7 @@ begun = threading.Event()
 
 def compute():
     begun.set()
-    for _ in range(300):
+    for _ in range(100):
         (torch.rand(3, 256, 256) * 255).round().clamp(0, 255).byte()
 
 background = Background()

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 import torch
-from conftest import quick
+from conftest import LONGER, quick
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def test_a_run_leaves_everything_that_is_promised(finished):
 
 def test_the_resolved_recipe_trains_again_as_it_is(finished):
     tomllib.loads((finished / "recipe.toml").read_text())
-    assert load_recipe(finished / "recipe.toml") == quick(finished)
+    assert load_recipe(finished / "recipe.toml") == quick(finished, *LONGER)
 
 
 def test_training_moves_the_policy_and_the_old_one_lags(finished):
@@ -113,8 +113,8 @@ def test_our_sampler_is_the_pipelines_own(guidance):
 
 
 def test_the_micro_batch_is_a_matter_of_memory_only(tmp_path):
-    Trainer(quick(tmp_path / "whole", *MORE)).run()
-    small = Trainer(quick(tmp_path / "small", *MORE, "micro_batch=5"))
+    Trainer(quick(tmp_path / "whole", *LONGER, *MORE)).run()
+    small = Trainer(quick(tmp_path / "small", *LONGER, *MORE, "micro_batch=5"))
     small.run()
     assert rewards(tmp_path / "small") == pytest.approx(rewards(tmp_path / "whole"), abs=1e-6)
     # gradients, not weights: Adam divides a rounding by itself where a gradient is near zero
@@ -133,7 +133,7 @@ def test_the_micro_batch_is_a_matter_of_memory_only(tmp_path):
 
 
 def test_seeds_differ_and_equal_seeds_repeat_to_the_bit(finished, tmp_path):
-    Trainer(quick(tmp_path / "again")).run()
+    Trainer(quick(tmp_path / "again", *LONGER)).run()
     Trainer(quick(tmp_path / "other", "seed=1", "steps=1")).run()
     assert rewards(tmp_path / "again") == rewards(finished)
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "again").items())
@@ -189,7 +189,7 @@ def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
 
 
 def test_no_contrast_is_noticed(tmp_path):
-    recipe = quick(tmp_path / "run", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0")
+    recipe = quick(tmp_path / "run", "steps=4", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0")
     Trainer(recipe).run()
     assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["no_contrast"]
 

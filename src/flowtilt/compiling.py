@@ -1,7 +1,10 @@
 """torch.compile for the network's repeated blocks, and without it where that fails."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowtilt.faults import first_line
 from flowtilt.policy import Policy
@@ -21,11 +24,11 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> str:
     before = policy.evaluations
     try:
         for block in blocks:
-            block.compile(dynamic=True, backend=backend)
+            block._compiled_call_impl = _for_any_batch(torch.compile(block._call_impl, backend=backend))  # as nn.Module.compile does
         _try(policy)
     except Exception as error:  # a missing compiler, a driver, an operation that it does not know, …
         for block in blocks:
-            block._compiled_call_impl = None  # what nn.Module.compile has set, for which there is no other way back
+            block._compiled_call_impl = None
         torch._dynamo.reset()
         return first_line(error)
     finally:
@@ -33,6 +36,18 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> str:
         for parameter in policy.parameters:
             parameter.grad = None
     return ""
+
+
+def _for_any_batch(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The number of images is left open, and nothing else: open lengths and widths double the time of compiling and slow the code."""
+
+    def block(*args: Any, **kwargs: Any) -> Any:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return call(*args, **kwargs)
+
+    return block
 
 
 def _try(policy: Policy) -> None:

@@ -80,11 +80,12 @@ class Stack:
 
     def _adapted(self, lora: Lora) -> dict[str, Any]:
         network = self.model.network
+        device, dtype = network.device, network.dtype  # it walks over all of its parameters for each
         network.add_adapter(peft_config(lora), adapter_name="stack")
         adapted: dict[str, Any] = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         for name, (a, b) in lora.layers.items():
-            adapted[name].lora_A["stack"].weight.data = a.to(network.device, network.dtype)
-            adapted[name].lora_B["stack"].weight.data = b.to(network.device, network.dtype)
+            adapted[name].lora_A["stack"].weight.data = a.to(device, dtype)
+            adapted[name].lora_B["stack"].weight.data = b.to(device, dtype)
         return adapted
 
     def _activate(self, on: bool) -> None:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import socket
 import threading
 import time
@@ -34,6 +35,19 @@ def running(rewards, **options):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def logged(level):
+    """What flowtilt's servers and their clients log in the meantime, line by line."""
+    lines, logger = [], logging.getLogger("flowtilt")
+    handler = logging.Handler(level)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 def wait_until(true, seconds=20):

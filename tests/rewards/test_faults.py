@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from reward_servers import ask, asking, grey, running
+from reward_servers import ask, asking, grey, logged, running
 
 from flowtilt import RewardOutput, UserError
 from flowtilt.cli import main
@@ -110,12 +110,12 @@ def test_a_file_that_ends_the_program_is_one_line(tmp_path, monkeypatch, capsys)
     assert "importing script.py failed: SystemExit: usage: script.py IMAGE, at script.py:2" in capsys.readouterr().err
 
 
-def test_a_server_logs_a_line_and_tells_its_client_the_place(bugs, caplog):
-    with running({"deep": bugs("deep")}) as (url, _), caplog.at_level(logging.ERROR, "flowtilt"):
+def test_a_server_logs_a_line_and_tells_its_client_the_place(bugs):
+    with running({"deep": bugs("deep")}) as (url, _), logged(logging.ERROR) as lines:
         status, said = ask(url, asking("deep", [grey(1)]))
     what = "NameError: name 'torch_is_missing' is not defined, at bugs.py:6"
     assert (status, said) == (422, {"error": what})
-    assert caplog.messages == [f"reward deep failed: {what}"]
+    assert lines == [f"reward deep failed: {what}"]
 
 
 # once before the run -----------------------------------------------------------------------------------

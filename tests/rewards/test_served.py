@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
-from reward_servers import ask, grey, levels, prompt, running, wait_until
+from reward_servers import ask, grey, levels, logged, prompt, running, wait_until
 
 from flowtilt.errors import UserError
 from flowtilt.pictures import to_bytes
@@ -260,11 +260,11 @@ def process(tmp_path):
     process.process.stdout.close()
 
 
-def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_taken(process, caplog):
+def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_taken(process):
     reward = Served(process.url, "slow", images_per_request=2, workers=4, timeout=30, patience=60)
     assert [process.process.stdout.readline().split(";")[0].strip() for _ in range(2)] == ["loading slow", "serving slow"]
     images = torch.stack([grey(i) for i in range(96)])
-    with ThreadPoolExecutor() as pool, caplog.at_level(logging.WARNING, "flowtilt"):
+    with ThreadPoolExecutor() as pool, logged(logging.WARNING) as away:
         scores = pool.submit(reward, images, prompts_of(96))
         wait_until(lambda: process.answered() >= 10)
         process.process.send_signal(signal.SIGKILL)
@@ -272,7 +272,6 @@ def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_ta
         assert not scores.done()
         process.start()
         assert scores.result(60).scores.tolist() == list(range(96))
-        away = [record.getMessage() for record in caplog.records]
         assert 1 <= sum("trying again" in line for line in away) <= 4 and "answers again" in away[-1]
 
         impatient = Served(process.url, "slow", images_per_request=2, workers=4, patience=0)

@@ -82,10 +82,11 @@ def _phrase(entry: Mapping[str, Any]) -> str:
 def _walk(tag: str, seed: int, exclude: frozenset[str]) -> Iterator[Prompt]:
     """All prompts of a tag in an order drawn by the seed."""
     size, member = SPACES[tag]
-    for index in torch.randperm(size, generator=generator(seed, "geneval prompts", TAGS.index(tag))).tolist():
+    order = torch.randperm(size, generator=generator(seed, "geneval prompts", TAGS.index(tag)))
+    for index in (index for some in order.split(1000) for index in some.tolist()):  # few are asked for more often than all
         include = member(index)
         text = caption(include)
-        if text in exclude or caption(_turned(include)) in exclude:
+        if exclude and (text in exclude or caption(_turned(include)) in exclude):
             continue
         counts = [{"class": entry["class"], "count": entry["count"] + 1} for entry in include if entry["count"] > 1]
         yield Prompt(text, tag, {"include": include} | ({"exclude": counts} if counts else {}))
