@@ -1,10 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# two cores and a third process, for when one waits; what is imported is compiled once, whatever the shell says;
-# freed memory is kept: asking the kernel for it anew takes a thirtieth of the time
-TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
-	MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=64000000
+# two cores, and a third process for when one waits; what is imported is compiled once, whatever the shell says
+TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 .PHONY: train test check clean
 

@@ -24,13 +24,13 @@ QUICK = [
     "rollout.steps=4",
     "objective.times_per_image=2",
     "optimizer.steps_per_rollout=2",
-    "evaluate.every=1",
+    "evaluate.every=2",
     "evaluate.images=8",
     "evaluate.steps=2",
     "evaluate.samples=4",
     "checkpoint.every=1",
 ]
-LONGER = ["steps=4", "evaluate.every=2"]
+LONGER = ["steps=4"]
 
 
 TOGETHER = {

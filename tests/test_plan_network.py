@@ -19,7 +19,7 @@ from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import KNOWN, find_geometry
 from flowtilt.plan.judges import judging
 from flowtilt.plan.meter import measure
-from flowtilt.plan.network import batch, build_pipeline, conditioning, costs_of, train_work, weights_of
+from flowtilt.plan.network import batch, build_pipeline, conditioning, costs_of, training, weights_of
 from flowtilt.plan.shapes import outcome
 from flowtilt.playground import pipeline_path
 from flowtilt.policy import Policy
@@ -216,7 +216,7 @@ class Saved:
 def test_training_saves_and_costs_on_the_meta_device_what_it_does_on_a_cpu(recompute):
     meta, shapes = without_numbers("float32", 5, recompute)
     real, numbers = with_numbers("float32", shapes, recompute)
-    computed, actual = train_work(meta, shapes, True), train_work(real, numbers, True)
+    computed, actual = measure(training(meta, shapes, True)), measure(training(real, numbers, True))
     assert computed.flops == actual.flops and computed.alive.tolist() == actual.alive.tolist()
     saved = Saved(real, numbers)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda box: box.tensor):
@@ -241,16 +241,16 @@ def test_recomputing_costs_one_more_forward_pass_of_the_blocks_and_saves_memory(
 def test_a_half_precision_base_differs_from_a_cpu_in_the_norms_statistics_alone():
     # layer norm keeps two fp32 numbers a token on a GPU, as on the meta device, and on a CPU two of the base's precision
     meta, shapes = without_numbers("bfloat16", 5)
-    computed, actual = train_work(meta, shapes, True), train_work(*with_numbers("bfloat16", shapes), True)
+    computed, actual = (measure(training(*one, True)) for one in ((meta, shapes), with_numbers("bfloat16", shapes)))
     assert computed.flops == actual.flops
     assert 0 <= computed.saved - actual.saved < 0.002 * actual.saved
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_line_through_few_rows_holds_for_many(dtype, recompute):
+def test_what_is_told_by_rows_holds_for_any_number(dtype, recompute):
     found = costs(load_recipe("playground", [f"model.dtype={dtype}", "objective.kl=1"]))
-    measured, drawn = train_work(*without_numbers(dtype, 50, recompute), True), found.train(True, recompute).at(50)
+    measured, drawn = measure(training(*without_numbers(dtype, 50, recompute), True)), found.train(True, recompute).at(50)
     assert drawn.flops == pytest.approx(measured.flops) and (drawn.peak, drawn.saved) == (measured.peak, measured.saved)
     # without a gradient nothing is fixed: operations are proportional to the rows
     assert not any(found.forward.fixed.flops.values())

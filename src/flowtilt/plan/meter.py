@@ -6,7 +6,7 @@ probabilities: torch itself would take the plain one on meta tensors.
 """
 
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,34 +76,48 @@ class Line:
         return Work(added(a.flops, scaled(b.flops, rows)), a.alive + rows * b.alive, a.saved + rows * b.saved)
 
 
-def through(measured: Callable[[int], Work], low: int = 2, high: int = 4) -> Line:
-    """The line through two measured numbers of rows; not through one row, where broadcasting can save a copy."""
-    a, b = measured(low), measured(high)
-    step = high - low
-    each = Work(scaled(added(b.flops, scaled(a.flops, -1)), 1 / step), (b.alive - a.alive) / step, (b.saved - a.saved) / step)
-    return Line(Work(added(a.flops, scaled(each.flops, -low)), a.alive - low * each.alive, a.saved - low * each.saved), each)
+ROWS = 1_000_003
+"""A prime: bytes and operations that are a multiple of it are the rows', and those of nothing else are."""
 
 
 def measure(forward: Callable[[], object]) -> Work:
     """What `forward` does and, where it returns a scalar with a gradient, its backward pass; tensors from before are not counted."""
-    meter = _Meter()
-    saved = 0
+    return _measured(forward, 0).fixed
+
+
+def measure_rows(forward: Callable[[], object]) -> Line:
+    """The same by rows, of work on `ROWS` rows; on the meta device, where it takes no longer than one row would."""
+    return _measured(forward, ROWS)
+
+
+def _measured(forward: Callable[[], object], rows: int) -> Line:
+    meter = _Meter(rows)
+    saved = 0j
     with meter, _fused_attention():
         loss = forward()
         if isinstance(loss, Tensor) and loss.requires_grad:
-            saved = meter.bytes - loss.nbytes
+            saved = meter.bytes - meter.split(loss.nbytes)
             loss.backward()
-    return Work(dict(meter.flops), np.array(meter.history, dtype=np.float64), saved)
+    alive = np.array(meter.history, dtype=np.complex128)
+    fixed = Work({precision: count.real for precision, count in meter.flops.items()}, alive.real, saved.real)
+    return Line(fixed, Work({precision: count.imag for precision, count in meter.flops.items()}, alive.imag, saved.imag))
 
 
 class _Meter(TorchDispatchMode):
-    def __init__(self) -> None:
+    """Counts in complex numbers: what is there for no row, and as the imaginary part what each row adds."""
+
+    def __init__(self, rows: int) -> None:
         super().__init__()
-        self.flops: Counter[str] = Counter()
-        self.alive: dict[int, tuple[Any, int]] = {}
+        self.rows = rows
+        self.flops: defaultdict[str, complex] = defaultdict(complex)
+        self.alive: dict[int, tuple[Any, complex]] = {}
         """Storages that were made here, by address."""
-        self.bytes = 0
-        self.history: list[int] = []
+        self.bytes = 0j
+        self.history: list[complex] = []
+
+    def split(self, number: int) -> complex:
+        """Of `number`, the rows' part is all or nothing."""
+        return complex(0, number // self.rows) if self.rows and number % self.rows == 0 else complex(number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -111,7 +125,7 @@ class _Meter(TorchDispatchMode):
         out = outcome(func, args, kwargs, given)
         operation = func._overloadpacket
         if operation in flop_registry or operation in (_FUSED, _FUSED_BACKWARD):
-            self.flops[_precision(operation, given[0].dtype)] += _flops(operation, args, kwargs, out)
+            self.flops[_precision(operation, given[0].dtype)] += self.split(_flops(operation, args, kwargs, out))
         before = {x.untyped_storage()._cdata for x in given}
         for x in tensors((out,)):
             if x.untyped_storage()._cdata not in before:
@@ -120,13 +134,14 @@ class _Meter(TorchDispatchMode):
 
     def _born(self, x: Tensor) -> None:
         storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self.alive:
             return
 
         def died(_: Any) -> None:
             self.bytes -= self.alive.pop(key)[1]
 
+        size = self.split(storage.nbytes())
         self.alive[key] = (weakref.ref(storage, died), size)
         self.bytes += size
         self.history.append(self.bytes)

@@ -15,7 +15,7 @@ from flowtilt.models.opening import DTYPES
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import Config, Geometry, find_geometry
-from flowtilt.plan.meter import Line, Work, measure, through
+from flowtilt.plan.meter import ROWS, Line, Work, measure, measure_rows
 from flowtilt.policy import Policy
 from flowtilt.rollout import TrainingBatch
 
@@ -133,14 +133,14 @@ def _costs(path: str, revision: str | None, dtype: str, t5_length: int | None, r
         policy = Policy(model, rank=rank, alpha=alpha, seed=0)
     policy.changed()  # so that the old policy is not the current one, and has its own pass
     given = conditioning(geometry, model)
-    one = batch(model, given, 1)
+    many = batch(model, given, ROWS)
     with torch.no_grad():
         bringing = measure(lambda: policy._weights_for("old"))  # once, and kept: no row's work
 
     @cache
     def train(reference: bool, recompute: bool) -> Line:
         policy.recompute(recompute)
-        return through(lambda rows: train_work(policy, batch(model, given, rows), reference))
+        return measure_rows(training(policy, many, reference))
 
     side = model.latent_shape[1] * pipeline.vae_scale_factor
     return Costs(
@@ -152,14 +152,14 @@ def _costs(path: str, revision: str | None, dtype: str, t5_length: int | None, r
         lora=Weights(sum(p.numel() for p in policy.parameters), sum(p.nbytes for p in policy.parameters)),
         brought=sum(weight.nbytes for weight in policy._weights_for("old").values()),
         bringing=bringing.flops,
-        latent=one.x0.nbytes,
+        latent=many.x0[0].nbytes,
         caption=sum(x.nbytes for x in given.distinct.values()),
         image=3 * side * side * 4,
         resolution=side,
         encode=_encode(geometry, model, encoders),
-        forward=through(lambda rows: _forward(policy, batch(model, given, rows))),
+        forward=_forward(policy, many),
         train=train,
-        decode=through(lambda rows: _decode(model, rows)),
+        decode=_decode(model),
     )
 
 
@@ -184,23 +184,23 @@ def batch(model: SD3, given: Conditioning, rows: int) -> TrainingBatch:
     return TrainingBatch(x0, eps, t, advantages, given.select(torch.zeros(rows, dtype=torch.long, device="meta")))
 
 
-def train_work(policy: Policy, rows: TrainingBatch, reference: bool) -> Work:
-    """Loss and backward pass of one micro-batch, as `Learner` makes them; DiffusionNFT's stands for every method on the forward process."""
+def training(policy: Policy, rows: TrainingBatch, reference: bool) -> Callable[[], Tensor]:
+    """The loss of one micro-batch, as `Learner` makes them; DiffusionNFT's stands for every method on the forward process."""
     objective = NFT(beta=1.0, advantage_clip=5.0, kl=float(reference), old_policy="linear")
     for parameter in policy.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    return measure(lambda: objective.loss(policy, rows)[0].sum())
+    return lambda: objective.loss(policy, rows)[0].sum()
 
 
 @torch.no_grad()
-def _forward(policy: Policy, rows: TrainingBatch) -> Work:
-    return measure(lambda: policy.velocity("old", rows.x0, rows.t, rows.conditioning))
+def _forward(policy: Policy, rows: TrainingBatch) -> Line:
+    return measure_rows(lambda: policy.velocity("old", rows.x0, rows.t, rows.conditioning))
 
 
 @torch.no_grad()
-def _decode(model: SD3, rows: int) -> Work:
-    latents = torch.empty(rows, *model.latent_shape, device="meta")
-    return measure(lambda: model.decode(latents))
+def _decode(model: SD3) -> Line:
+    latents = torch.empty(ROWS, *model.latent_shape, device="meta")
+    return measure_rows(lambda: model.decode(latents))
 
 
 @torch.no_grad()
