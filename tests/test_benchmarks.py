@@ -16,7 +16,7 @@ import objectives
 import plain
 import step
 
-TINY = ["--rounds", "1", "model.dtype=float32", "model.resolution=32", "rollout.prompts=2", "rollout.images_per_prompt=3"]
+TINY = ["--rounds", "1", "model.dtype=float32", "model.resolution=16", "rollout.prompts=2", "rollout.images_per_prompt=3"]
 TINY += ["rollout.steps=2", "objective.times_per_image=2", "lora.rank=4"]
 
 
@@ -53,7 +53,7 @@ def test_both_sides_do_the_same_step_and_each_run_replaces_its_own_figures(bench
     assert ours["needed_operations"]["train"] > ours["needed_operations"]["sample"] > 0
     for shares in (ours["phases"], ours["parts"]):
         assert sum(shares.values()) == pytest.approx(1) and all(share >= 0 for share in shares.values())
-    assert ours["geometry"] == {"images": [2, 3], "solver": ["dpm2", 2], "times": 2, "resolution": 32}
+    assert ours["geometry"] == {"images": [2, 3], "solver": ["dpm2", 2], "times": 2, "resolution": 16}
     assert "peak n/a" in capsys.readouterr().out and ours["utilisation"] is None
 
 
@@ -84,7 +84,7 @@ def test_methods_differ_in_nothing_but_the_method(monkeypatch, tmp_path, folder,
     output, recipes = tmp_path / "objectives.json", "sd35m-geneval,sd35m-grpo-fast"
     begun = []
     monkeypatch.setattr(objectives, "begin_memory", lambda device: begun.append(device))
-    small = ["model.dtype=float32", "model.resolution=32", "lora.rank=4"]
+    small = ["model.dtype=float32", "model.resolution=16", "lora.rank=4"]
     objectives.main(["--model", str(folder), "--output", str(output), "--images", "2", "--recipes", recipes, *small])
     nft, grpo = json.loads(output.read_text())
     # 10 to draw, then 9 times forward, backward, old and reference; FlowGRPO-Fast 3 steps forward and backward

@@ -180,6 +180,7 @@ def test_a_failing_reward_ends_the_run_and_is_never_a_zero(tmp_path, body, said)
 def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
     (tmp_path / "mine.py").write_text("import torch\ndef f(images, prompts):\n    return torch.ones(len(images))\n")
     base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "steps=7", "evaluate.every=0", "checkpoint.every=100"]
+    base += ["rollout.prompts=2", "rollout.images_per_prompt=2", "optimizer.steps_per_rollout=1"]
     Trainer(quick(tmp_path / "warned", *base)).run()
     fired = read_lines(tmp_path / "warned" / "guards.jsonl")
     assert [record["guard"] for record in fired] == ["no_variance"]

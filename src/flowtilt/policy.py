@@ -169,6 +169,8 @@ class Policy:
         for name, layer in self._layers.items():
             found |= self._merged(role, name, layer) if self.merge else self._joint(role, name, layer)
         if not recording:
+            # parameters, as the network's own are: a compiled block is compiled anew for other tensors
+            found = {name: nn.Parameter(weight.detach(), requires_grad=False) for name, weight in found.items()}
             self._kept[role] = (version, found)
         return found
 
