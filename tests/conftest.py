@@ -31,7 +31,7 @@ QUICK = [
     "checkpoint.every=1",
 ]
 LONGER = ["steps=4"]
-
+"""For tests that look at more than two rollouts; `finished` has as many."""
 
 TOGETHER = {
     "plan": ("test_plan", "test_plan_memory", "test_plan_network"),

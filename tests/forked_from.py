@@ -11,6 +11,6 @@ from flowtilt.models.opening import load_pipeline
 
 torch.set_num_threads(1)
 os.fsync = conftest.no_fsync
-reading = read_once()
+reading = read_once()  # has a name, as what is not kept is undone
 reading.__enter__()
 load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu"))

@@ -19,7 +19,7 @@ def forked(function, *args):
     """A process at `function(*args)`."""
     _CONTEXT.set_forkserver_preload(["forked_from"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
     process = _CONTEXT.Process(target=function, args=args)
     process.start()

@@ -135,7 +135,7 @@ def test_a_run_learns_counts_its_cost_and_resumes_to_the_bit(tmp_path):
     # 12 images: 4 steps of the sampler, and 2 trained steps with backward and reference
     if all(r["groups/without_variance"] == 0 for r in records):
         assert records[0]["network_evaluations"] == 12 * 4 + 12 * 2 * 4
-    first = Trainer(grpo(tmp_path / "parts", *LONGER, *window, "steps=2"))
+    first = Trainer(grpo(tmp_path / "parts", *window, "steps=2"))
     first.run()
     recipe = grpo(tmp_path / "parts", *LONGER, *window)
     second = Trainer(recipe, resume=tmp_path / "parts")

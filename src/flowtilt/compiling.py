@@ -39,7 +39,7 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> str:
 
 
 def _for_any_batch(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The number of images is left open, and nothing else: open lengths and widths double the time of compiling and slow the code."""
+    """The number of images is left open, and nothing else: with lengths and widths open too, compiling takes a third longer."""
 
     def block(*args: Any, **kwargs: Any) -> Any:
         for x in (*args, *kwargs.values()):

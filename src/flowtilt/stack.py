@@ -80,7 +80,7 @@ class Stack:
 
     def _adapted(self, lora: Lora) -> dict[str, Any]:
         network = self.model.network
-        device, dtype = network.device, network.dtype  # it walks over all of its parameters for each
+        device, dtype = self.model.device, network.dtype  # asked once: the network walks over all of its parameters
         network.add_adapter(peft_config(lora), adapter_name="stack")
         adapted: dict[str, Any] = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         for name, (a, b) in lora.layers.items():

@@ -99,7 +99,7 @@ def _measured(forward: Callable[[], object], rows: int) -> Line:
             saved = meter.bytes - meter.split(loss.nbytes)
             loss.backward()
     alive = np.array(meter.history, dtype=np.complex128)
-    fixed = Work({precision: count.real for precision, count in meter.flops.items()}, alive.real, saved.real)
+    fixed = Work({precision: int(count.real) for precision, count in meter.flops.items()}, alive.real, saved.real)
     return Line(fixed, Work({precision: count.imag for precision, count in meter.flops.items()}, alive.imag, saved.imag))
 
 

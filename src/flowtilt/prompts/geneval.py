@@ -14,6 +14,7 @@ add "s", or "es" to an "s"; "skis" and "scissors" are not counted.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _walk(tag: str, seed: int, exclude: frozenset[str]) -> Iterator[Prompt]:
     """All prompts of a tag in an order drawn by the seed."""
     size, member = SPACES[tag]
     order = torch.randperm(size, generator=generator(seed, "geneval prompts", TAGS.index(tag)))
-    for index in (index for some in order.split(1000) for index in some.tolist()):  # few are asked for more often than all
+    for index in chain.from_iterable(some.tolist() for some in order.split(1000)):  # few are asked for more often than all
         include = member(index)
         text = caption(include)
         if exclude and (text in exclude or caption(_turned(include)) in exclude):
