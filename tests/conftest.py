@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from flowtilt.config import Recipe
 
+gc.disable()  # until all is imported: among a million objects that stay, the collector finds nothing to free
+
 QUICK = [
     "steps=2",
     "rollout.prompts=3",
@@ -42,6 +44,7 @@ TOGETHER = {
         "test_head_to_head",
         "test_lifeline",
         "test_resume",
+        "test_served",
         "test_sharding",
     ),
 }
@@ -74,6 +77,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not walk over its million objects again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def quick(run: Path, *overrides: str) -> "Recipe":
@@ -93,21 +97,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _read_once():
-    from reading import read_once
-
-    with read_once():
-        yield
-
-
 def no_fsync(file: int) -> None:
     """Tests end processes, never the machine: what waits for the disk takes a tenth of a small run's time and changes nothing."""
 
 
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(os, "fsync", no_fsync)
+@pytest.fixture(scope="session", autouse=True)
+def _read_once_and_no_power_cut():
+    from reading import read_once
+
+    with read_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", no_fsync)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,35 +1,41 @@
-"""The playground's pipeline, read once a process and by those that it forks."""
+"""Pipelines, read once a process and by those that it forks."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flowtilt.models import opening
-from flowtilt.playground import pipeline_path
 
 _LIBRARY = opening.DiffusionPipeline
 _read: dict[Any, Any] = {}
 
 
-def _from_pretrained(place: str, **how: Any) -> Any:
-    """Who opens it has a network of its own, beside text encoders and a VAE that nobody trains."""
-    if place != str(pipeline_path()):
+def own(pipeline: Any) -> Any:
+    """A pipeline with a network of its own, beside text encoders and a VAE that nobody trains."""
+    one = copy.copy(pipeline)
+    one.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")})
+    return one
+
+
+def from_pretrained(place: str | Path, **how: Any) -> Any:
+    """What the library reads there or, while a folder's files are these, has read before."""
+    if not Path(place).is_dir():
         return _LIBRARY.from_pretrained(place, **how)
-    key = tuple(sorted(how.items(), key=str))
+    files = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(place).rglob("*"))]
+    key = (str(place), *files, *sorted(how.items(), key=str))
     if key not in _read:
         _read[key] = _LIBRARY.from_pretrained(place, **how)
-    pipeline = copy.copy(_read[key])
-    pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")})
-    return pipeline
+    return own(_read[key])
 
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Inside, whoever opens the playground does not read its files again."""
+    """Inside, whoever opens a pipeline does not read its files again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "DiffusionPipeline", SimpleNamespace(load_config=_LIBRARY.load_config, from_pretrained=_from_pretrained))
+        patch.setattr(opening, "DiffusionPipeline", SimpleNamespace(load_config=_LIBRARY.load_config, from_pretrained=from_pretrained))
         yield

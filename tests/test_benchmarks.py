@@ -17,7 +17,7 @@ import plain
 import step
 
 TINY = ["--rounds", "1", "model.dtype=float32", "model.resolution=16", "rollout.prompts=2", "rollout.images_per_prompt=3"]
-TINY += ["rollout.steps=2", "objective.times_per_image=2", "lora.rank=4"]
+TINY += ["model.t5_length=8", "rollout.steps=2", "objective.times_per_image=2", "lora.rank=4"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_methods_differ_in_nothing_but_the_method(monkeypatch, tmp_path, folder,
     output, recipes = tmp_path / "objectives.json", "sd35m-geneval,sd35m-grpo-fast"
     begun = []
     monkeypatch.setattr(objectives, "begin_memory", lambda device: begun.append(device))
-    small = ["model.dtype=float32", "model.resolution=16", "lora.rank=4"]
+    small = ["model.dtype=float32", "model.resolution=16", "model.t5_length=8", "lora.rank=4"]
     objectives.main(["--model", str(folder), "--output", str(output), "--images", "2", "--recipes", recipes, *small])
     nft, grpo = json.loads(output.read_text())
     # 10 to draw, then 9 times forward, backward, old and reference; FlowGRPO-Fast 3 steps forward and backward

@@ -9,6 +9,7 @@ import torch
 from conftest import quick
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from reading import from_pretrained
 from safetensors.torch import load_file
 from test_lora import random_lora, same
 
@@ -80,7 +81,7 @@ def loras(base, tmp_path_factory):
 
 
 def plain(place):
-    pipeline = DiffusionPipeline.from_pretrained(place, dtype=torch.float32)
+    pipeline = from_pretrained(place, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -24,12 +24,12 @@ def test_a_reward_that_pays_for_light_instead_of_the_caption_is_found_out(tmp_pa
     (tmp_path / "mine.py").write_text(BRIGHT)
     run = tmp_path / "run"
     mine = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:bright", "evaluate.rewards=['playground_strict']"]
-    hacked = ["steps=10", "optimizer.lr=8e-3", "rollout.prompts=6", "rollout.images_per_prompt=6"]
-    hacked += ["evaluate.every=10", "evaluate.images=120", "evaluate.steps=4"]
+    hacked = ["steps=8", "optimizer.lr=1e-2", "rollout.prompts=6", "rollout.images_per_prompt=6", "rollout.steps=3"]
+    hacked += ["objective.times_per_image=1", "evaluate.every=8", "evaluate.images=80", "evaluate.steps=4"]
     Trainer(quick(run, *mine, *hacked, "checkpoint.every=100")).run()
     found, records, evaluations = fired(run), read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
     assert records[-1]["reward/mine"] > records[0]["reward/mine"] and evaluations[-1]["score"] < evaluations[0]["score"]
-    assert found["held_out"]["step"] == 10 and "playground_strict fell" in found["held_out"]["message"]
+    assert found["held_out"]["step"] == 8 and "playground_strict fell" in found["held_out"]["message"]
     assert "held_out" in (run / "report.html").read_text()
 
 

@@ -27,7 +27,7 @@ from flowtilt.setup import evaluation_prompts, training_prompts
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6")
-TINY = dataclasses.replace(QUICK, budget=1_000, methods=("grpo",), overrides=(*QUICK.overrides, *SMALL), amount=Amount(images=6, copies=2))
+TINY = dataclasses.replace(QUICK, budget=700, methods=("grpo",), overrides=(*QUICK.overrides, *SMALL), amount=Amount(images=6, copies=2))
 
 
 def silent(line: str) -> None:
@@ -226,7 +226,7 @@ def test_another_machine_goes_on_with_what_the_results_hold(contest, tmp_path):
     other.search()
     other.run()
     assert other.results() == found and not list(other.folder.rglob("metrics.jsonl"))
-    longer = Contest(tmp_path / "longer", dataclasses.replace(TINY, budget=1_100), 1, tmp_path / "results.json", silent)
+    longer = Contest(tmp_path / "longer", dataclasses.replace(TINY, budget=800), 1, tmp_path / "results.json", silent)
     assert longer.results()["search"]["grpo"][0]["score"] is None
 
 
@@ -248,7 +248,7 @@ def test_what_is_finished_is_not_made_again(contest):
 
 def test_another_plan_does_not_mix_with_what_is_there(contest):
     with pytest.raises(UserError, match="another plan"):
-        Contest(contest.folder, dataclasses.replace(TINY, budget=900), 1, contest.folder / "results.json", silent)
+        Contest(contest.folder, dataclasses.replace(TINY, budget=600), 1, contest.folder / "results.json", silent)
 
 
 def test_the_report_has_the_search_and_every_seed_and_a_picture(contest, tmp_path):

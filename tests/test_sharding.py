@@ -28,10 +28,11 @@ UNEVEN = [
     "rollout.steps=2",
     "optimizer.steps_per_rollout=3",
 ]
+FEWER = ["steps=1", "rollout.prompts=3", "evaluate.images=2"]
 CASES = {
     "plain": ["steps=2"],
-    "recomputed": ["steps=1", "model.recompute=true", "objective.type=grpo", "rollout.solver=euler", "evaluate.images=2"],
-    "guided": ["steps=1", "rollout.guidance=2", "model.dtype=bfloat16", "evaluate.images=2"],
+    "recomputed": [*FEWER, "model.recompute=true", "objective.type=grpo", "rollout.solver=euler"],
+    "guided": [*FEWER, "rollout.guidance=2", "model.dtype=bfloat16"],
 }
 
 

@@ -22,6 +22,8 @@ from flowtilt.rewards import clip, openclip
 from flowtilt.rewards.geneval import detect, mask2former
 from flowtilt.schedulers import CPSScheduler
 
+SMALL = ["model.resolution=16", "model.t5_length=8", "model.dtype=bfloat16", "model.offload=true", "model.recompute=true"]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -59,8 +61,8 @@ def prompts(tmp_path, request):
 def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, tmp_path, monkeypatch):
     recipe = load_recipe(name)
     words = [word for word in QUICK if not (recipe.objective.type == "grpo" and word.startswith("objective."))]
-    small = [*words, f"model.path={model}", "model.resolution=16", "model.dtype=bfloat16", f"run={tmp_path / 'run'}", "micro_batch=7"]
-    small += ["model.offload=true", "model.recompute=true", f"prompts={prompts}", f"evaluate.prompts={prompts}", "steps=2"]
+    small = [*words, f"model.path={model}", *SMALL, f"run={tmp_path / 'run'}", "micro_batch=7"]
+    small += [f"prompts={prompts}", f"evaluate.prompts={prompts}", "steps=2"]
     small += ["rollout.prompts=2", "evaluate.images=4", "evaluate.samples=2"]
     Trainer(load_recipe(name, small)).run()
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -83,8 +85,16 @@ def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, t
 def test_rtdmds_two_published_stages_train_evaluate_and_stack(model, tmp_path):
     scenes = tmp_path / "scenes.jsonl"
     scenes.write_text(to_lines(generate(40, seed=0)))
-    common = [f"model.path={model}", "model.resolution=16", "model.dtype=bfloat16", "model.offload=true", "model.recompute=true"]
-    common += [f"prompts={scenes}", f"evaluate.prompts={scenes}", "evaluate.images=2", "evaluate.every=0", "steps=2", "micro_batch=3"]
+    common = [
+        f"model.path={model}",
+        *SMALL,
+        f"prompts={scenes}",
+        f"evaluate.prompts={scenes}",
+        "evaluate.images=2",
+        "evaluate.every=0",
+        "steps=2",
+        "micro_batch=3",
+    ]
     cold, rl = tmp_path / "cold", tmp_path / "rl"
     Trainer(load_recipe("sd35m-rtdmd-cold", [*common, "rollout.prompts=2", "objective.fake_updates=2", f"run={cold}"])).run()
     second = [*common, "rollout.prompts=2", "rollout.images_per_prompt=2", f'lora.on=["{cold}"]', f"run={rl}"]

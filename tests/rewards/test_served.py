@@ -1,11 +1,8 @@
 """A served reward gives what the same reward gives here, whatever happens to the server in between."""
 
 import logging
-import os
-import signal
+import multiprocessing
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,12 +12,13 @@ import torch
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
+from ranks import forked
 from reward_servers import ask, grey, levels, logged, prompt, running, wait_until
 
 from flowtilt.errors import UserError
 from flowtilt.pictures import to_bytes
 from flowtilt.playground import world
-from flowtilt.rewards import RewardOutput, applies, load_reward, score, served
+from flowtilt.rewards import RewardOutput, applies, load_reward, score, served, server
 from flowtilt.rewards.playground import Playground
 from flowtilt.rewards.served import Served
 from flowtilt.rewards.wire import Limits, answer, read_answer
@@ -224,11 +222,11 @@ def slow(images, prompts):
     time.sleep(1.0 if images.min() == 1 else 0.02 * len(images))
     return images[:, 0, 0, 0] * 255
 """
-START = """
-import sys
-from flowtilt.rewards.server import serve
-serve({"slow": {"source": sys.argv[1]}}, port=int(sys.argv[2]), max_batch=4, tell=lambda line: print(line, flush=True))
-"""
+
+
+def serving(place, port, said):
+    """`flowtilt serve`, its lines through a pipe."""
+    server.serve({"slow": {"source": f"{place}:slow"}}, port=port, max_batch=4, tell=said.send)
 
 
 class Process:
@@ -238,12 +236,13 @@ class Process:
         (folder / "own.py").write_text(REWARD)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self.command = [sys.executable, "-c", START, f"{folder / 'own.py'}:slow", str(self.port)]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.place, self.url = folder / "own.py", f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(self.command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        self.said, told = multiprocessing.Pipe(duplex=False)
+        self.process = forked(serving, str(self.place), self.port, told)
+        told.close()
 
     def answered(self):
         text = ask(self.url, None, path="/metrics", method="GET")[1]
@@ -255,20 +254,18 @@ def process(tmp_path):
     process = Process(tmp_path)
     yield process
     process.process.kill()
-    process.process.wait()
-    assert process.process.stdout
-    process.process.stdout.close()
+    process.process.join()
 
 
 def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_taken(process):
     reward = Served(process.url, "slow", images_per_request=2, workers=4, timeout=30, patience=60)
-    assert [process.process.stdout.readline().split(";")[0].strip() for _ in range(2)] == ["loading slow", "serving slow"]
+    assert [process.said.recv().split(";")[0] for _ in range(2)] == ["loading slow", "serving slow"]
     images = torch.stack([grey(i) for i in range(96)])
     with ThreadPoolExecutor() as pool, logged(logging.WARNING) as away:
         scores = pool.submit(reward, images, prompts_of(96))
         wait_until(lambda: process.answered() >= 10)
-        process.process.send_signal(signal.SIGKILL)
-        process.process.wait()
+        process.process.kill()
+        process.process.join(20)
         assert not scores.done()
         process.start()
         assert scores.result(60).scores.tolist() == list(range(96))
@@ -277,6 +274,7 @@ def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_ta
         impatient = Served(process.url, "slow", images_per_request=2, workers=4, patience=0)
         last = pool.submit(impatient, torch.ones(8, 3, 8, 8), prompts_of(8))
         wait_until(lambda: ask(process.url, None, path="/health", method="GET")[1]["waiting_images"] == 8)
-        process.process.send_signal(signal.SIGTERM)
-        assert process.process.wait(20) == 0
+        process.process.terminate()
+        process.process.join(20)
+        assert process.process.exitcode == 0
         assert last.result(20).scores.tolist() == [255] * 8
