@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# two cores, and a third process for when one waits; what is imported is compiled once, whatever the shell says
+# a process for each of two cores; what is imported is compiled once, whatever the shell says
 TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 .PHONY: train test check clean
@@ -10,7 +10,7 @@ train: .venv/installed  ## the first run: train the playground and write its rep
 	$(BIN)/flowtilt train playground
 
 test: .venv/installed  ## the whole suite
-	$(TESTING) $(BIN)/python -m pytest -p xdist.plugin -n 3 --dist loadscope --no-loadscope-reorder
+	$(TESTING) $(BIN)/python -m pytest -p xdist.plugin -n 2 --dist loadscope --no-loadscope-reorder
 
 check: .venv/installed  ## lint, format and types
 	$(BIN)/ruff check .

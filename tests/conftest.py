@@ -37,6 +37,7 @@ LONGER = ["steps=4"]
 
 TOGETHER = {
     "plan": ("test_plan", "test_plan_memory", "test_plan_network"),
+    "few steps": ("test_distil", "test_hybrid"),
     "forked": (
         "test_cli",
         "test_distributed",
@@ -73,11 +74,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByGroup(config, log)
 
 
-def pytest_collection_finish() -> None:
+def settle() -> None:
     """What is imported by now stays: the collector need not walk over its million objects again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # tests make many small objects, and few cycles
     gc.enable()
+
+
+def pytest_collection_finish() -> None:
+    settle()
 
 
 def quick(run: Path, *overrides: str) -> "Recipe":
@@ -101,10 +107,24 @@ def no_fsync(file: int) -> None:
     """Tests end processes, never the machine: what waits for the disk takes a tenth of a small run's time and changes nothing."""
 
 
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a distillation of two steps; tests only read it."""
+    from few_steps import cold
+
+    from flowtilt import Trainer
+
+    folder = tmp_path_factory.mktemp("runs") / "cold"
+    Trainer(cold(folder)).run()
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _read_once_and_no_power_cut():
+def _alike_and_quick():
+    import torch
     from reading import read_once
 
+    torch.set_num_threads(1)  # for what tests share
     with read_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", no_fsync)
         yield

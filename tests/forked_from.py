@@ -1,6 +1,5 @@
 """What a process is forked from imports this: all that most of them import, and the playground, for good."""
 
-import gc
 import os
 
 import conftest
@@ -15,6 +14,4 @@ os.fsync = conftest.no_fsync
 reading = read_once()  # has a name, as what is not kept is undone
 reading.__enter__()
 load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu"))
-gc.collect()
-gc.freeze()
-gc.enable()
+conftest.settle()

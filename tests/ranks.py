@@ -61,8 +61,12 @@ def start(size, function, *args, folder, **environment):
 
 
 def together(size, function, *args, folder, within=240.0, **environment):
-    """The same, waited for; what is still there after so many seconds is killed and has the status None."""
-    processes = start(size, function, *args, folder=folder, **environment)
+    """The same, waited for."""
+    return ended(start(size, function, *args, folder=folder, **environment), folder, within)
+
+
+def ended(processes, folder, within):
+    """How they ended; what is still there after so many seconds is killed and has the status None."""
     end = time.monotonic() + within
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -70,4 +74,4 @@ def together(size, function, *args, folder, within=240.0, **environment):
     for process in processes:
         process.kill()
         process.join()
-    return Done(codes, [(folder / f"stderr-{rank}").read_text(errors="replace") for rank in range(size)])
+    return Done(codes, [(folder / f"stderr-{rank}").read_text(errors="replace") for rank in range(len(processes))])

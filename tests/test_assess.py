@@ -145,6 +145,7 @@ def test_a_run_of_half_precision_and_its_own_rewards_scores_what_it_said(tmp_pat
     )
     mine = f'rewards.mine={{source="{tmp_path}/mine.py:Mine", options={{scale=3.0}}}}'
     judged = ["rewards.playground=0", 'evaluate.rewards=["mine/red"]', "steps=2", "optimizer.lr=0.03"]
+    judged += ["rollout.prompts=2", "rollout.images_per_prompt=2", "rollout.steps=2", "objective.times_per_image=1"]
     Trainer(quick(tmp_path / "run", "model.dtype=bfloat16", mine, *judged)).run()
     said = read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]
     assert said["column"] == "mine/red"

@@ -24,17 +24,9 @@ N, S, ETA = 5, 4, 0.9
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A distillation of two steps; tests only read it."""
-    folder = tmp_path_factory.mktemp("runs") / "cold"
-    Trainer(cold(folder)).run()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trainer(run, tmp_path_factory):
+def trainer(distilled, tmp_path_factory):
     """It goes on, with weights that have moved; tests leave these as they are."""
-    return going_on(run, tmp_path_factory.mktemp("runs") / "on", "evaluate.images=1")
+    return going_on(distilled, tmp_path_factory.mktemp("runs") / "on", "evaluate.images=1")
 
 
 @pytest.fixture
@@ -46,40 +38,40 @@ def simulated(trainer):
 # what a run is -----------------------------------------------------------------------------------------
 
 
-def test_it_costs_what_the_plan_says(run):
+def test_it_costs_what_the_plan_says(distilled):
     # simulations of 1, 2, 3, 4, 1 steps, thrice; 3 passes for the fake score, twice; one for the student;
     # in its update the fake score once, the teacher with and without the caption
     step = 3 * 11 + 2 * N * 3 * 3 + N * 3 + N + 2 * N
-    assert [record["network_evaluations"] for record in read_lines(run / "metrics.jsonl")] == [step, 2 * step]
-    assert passes_in_all(cold(run)).evaluations == 2 * step
+    assert [record["network_evaluations"] for record in read_lines(distilled / "metrics.jsonl")] == [step, 2 * step]
+    assert passes_in_all(cold(distilled)).evaluations == 2 * step
 
 
-def test_it_logs_no_reward_and_no_guard_fires(run):
-    record = read_lines(run / "metrics.jsonl")[-1]
+def test_it_logs_no_reward_and_no_guard_fires(distilled):
+    record = read_lines(distilled / "metrics.jsonl")[-1]
     assert {"fake_loss", "fake_consistency", "fake_grad_norm", "teacher_gap", "grad_norm"} <= record.keys()
     assert record["skipped_updates"] == 0 and not any(name.startswith(("reward/", "images/", "loss")) for name in record)
-    assert not read_lines(run / "guards.jsonl") and "This run trains on no reward" in (run / "report.html").read_text()
-    last = checkpoint.newest(run)
+    assert not read_lines(distilled / "guards.jsonl") and "This run trains on no reward" in (distilled / "report.html").read_text()
+    last = checkpoint.newest(distilled)
     assert last and last.state["optimizer_steps"] == {"current": 2, "fake": 4}
 
 
-def test_the_student_and_its_fake_score_are_loras_that_load(run):
-    last = checkpoint.newest(run)
+def test_the_student_and_its_fake_score_are_loras_that_load(distilled):
+    last = checkpoint.newest(distilled)
     for place, role in (("lora", "ema"), ("fake", "fake")):
-        lora, weights = read_lora(run / place), last.tensors[role]
+        lora, weights = read_lora(distilled / place), last.tensors[role]
         assert set(lora.alphas.values()) == {64.0} and not lora.parents and 2 * len(lora.layers) == len(weights)
         for name, (a, b) in lora.layers.items():
             assert torch.equal(a, weights[f"{name}.lora_A.weight"]) and torch.equal(b, weights[f"{name}.lora_B.weight"])
         assert any(weights[f"{name}.lora_B.weight"].any() for name in lora.layers)
 
 
-def test_interrupted_and_gone_on_with_it_is_the_unbroken_run_to_the_bit(run, tmp_path):
+def test_interrupted_and_gone_on_with_it_is_the_unbroken_run_to_the_bit(distilled, tmp_path):
     folder = tmp_path / "run"
     Trainer(cold(folder, "steps=1")).run()
     again = Trainer(open_run(folder, ["steps=2"]), resume=folder)
     assert again.clock.step == 1
     again.run()
-    assert kept(folder) == kept(run)
+    assert kept(folder) == kept(distilled)
 
 
 # samples of the student --------------------------------------------------------------------------------

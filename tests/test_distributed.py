@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -27,27 +28,38 @@ def check_the_same(run, reference, steps):
     assert counts[0] == counts[1]
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder of two rollouts, 3 prompts of 4 images each: over 2 ranks and over 4, groups are split between them."""
+
+    @cache
+    def run_of(processes):
+        run = tmp_path_factory.mktemp("launched") / "run"
+        done = launch(run, processes, "steps=2")
+        assert done.codes == [0] * processes, done.stderr[-2000:]
+        return run
+
+    return run_of
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_one_and_several_processes_give_the_same_rewards_and_gradients(finished, tmp_path, processes):
-    # 3 prompts of 4 images: over 2 ranks and over 4, groups are split between them
-    done = launch(tmp_path / "run", processes, "steps=2")
-    assert done.codes == [0] * processes, done.stderr[-2000:]
-    check_the_same(tmp_path / "run", finished, 2)
-    evaluated = [read_lines(folder / "evaluations.jsonl")[1] for folder in (tmp_path / "run", finished)]
+def test_one_and_several_processes_give_the_same_rewards_and_gradients(finished, launched, processes):
+    run = launched(processes)
+    check_the_same(run, finished, 2)
+    evaluated = [read_lines(folder / "evaluations.jsonl")[1] for folder in (run, finished)]
     assert evaluated[0]["score"] == evaluated[1]["score"] and evaluated[0]["by_tag"] == evaluated[1]["by_tag"]
-    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
-    for name, value in weights(tmp_path / "run").items():
+    assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    for name, value in weights(run).items():
         assert torch.isfinite(value).all(), name
 
 
-def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(finished, tmp_path):
-    assert launch(tmp_path / "four", 4, "steps=2").codes == [0] * 4
-    for processes in (1, 2):
-        folder = shutil.copytree(tmp_path / "four", tmp_path / f"on-{processes}")
-        done = together(processes, main, ["train", "--resume", str(folder), "steps=4"], folder=tmp_path / "ranks")
-        assert done.codes == [0] * processes, done.stderr[-2000:]
-        assert len(rewards(folder)) == 4
-        check_the_same(folder, finished, 4)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(finished, launched, tmp_path, processes):
+    folder = shutil.copytree(launched(4), tmp_path / "run")
+    done = together(processes, main, ["train", "--resume", str(folder), "steps=4"], folder=tmp_path / "ranks")
+    assert done.codes == [0] * processes, done.stderr[-2000:]
+    assert len(rewards(folder)) == 4
+    check_the_same(folder, finished, 4)
 
 
 def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(finished, tmp_path):

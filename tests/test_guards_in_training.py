@@ -41,7 +41,7 @@ def test_a_multiplier_that_is_too_large_is_seen_in_the_velocities_before_the_run
         "advantage=none",
         "objective.multiplier=500",
         "optimizer.lr=0.01",
-        "rollout.prompts=6",
+        "rollout.prompts=4",
         "steps=8",
         "guards=stop",
     ]

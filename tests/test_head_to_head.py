@@ -26,7 +26,7 @@ from flowtilt.plan.passes import passes_of
 from flowtilt.setup import evaluation_prompts, training_prompts
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6")
+SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6", "evaluate.steps=2")
 TINY = dataclasses.replace(QUICK, budget=700, methods=("grpo",), overrides=(*QUICK.overrides, *SMALL), amount=Amount(images=6, copies=2))
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from few_steps import cold, going_on, kept, largest, recorded, rl
+from few_steps import going_on, kept, largest, recorded, rl
 
 from flowtilt import Trainer, UserError, checkpoint
 from flowtilt.config.objectives import RTDMDSettings
@@ -35,18 +35,10 @@ STEP = 3
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    """A distillation of two steps."""
-    folder = tmp_path_factory.mktemp("runs") / "cold"
-    Trainer(cold(folder)).run()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(parent, tmp_path_factory):
+def run(distilled, tmp_path_factory):
     """Two rollouts on it; tests only read it."""
     folder = tmp_path_factory.mktemp("runs") / "rl"
-    Trainer(rl(folder, parent)).run()
+    Trainer(rl(folder, distilled)).run()
     return folder
 
 
@@ -98,12 +90,12 @@ def agree(ours, direct, within=2e-5):
 # what a run is -----------------------------------------------------------------------------------------
 
 
-def test_it_costs_what_the_plan_says_and_its_ratio_is_1(parent, run):
+def test_it_costs_what_the_plan_says_and_its_ratio_is_1(distilled, run):
     # 4 steps; two trained steps and the last; the fake score's loss; beside the last it and the teacher, whom guidance asks twice
     step = N * (4 + 3 * 3 + 3 + 1 + 2)
     records = read_lines(run / "metrics.jsonl")
     assert [record["network_evaluations"] for record in records] == [step, 2 * step]
-    assert passes_in_all(rl(run, parent)).evaluations == 2 * step
+    assert passes_in_all(rl(run, distilled)).evaluations == 2 * step
     assert all(record["ratio_off"] == 0 and record["skipped_updates"] == 0 and record["grad_norm"] > 0 for record in records)
     for record in records:  # the same images, judged in the rollout and again where the gradient comes from
         assert record["backprop_reward"] == pytest.approx(record["reward/playground_smooth"], abs=1e-5)
@@ -111,17 +103,17 @@ def test_it_costs_what_the_plan_says_and_its_ratio_is_1(parent, run):
     assert last and last.state["optimizer_steps"] == {"current": 2, "fake": 2}
 
 
-def test_with_several_updates_later_ones_look_anew_at_what_they_have_moved(parent, tmp_path):
-    recipe = rl(tmp_path / "run", parent, "steps=1", "optimizer.steps_per_rollout=3", "objective.consistency=0.01", "micro_batch=5")
+def test_with_several_updates_later_ones_look_anew_at_what_they_have_moved(distilled, tmp_path):
+    recipe = rl(tmp_path / "run", distilled, "steps=1", "optimizer.steps_per_rollout=3", "objective.consistency=0.01", "micro_batch=5")
     Trainer(recipe).run()
     [record] = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert record["network_evaluations"] == passes_in_all(recipe).evaluations == N * (4 + 3 * 3 + 3 * 3 + 1 + 2) + 8
     assert 0 < record["ratio_off"] < 0.1 and record["optimizer_step"] == 3 and "fake_consistency" in record
 
 
-def test_matching_of_0_leaves_the_fake_score_out(parent, tmp_path):
+def test_matching_of_0_leaves_the_fake_score_out(distilled, tmp_path):
     folder = tmp_path / "run"
-    recipe = rl(folder, parent, "steps=1", "objective.matching=0")
+    recipe = rl(folder, distilled, "steps=1", "objective.matching=0")
     trainer = Trainer(recipe)
     trainer.run()
     [record] = read_lines(folder / "metrics.jsonl")
@@ -131,14 +123,14 @@ def test_matching_of_0_leaves_the_fake_score_out(parent, tmp_path):
     assert not (folder / "fake").exists() and [place.name for place in (folder / "on").iterdir()] == ["1"]
 
 
-def test_it_goes_on_to_the_bit_though_the_distillation_went_on_in_the_meantime(parent, run, tmp_path):
+def test_it_goes_on_to_the_bit_though_the_distillation_went_on_in_the_meantime(distilled, run, tmp_path):
     moving, folder = tmp_path / "cold", tmp_path / "run"
-    shutil.copytree(parent, moving)
+    shutil.copytree(distilled, moving)
     Trainer(rl(folder, moving, "steps=1"))
     shutil.rmtree(folder / "on")  # as if killed before there were copies
     Trainer(open_run(folder, []), resume=folder).run()
     Trainer(open_run(moving, ["steps=3"]), resume=moving).run()
-    assert fingerprint(read_lora(moving)) != fingerprint(read_lora(parent))
+    assert fingerprint(read_lora(moving)) != fingerprint(read_lora(distilled))
     Trainer(open_run(folder, ["steps=2"]), resume=folder).run()
     assert kept(folder) == kept(run)
     assert [fingerprint(lora) for lora in read_stack([folder])] == [fingerprint(lora) for lora in read_stack([run])]
@@ -147,10 +139,10 @@ def test_it_goes_on_to_the_bit_though_the_distillation_went_on_in_the_meantime(p
         Trainer(open_run(folder, ["steps=3"]), resume=folder)
 
 
-def test_what_it_draws_anywhere_is_what_its_average_draws_here(run, parent, trainer):
+def test_what_it_draws_anywhere_is_what_its_average_draws_here(run, distilled, trainer):
     loras = read_stack([run])
-    assert [fingerprint(lora) for lora in loras[:-1]] == [fingerprint(read_lora(parent))]
-    assert read_lora(run / "fake").parents == (fingerprint(read_lora(parent / "fake")),)
+    assert [fingerprint(lora) for lora in loras[:-1]] == [fingerprint(read_lora(distilled))]
+    assert read_lora(run / "fake").parents == (fingerprint(read_lora(distilled / "fake")),)
     stack = Stack(SD3(load_pipeline("playground", revision=None, dtype="float32", device=CPU)), loras)
     places, shape = [(9, k) for k in range(3)], stack.model.latent_shape
     sampler, texts = Sampler("cps", S, eta=ETA), ["a red circle", "two crosses", "three green triangles"]

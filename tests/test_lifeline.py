@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from conftest import QUICK, quick
-from ranks import together
+from ranks import ended, start, together
 from test_trainer import rewards
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -76,17 +76,27 @@ def fail(culprit, how, deaf):
         world.barrier()
 
 
-@pytest.mark.parametrize(
-    ("culprit", "how", "deaf", "said"),
-    [
-        (1, unexpected, True, "flowtilt: rank 1: RuntimeError: nobody thought of this; all ranks end"),
-        (0, unexpected, False, "flowtilt: rank 0: RuntimeError"),
-        (0, killed, True, "flowtilt: rank 0 is gone without a word"),
-        (1, killed, False, "flowtilt: rank 1 is gone without a word"),
-    ],
-)
-def test_only_the_rank_that_failed_shows_a_traceback_and_nobody_waits(tmp_path, culprit, how, deaf, said):
-    done = together(2, fail, culprit, how, deaf, folder=tmp_path, within=30)
+FAILURES = [
+    (1, unexpected, True, "flowtilt: rank 1: RuntimeError: nobody thought of this; all ranks end"),
+    (0, unexpected, False, "flowtilt: rank 0: RuntimeError"),
+    (0, killed, True, "flowtilt: rank 0 is gone without a word"),
+    (1, killed, False, "flowtilt: rank 1 is gone without a word"),
+]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """How the ranks of each job ended; all at once, as most of them wait."""
+    jobs = []
+    for culprit, how, deaf, _ in FAILURES:
+        folder = tmp_path_factory.mktemp("failed")
+        jobs.append((start(2, fail, culprit, how, deaf, folder=folder), folder))
+    return [ended(*job, within=30) for job in jobs]
+
+
+@pytest.mark.parametrize("case", range(len(FAILURES)))
+def test_only_the_rank_that_failed_shows_a_traceback_and_nobody_waits(failed, case):
+    done, (culprit, how, _, said) = failed[case], FAILURES[case]
     assert done.codes[1 - culprit] == 1 and done.codes[culprit] in (1, -signal.SIGKILL)
     check_one_line(done.stderr, said)
     assert "Traceback" not in done.errors[1 - culprit]
