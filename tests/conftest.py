@@ -51,6 +51,9 @@ TOGETHER = {
 }
 """Modules that one worker runs: what the first has measured, or imported to fork from, takes many seconds once."""
 
+LONG = ("test_compiling", "test_guards_in_training", "test_published_recipes", "test_trainer", "test_verify", "test_wheel")
+"""Then these; what is short comes last, so that both workers end together."""
+
 
 def _group(nodeid: str) -> str | None:
     module = Path(nodeid.partition("::")[0]).stem
@@ -59,7 +62,7 @@ def _group(nodeid: str) -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that no worker is left with it in the end."""
-    items.sort(key=lambda item: _group(item.nodeid) is None)
+    items.sort(key=lambda item: (_group(item.nodeid) is None, item.path.stem not in LONG))
 
 
 @pytest.hookimpl(optionalhook=True)
