@@ -3,13 +3,13 @@
 import json
 import math
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
 
+from flowtilt.pictures import to_png
 from flowtilt.statistics import paired, summary
 
 NAN = math.nan
@@ -63,9 +63,7 @@ def results_of(rows: list[dict[str, Any]], variants: tuple[str, ...]) -> dict[st
 
 @cache
 def _png(index: int) -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (96, 96), (index * 10, 90, 200)).save(file, "PNG")
-    return file.getvalue()
+    return to_png((torch.tensor([index * 10, 90, 200]) / 255)[:, None, None].expand(3, 96, 96))
 
 
 def write(folder: Path, variants: tuple[str, ...]) -> Path:

@@ -15,22 +15,20 @@ _LIBRARY = opening.DiffusionPipeline
 _read: dict[Any, Any] = {}
 
 
-def own(pipeline: Any) -> Any:
-    """A pipeline with a network of its own, beside text encoders and a VAE that nobody trains."""
-    one = copy.copy(pipeline)
-    one.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")})
-    return one
-
-
 def from_pretrained(place: str | Path, **how: Any) -> Any:
-    """What the library reads there or, while a folder's files are these, has read before."""
+    """What the library reads there or, while a folder's files are these, has read before.
+
+    Who asks has a network of its own, beside text encoders and a VAE that nobody trains.
+    """
     if not Path(place).is_dir():
         return _LIBRARY.from_pretrained(place, **how)
     files = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(place).rglob("*"))]
     key = (str(place), *files, *sorted(how.items(), key=str))
     if key not in _read:
         _read[key] = _LIBRARY.from_pretrained(place, **how)
-    return own(_read[key])
+    pipeline = copy.copy(_read[key])
+    pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")})
+    return pipeline
 
 
 @contextmanager

@@ -19,11 +19,10 @@ HALVED = [1152 >> k for k in range(11)]
 def moved(recipe):
     """A trainer whose optimizer and old policy have what any update leaves them; no rollout is needed for that."""
     trainer = Trainer(recipe)
-    learner, policy = trainer.method.learner, trainer.policy
-    for weight in policy.parameters:
-        weight.grad = torch.ones_like(weight)
+    learner = trainer.method.learner
+    learner.update.clear()
     learner.update.make({}, Phases(torch.device("cpu")))
-    learner.objective.after_rollout(policy, learner.update.count)
+    learner.objective.after_rollout(trainer.policy, learner.update.count)
     return trainer
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import quick
+from conftest import LONGER, quick
 
 from flowtilt import Trainer, UserError
 from flowtilt.files import read_lines
@@ -128,16 +128,16 @@ def test_where_nothing_is_left_no_weight_moves(tmp_path):
 
 def test_a_run_learns_counts_its_cost_and_resumes_to_the_bit(tmp_path):
     window = ["objective.window=sliding", "objective.window_size=2", "objective.window_every=1", "rollout.solver=dpm2"]
-    whole = Trainer(grpo(tmp_path / "whole", *window, "steps=3"))
+    whole = Trainer(grpo(tmp_path / "whole", *LONGER, *window))
     whole.run()
     records = read_lines(tmp_path / "whole" / "metrics.jsonl")
-    assert [r["optimizer_step"] for r in records] == [2, 4, 6] and all(r["loss"] == r["loss"] for r in records)
+    assert [r["optimizer_step"] for r in records] == [2, 4, 6, 8] and all(r["loss"] == r["loss"] for r in records)
     # 12 images: 4 steps of the sampler, and 2 trained steps with backward and reference
     if all(r["groups/without_variance"] == 0 for r in records):
         assert records[0]["network_evaluations"] == 12 * 4 + 12 * 2 * 4
     first = Trainer(grpo(tmp_path / "parts", *window, "steps=2"))
     first.run()
-    recipe = grpo(tmp_path / "parts", *window, "steps=3")
+    recipe = grpo(tmp_path / "parts", *LONGER, *window)
     second = Trainer(recipe, resume=tmp_path / "parts")
     second.run()
     for name, value in whole.policy.state("current").items():

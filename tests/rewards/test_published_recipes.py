@@ -1,7 +1,7 @@
 """The published recipes by their names, on a small SD3.5 and small reward models: every path that a real run takes.
 
 The pipeline is saved to disk with the true classes, its base in bfloat16; text encoders and rewards are kept off the
-device, activations are recomputed. Geometry and images are small, everything else is the recipe's.
+device, activations are recomputed. Geometry, images and captions are small, everything else is the recipe's.
 """
 
 import json

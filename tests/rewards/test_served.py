@@ -225,7 +225,7 @@ def slow(images, prompts):
 
 
 def serving(place, port, said):
-    """`flowtilt serve`, its lines through a pipe."""
+    """`flowtilt serve-rewards`, its lines through a pipe."""
     server.serve({"slow": {"source": f"{place}:slow"}}, port=port, max_batch=4, tell=said.send)
 
 
