@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import gc
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +78,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByGroup(config, log)
 
 
-def settle() -> None:
+def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not walk over its million objects again and again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)  # tests make many small objects, and few cycles
     gc.enable()
-
-
-def pytest_collection_finish() -> None:
-    settle()
 
 
 def quick(run: Path, *overrides: str) -> "Recipe":
@@ -130,6 +127,8 @@ def _alike_and_quick():
     torch.set_num_threads(1)  # for what tests share
     with read_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", no_fsync)
+        if ranks := sys.modules.get("ranks"):
+            ranks.fork_from_here()  # while no test has left a thread or a patch behind
         yield
 
 

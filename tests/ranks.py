@@ -1,26 +1,49 @@
 """Processes that share one run, forked from one that has imported everything: what torchrun starts, without its seconds."""
 
+import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 
 import pytest
 import torch
 
+from flowtilt.models.opening import load_pipeline
+
 _CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def fork_from_here():
+    """What others are forked from is this process as it is now, where the library's would import everything anew."""
+    load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu"))  # is then read for all
+    resource_tracker.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(util, "spawnv_passfds", _fork)
+        forkserver.ensure_running()
+
+
+def _fork(executable, words, kept):
+    if process := os.fork():
+        return process
+    try:
+        faulthandler.disable()
+        sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, closefd=False) for file in (1, 2))
+        for file in {int(name) for name in os.listdir("/dev/fd")} - {0, 1, 2, *kept}:
+            with contextlib.suppress(OSError):
+                os.close(file)
+        exec(words[-1])
+    finally:
+        os._exit(0)
 
 
 def forked(function, *args):
     """A process at `function(*args)`."""
-    _CONTEXT.set_forkserver_preload(["forked_from"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        forkserver.ensure_running()
     process = _CONTEXT.Process(target=function, args=args)
     process.start()
     return process
