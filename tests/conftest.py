@@ -86,21 +86,52 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def quick(run: Path, *overrides: str) -> "Recipe":
-    """The playground recipe, cut down to a few seconds."""
+LIGHT = f"rewards.light={Path(__file__).parent}/shallow.py:light"
+
+
+def two_blocks() -> str:
+    """Half of the playground's network, which is enough for most tests."""
+    return f"model.path={os.environ['SHALLOW']}"
+
+
+def quick(run: Path, *overrides: str, whole: bool = False) -> "Recipe":
+    """The playground recipe, cut down to a second.
+
+    Args:
+        whole: for tests of what the playground has learnt. Others have half of its network, and `LIGHT` beside its own
+            reward, which finds nothing drawn: every image is then worth something else.
+    """
     from flowtilt.config import load_recipe
 
-    return load_recipe("playground", [*QUICK, f"run={run}", *overrides])
+    half = [two_blocks(), *([] if "rewards.playground=0" in overrides else [LIGHT])]
+    return load_recipe("playground", [*QUICK, *([] if whole else half), f"run={run}", *overrides])
+
+
+def _ended(place: Path, whole: bool) -> Path:
+    from flowtilt import Trainer
+
+    Trainer(quick(place / "finished", *LONGER, whole=whole)).run()
+    return place / "finished"
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run that has ended; tests only read it."""
-    from flowtilt import Trainer
+    return _ended(tmp_path_factory.mktemp("runs"), whole=False)
 
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    Trainer(quick(folder, *LONGER)).run()
-    return folder
+
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the whole playground."""
+    return _ended(tmp_path_factory.mktemp("learnt"), whole=True)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that measure what reading a caption takes."""
+    import reading
+
+    monkeypatch.setattr(reading, "encoded", {})
 
 
 def no_fsync(file: int) -> None:
@@ -120,11 +151,14 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _alike_and_quick():
+def _alike_and_quick(tmp_path_factory: pytest.TempPathFactory):
+    import shallow
     import torch
     from reading import read_once
 
     torch.set_num_threads(1)  # for what tests share
+    os.environ["SHALLOW"] = str(tmp_path_factory.mktemp("models") / "shallow")  # for forked processes too
+    shallow.write(Path(os.environ["SHALLOW"]))
     with read_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", no_fsync)
         if ranks := sys.modules.get("ranks"):

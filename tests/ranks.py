@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker, util
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pipelines, read once a process and by those that it forks."""
+"""Pipelines and captions, read once a process and by those that it forks."""
 
 import copy
 from collections.abc import Iterator
@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from flowtilt.models import opening
 
 _LIBRARY = opening.DiffusionPipeline
 _read: dict[Any, Any] = {}
+encoded: dict[str, Any] = {}
 
 
 def from_pretrained(place: str | Path, **how: Any) -> Any:
@@ -28,7 +30,24 @@ def from_pretrained(place: str | Path, **how: Any) -> Any:
         _read[key] = _LIBRARY.from_pretrained(place, **how)
     pipeline = copy.copy(_read[key])
     pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)) for name in ("transformer", "scheduler")})
+    pipeline.encode_prompt = _once(pipeline)
     return pipeline
+
+
+def _once(pipeline: Any) -> Any:
+    """Its `encode_prompt`, which is not asked again for what the same encoders have read before."""
+    encode_prompt = pipeline.encode_prompt
+
+    def known(*captions: Any, **how: Any) -> Any:
+        if any(isinstance(value, torch.Tensor) for value in how.values()):
+            return encode_prompt(*captions, **how)
+        encoders = [id(part) for name, part in sorted(pipeline.components.items()) if name.startswith(("text_encoder", "tokenizer"))]
+        asked = repr((encoders, captions, sorted(how.items())))
+        if asked not in encoded:
+            encoded[asked] = encode_prompt(*captions, **how)
+        return encoded[asked]
+
+    return known
 
 
 @contextmanager

@@ -43,14 +43,14 @@ def texts(folder, name, *lines):
 PROMPTS = [prompt.text for prompt in world.prompts("test")[:6]]
 
 
-def test_a_runs_lora_scores_what_the_run_itself_said(finished, tmp_path):
+def test_a_runs_lora_scores_what_the_run_itself_said(learnt, tmp_path):
     """Same images, same code: equal, not close."""
-    results = assess(tmp_path / "e", loras=[finished])
-    said = read_lines(finished / "evaluations.jsonl")[-1]
+    results = assess(tmp_path / "e", loras=[learnt])
+    said = read_lines(learnt / "evaluations.jsonl")[-1]
     found = results["sets"]["playground"]["columns"]["playground_strict"]["tuned"]
     assert found["mean"] == said["score"] and found["images"] == said["images"]
     assert {tag: one["mean"] for tag, one in found["by_tag"].items()} == pytest.approx(said["by_tag"], abs=1e-12)
-    recipe = load_recipe(finished / "recipe.toml")
+    recipe = load_recipe(learnt / "recipe.toml")
     protocol = results["protocol"]
     assert protocol["steps"] == recipe.evaluate.steps and protocol["seed"] == recipe.seed and protocol["t5_length"] == 1
     assert len(protocol["lora"][0]["sha256"]) == 64 and protocol["model_files"]
@@ -164,8 +164,8 @@ def test_another_protocol_does_not_go_into_the_same_folder(tmp_path):
         assess(tmp_path / "other", **FEW)
 
 
-def test_a_comparison_pairs_the_same_noise(finished, tmp_path):
-    results = assess(tmp_path / "both", loras=[finished], rewards=["jpeg_incompressibility"], compare_base=True, **FEW)
+def test_a_comparison_pairs_the_same_noise(learnt, tmp_path):
+    results = assess(tmp_path / "both", loras=[learnt], rewards=["jpeg_incompressibility"], compare_base=True, **FEW)
     alone = assess(tmp_path / "base", rewards=["jpeg_incompressibility"], **FEW)
     both = results["sets"]["playground"]["columns"]["jpeg_incompressibility"]
     assert both["base"] == alone["sets"]["playground"]["columns"]["jpeg_incompressibility"]["base"]

@@ -263,12 +263,12 @@ def test_each_mistake_ends_in_one_clear_line(tmp_path, capsys):
     assert main(["compare", "--label", f"x={a}", "--label", f"y={twin}", *out]) == 0
 
 
-def test_a_real_pair_of_runs_is_compared_without_torch(finished, tmp_path):
+def test_a_real_pair_of_runs_is_compared_without_torch(learnt, tmp_path):
     from flowtilt import Trainer
 
     other = tmp_path / "other"
-    Trainer(quick(other, *LONGER, "optimizer.lr=1e-4")).run()
-    words = [str(finished), str(other), "--axis", "steps", "-o", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
+    Trainer(quick(other, *LONGER, "optimizer.lr=1e-4", whole=True)).run()
+    words = [str(learnt), str(other), "--axis", "steps", "-o", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
     code = f"import sys; from flowtilt.cli import main; assert main({['compare', *words]!r}) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -43,10 +43,10 @@ def launched(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_one_and_several_processes_give_the_same_rewards_and_gradients(finished, launched, processes):
+def test_one_and_several_processes_give_the_same_rewards_and_gradients(learnt, launched, processes):
     run = launched(processes)
-    check_the_same(run, finished, 2)
-    evaluated = [read_lines(folder / "evaluations.jsonl")[1] for folder in (run, finished)]
+    check_the_same(run, learnt, 2)
+    evaluated = [read_lines(folder / "evaluations.jsonl")[1] for folder in (run, learnt)]
     assert evaluated[0]["score"] == evaluated[1]["score"] and evaluated[0]["by_tag"] == evaluated[1]["by_tag"]
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
     for name, value in weights(run).items():
@@ -54,16 +54,16 @@ def test_one_and_several_processes_give_the_same_rewards_and_gradients(finished,
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(finished, launched, tmp_path, processes):
+def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(learnt, launched, tmp_path, processes):
     folder = shutil.copytree(launched(4), tmp_path / "run")
     done = together(processes, main, ["train", "--resume", str(folder), "steps=4"], folder=tmp_path / "ranks")
     assert done.codes == [0] * processes, done.stderr[-2000:]
     assert len(rewards(folder)) == 4
-    check_the_same(folder, finished, 4)
+    check_the_same(folder, learnt, 4)
 
 
-def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(finished, tmp_path):
-    given = ["--lora", str(finished), "--images", "70", "--steps", "2", "--rewards", "playground_strict,jpeg_incompressibility"]
+def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(learnt, tmp_path):
+    given = ["--lora", str(learnt), "--images", "70", "--steps", "2", "--rewards", "playground_strict,jpeg_incompressibility"]
     done = together(2, main, ["evaluate", *given, "-o", str(tmp_path / "two")], folder=tmp_path / "ranks")
     assert done.codes == [0, 0], done.stderr[-2000:]
     assert main(["evaluate", *given, "-o", str(tmp_path / "one")]) == 0

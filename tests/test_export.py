@@ -205,16 +205,16 @@ def test_in_an_fp32_base_merged_loras_have_the_stacks_bits(exact_base, tmp_path)
 
 
 @pytest.mark.parametrize("to", ["diffusers", "peft"])
-def test_a_runs_export_has_a_card_whose_snippet_works(finished, tmp_path, to):
-    line = export([finished], tmp_path / "out", to)
+def test_a_runs_export_has_a_card_whose_snippet_works(learnt, tmp_path, to):
+    line = export([learnt], tmp_path / "out", to)
     assert str(tmp_path / "out") in line and "\n" not in line
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "rank 32 (alpha 64)" in card and "score:" in card and str(finished) not in card and "`recipe.toml` in this folder" in card
-    assert (tmp_path / "out" / "recipe.toml").read_bytes() == (finished / "recipe.toml").read_bytes()
+    assert "rank 32 (alpha 64)" in card and "score:" in card and str(learnt) not in card and "`recipe.toml` in this folder" in card
+    assert (tmp_path / "out" / "recipe.toml").read_bytes() == (learnt / "recipe.toml").read_bytes()
     scope = {}
     exec(card.split("```python\n")[1].split("```")[0], scope)
     assert scope["image"].size == (32, 32)
-    same(read_lora(finished), read_lora(tmp_path / "out"))
+    same(read_lora(learnt), read_lora(tmp_path / "out"))
     assert scope["pipe"].transformer.peft_config
 
 
@@ -223,7 +223,7 @@ def few_steps(tmp_path_factory):
     """A short run that is evaluated with four stochastic steps."""
     folder = tmp_path_factory.mktemp("runs") / "cps"
     cps = ["evaluate.solver=cps", "evaluate.eta=0.8", "evaluate.guidance=2.0", "evaluate.every=0", f"evaluate.steps={STEPS}"]
-    Trainer(quick(folder, "steps=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1", *cps)).run()
+    Trainer(quick(folder, "steps=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1", *cps, whole=True)).run()
     return folder
 
 
@@ -249,29 +249,29 @@ def test_the_card_of_a_run_with_stochastic_steps_draws_as_its_evaluation(few_ste
     torch.testing.assert_close(decode(stack, latents, 2), theirs, atol=1e-4, rtol=0)
 
 
-def test_a_run_knows_its_base(finished, tmp_path):
-    export([finished], tmp_path / "out", "pipeline")
-    merged, ours = by_us(tmp_path / "out", []), by_us(pipeline_path(), [read_lora(finished)])
+def test_a_run_knows_its_base(learnt, tmp_path):
+    export([learnt], tmp_path / "out", "pipeline")
+    merged, ours = by_us(tmp_path / "out", []), by_us(pipeline_path(), [read_lora(learnt)])
     assert (merged - ours).abs().max() < 0.1 * (ours - by_us(pipeline_path(), [])).abs().max()  # float16's rounding
 
 
-def test_another_base_is_refused_where_the_base_is_at_hand(finished, random_base, tmp_path):
+def test_another_base_is_refused_where_the_base_is_at_hand(learnt, random_base, tmp_path):
     for to in ("diffusers", "pipeline"):
         with pytest.raises(UserError, match="belongs to another base"):
-            export([finished], tmp_path / "out", to, model=str(random_base))
+            export([learnt], tmp_path / "out", to, model=str(random_base))
     assert list(tmp_path.iterdir()) == []
-    export([finished], tmp_path / "lora", "diffusers")
+    export([learnt], tmp_path / "lora", "diffusers")
     (tmp_path / "lora" / "recipe.toml").unlink()
     with pytest.raises(UserError, match="does not tell its base; name the pipeline to merge into with --model"):
         export([tmp_path / "lora"], tmp_path / "out", "pipeline")
 
 
-def test_a_base_on_the_hub_is_fetched_by_diffusers(finished, tmp_path, monkeypatch):
+def test_a_base_on_the_hub_is_fetched_by_diffusers(learnt, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(DiffusionPipeline, "download", lambda path, revision: asked.append((path, revision)) or str(pipeline_path()))
-    export([finished], tmp_path / "out", "pipeline", model="some/model")
+    export([learnt], tmp_path / "out", "pipeline", model="some/model")
     assert asked == [("some/model", None)] and (tmp_path / "out" / "model_index.json").exists()
-    export([finished], tmp_path / "peft", "peft", model="some/model")
+    export([learnt], tmp_path / "peft", "peft", model="some/model")
     assert (
         len(asked) == 1 and json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
     )
@@ -281,23 +281,23 @@ def test_a_base_on_the_hub_is_fetched_by_diffusers(finished, tmp_path, monkeypat
 
     monkeypatch.setattr(DiffusionPipeline, "download", offline)
     with pytest.raises(UserError, match=r"some/model: neither a folder nor to be had from the hub: no network$"):
-        export([finished], tmp_path / "more", "pipeline", model="some/model")
+        export([learnt], tmp_path / "more", "pipeline", model="some/model")
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_nothing_is_ever_written_over(finished, tmp_path, to):
+def test_nothing_is_ever_written_over(learnt, tmp_path, to):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     (tmp_path / "file").touch()
     for taken in ("full", "file"):
         with pytest.raises(UserError, match="there already; choose a new folder with -o"):
-            export([finished], tmp_path / taken, to)
+            export([learnt], tmp_path / taken, to)
     (tmp_path / "empty").mkdir()
-    export([finished], tmp_path / "empty", to)
+    export([learnt], tmp_path / "empty", to)
     assert any((tmp_path / "empty").iterdir())
 
 
-def test_what_fails_half_way_leaves_nothing(finished, tmp_path, monkeypatch):
+def test_what_fails_half_way_leaves_nothing(learnt, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -305,21 +305,21 @@ def test_what_fails_half_way_leaves_nothing(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("flowtilt.lora.merge.save_file", full)
     for to in ("peft", "pipeline"):
         with pytest.raises(UserError, match="No space left on device"):
-            export([finished], tmp_path / "out", to)
+            export([learnt], tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(finished, tmp_path, capsys):
+def test_the_command(learnt, tmp_path, capsys):
     top = argparse.ArgumentParser()
     command.add(top.add_subparsers())
     assert tuple(command.FORMATS) == tuple(FORMATS)
     for to in FORMATS:
-        words = top.parse_args(["export", str(finished), f"{finished}@32", "--to", to, "-o", str(tmp_path / to)])
+        words = top.parse_args(["export", str(learnt), f"{learnt}@32", "--to", to, "-o", str(tmp_path / to)])
         assert words.call(words) == 0
         out, err = capsys.readouterr()
         assert out.count("\n") == 1 and str(tmp_path / to) in out and not err
     twice = read_lora(tmp_path / "generator_ema")
     assert twice.ranks() == [64] and twice.scales() == [1.0]
-    one = read_lora(finished)
+    one = read_lora(learnt)
     for name, (a, b) in twice.layers.items():
         torch.testing.assert_close(b @ a, 3 * one.layers[name][1] @ one.layers[name][0], atol=1e-6, rtol=1e-5)

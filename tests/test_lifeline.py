@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import QUICK, quick
+from conftest import LIGHT, QUICK, quick, two_blocks
 from ranks import ended, start, together
 from test_trainer import rewards
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -33,7 +33,7 @@ def f(images, prompts):
 
 def words(tmp_path, what, *overrides):
     (tmp_path / "mine.py").write_text(REWARD.format(what=what))
-    return ["train", "playground", *QUICK, f"rewards.mine={tmp_path}/mine.py:f", *overrides]
+    return ["train", "playground", *QUICK, two_blocks(), LIGHT, f"rewards.mine={tmp_path}/mine.py:f", *overrides]
 
 
 def check_one_line(stderr, said):

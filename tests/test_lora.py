@@ -191,29 +191,29 @@ def test_alpha_may_stand_in_a_tensor_beside_its_layer(shapes, tmp_path):
 # a run's own -----------------------------------------------------------------------------------------
 
 
-def test_a_run_its_lora_folder_and_its_checkpoints_are_loras(finished):
-    checkpoint = sorted((finished / "checkpoints").iterdir())[-1]
-    run = read_lora(finished)
-    assert set(run.scales()) == {recipe_of(finished).lora.alpha / recipe_of(finished).lora.rank} != {1.0}
-    for place in (finished / "lora", finished / "lora" / "pytorch_lora_weights.safetensors", checkpoint, checkpoint / "ema.safetensors"):
+def test_a_run_its_lora_folder_and_its_checkpoints_are_loras(learnt):
+    checkpoint = sorted((learnt / "checkpoints").iterdir())[-1]
+    run = read_lora(learnt)
+    assert set(run.scales()) == {recipe_of(learnt).lora.alpha / recipe_of(learnt).lora.rank} != {1.0}
+    for place in (learnt / "lora", learnt / "lora" / "pytorch_lora_weights.safetensors", checkpoint, checkpoint / "ema.safetensors"):
         same(run, read_lora(place))
-        assert recipe_of(place) == recipe_of(finished)
+        assert recipe_of(place) == recipe_of(learnt)
     current = read_lora(checkpoint / "current.safetensors")
     assert current.alphas == run.alphas and not torch.equal(current.layers[Q][1], run.layers[Q][1])
     assert recipe_of(pipeline_path()) is None
 
 
-def test_only_a_checkpoints_own_files_take_the_runs_alpha(shapes, finished, tmp_path):
+def test_only_a_checkpoints_own_files_take_the_runs_alpha(shapes, learnt, tmp_path):
     stray = tmp_path / "run" / "from" / "elsewhere"
     stray.mkdir(parents=True)
-    (tmp_path / "run" / "recipe.toml").write_bytes((finished / "recipe.toml").read_bytes())
+    (tmp_path / "run" / "recipe.toml").write_bytes((learnt / "recipe.toml").read_bytes())
     torch.save(flat(random_lora(shapes)), stray / "generator_ema.pt")
     with pytest.raises(UserError, match="does not tell alpha"):
         read_lora(stray)
 
 
 def test_a_stack_draws_the_bits_that_training_drew(tmp_path):
-    trainer = Trainer(quick(tmp_path / "run", "steps=1", "optimizer.lr=0.05"))
+    trainer = Trainer(quick(tmp_path / "run", "steps=1", "optimizer.lr=0.05", whole=True))
     trainer.run()
     read = read_lora(tmp_path / "run")
     assert torch.equal(drawn(Stack(model(), [read]), "tuned"), drawn(trainer.policy, "ema"))

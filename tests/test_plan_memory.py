@@ -35,7 +35,7 @@ def phase(plan, name):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(tmp_path, dtype, recompute):
+def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(unread, tmp_path, dtype, recompute):
     overrides = [
         "objective.kl=0.1",
         "objective.times_per_image=4",
@@ -46,7 +46,7 @@ def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(tmp_path, dtype, r
         "rollout.steps=2",
     ]
     told = [f"model.dtype={dtype}", f"model.recompute={str(recompute).lower()}", "micro_batch=5"]
-    recipe = quick(tmp_path / "run", *told, *overrides)
+    recipe = quick(tmp_path / "run", *told, *overrides, whole=True)
     trainer, found = moved(recipe), make_plan(recipe, Machine())
     drawn, scored = trainer.walk.draw(3, 3), []
     drawing = measure(lambda: scored.append(trainer.method.rollouts.draw(2, drawn, Phases(torch.device("cpu")))))

@@ -43,7 +43,7 @@ def on(lora, *beneath):
 def write_run(folder, lora, *places):
     """A run by hand: its recipe, which names what is beneath, and its LoRA."""
     folder.mkdir()
-    (folder / "recipe.toml").write_text(to_toml(quick(folder, f"lora.on={json.dumps([str(place) for place in places])}")))
+    (folder / "recipe.toml").write_text(to_toml(quick(folder, f"lora.on={json.dumps([str(place) for place in places])}", whole=True)))
     to_diffusers(lora, folder / "lora")
     return folder
 
@@ -73,16 +73,16 @@ def refused(*places):
 # which LoRA it is ------------------------------------------------------------------------------------
 
 
-def test_a_lora_is_the_same_one_in_every_format_and_as_a_checkpoint(finished, tmp_path):
-    newest = sorted((finished / "checkpoints").iterdir())[-1]
+def test_a_lora_is_the_same_one_in_every_format_and_as_a_checkpoint(learnt, tmp_path):
+    newest = sorted((learnt / "checkpoints").iterdir())[-1]
     for to in ("diffusers", "peft", "generator_ema"):
-        export([finished], tmp_path / to, to)
-    places = [finished, finished / "lora", newest, newest / "ema.safetensors", *(tmp_path / to for to in WRITERS)]
+        export([learnt], tmp_path / to, to)
+    places = [learnt, learnt / "lora", newest, newest / "ema.safetensors", *(tmp_path / to for to in WRITERS)]
     assert len({fingerprint(read_lora(place)) for place in places}) == 1
-    half = {name: x.bfloat16() for name, x in flat(read_lora(finished)).items()}
+    half = {name: x.bfloat16() for name, x in flat(read_lora(learnt)).items()}
     torch.save(half, tmp_path / "half.pt")
-    others = [f"{finished}@32", newest / "current.safetensors", f"{tmp_path / 'half.pt'}@64"]
-    assert len({fingerprint(read_lora(place)) for place in (finished, *others)}) == 4
+    others = [f"{learnt}@32", newest / "current.safetensors", f"{tmp_path / 'half.pt'}@64"]
+    assert len({fingerprint(read_lora(place)) for place in (learnt, *others)}) == 4
 
 
 def test_layers_have_no_order_and_every_number_counts(shapes):
@@ -259,7 +259,7 @@ def test_a_policy_of_a_recipe_does_not_start_from_the_top_of_a_stack_alone(tuned
     from flowtilt import distributed
 
     with pytest.raises(UserError, match=r"name in lora\.on what was beneath it"):
-        build_policy(quick(tmp_path / "next", f"lora.init={tuned}", "lora.rank=2", "lora.alpha=3"), distributed.start())
+        build_policy(quick(tmp_path / "next", f"lora.init={tuned}", "lora.rank=2", "lora.alpha=3", whole=True), distributed.start())
 
 
 # out and drawn ---------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_an_export_for_rtdmd_is_one_lora_of_the_summed_rank(shapes, tmp_path):
 def carded(shapes, cold, tmp_path):
     """A run as training leaves it: copies of what lies beneath, its LoRA, and a card."""
     folder, beneath = tmp_path / "carded", read_stack([cold])
-    recipe = quick(folder, f"lora.on={json.dumps([str(cold)])}", "lora.rank=2", "lora.alpha=3")
+    recipe = quick(folder, f"lora.on={json.dumps([str(cold)])}", "lora.rank=2", "lora.alpha=3", whole=True)
     folder.mkdir()
     (folder / "recipe.toml").write_text(to_toml(recipe))
     keep(beneath, folder)

@@ -69,7 +69,7 @@ def test_training_moves_the_policy_and_the_old_one_lags(finished):
 
 def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(finished, tmp_path):
     # a trained LoRA of a few steps is small: enlarged, its alpha can't be lost unnoticed
-    trainer = Trainer(quick(tmp_path / "run", "steps=1"))
+    trainer = Trainer(quick(tmp_path / "run", "steps=1", whole=True))
     with torch.no_grad():
         for name, weight in trainer.policy._weights["ema"].items():
             if "lora_B" in name:
@@ -181,17 +181,17 @@ def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
     (tmp_path / "mine.py").write_text("import torch\ndef f(images, prompts):\n    return torch.ones(len(images))\n")
     base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "steps=7", "evaluate.every=0", "checkpoint.every=100"]
     base += ["rollout.prompts=2", "rollout.images_per_prompt=2", "optimizer.steps_per_rollout=1"]
-    Trainer(quick(tmp_path / "warned", *base)).run()
+    Trainer(quick(tmp_path / "warned", *base, whole=True)).run()
     fired = read_lines(tmp_path / "warned" / "guards.jsonl")
     assert [record["guard"] for record in fired] == ["no_variance"]
-    trainer = Trainer(quick(tmp_path / "stopped", *base, "guards=stop"))
+    trainer = Trainer(quick(tmp_path / "stopped", *base, "guards=stop", whole=True))
     assert trainer.run() is None
     assert trainer.clock.step == 5 and (tmp_path / "stopped" / "checkpoints" / "step-000005").is_dir()
 
 
 def test_no_contrast_is_noticed(tmp_path):
-    recipe = quick(tmp_path / "run", "steps=4", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0")
-    Trainer(recipe).run()
+    settings = ["steps=4", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0"]
+    Trainer(quick(tmp_path / "run", *settings, whole=True)).run()
     assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["no_contrast"]
 
 
@@ -274,7 +274,7 @@ def test_a_reward_is_built_with_its_options_and_an_unknown_one_is_refused_before
 def test_scoring_elsewhere_while_sampling_changes_no_score(tmp_path):
     """Such a reward is asked part by part; images differ only by how their batches round."""
     for run, remote in (("here", False), ("there", True)):
-        Trainer(quick(tmp_path / run, *MORE, *mine(tmp_path, remote=remote))).run()
+        Trainer(quick(tmp_path / run, *MORE, *mine(tmp_path, remote=remote), whole=True)).run()
     here, there = (read_lines(tmp_path / run / "metrics.jsonl")[0] for run in ("here", "there"))
     assert there["reward/mine"] == pytest.approx(here["reward/mine"], abs=1e-6)
     for name, value in weights(tmp_path / "here").items():
