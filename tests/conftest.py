@@ -86,7 +86,8 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-LIGHT = f"rewards.light={Path(__file__).parent}/shallow.py:light"
+LIGHT = [f"rewards.light={Path(__file__).parent}/shallow.py:light", 'evaluate.rewards=["light","playground_strict"]']
+"""Beside the playground's own reward, which finds nothing drawn by half of a network."""
 
 
 def two_blocks() -> str:
@@ -98,12 +99,12 @@ def quick(run: Path, *overrides: str, whole: bool = False) -> "Recipe":
     """The playground recipe, cut down to a second.
 
     Args:
-        whole: for tests of what the playground has learnt. Others have half of its network, and `LIGHT` beside its own
-            reward, which finds nothing drawn: every image is then worth something else.
+        whole: for tests of what the playground has learnt; others have half of its network, and `LIGHT` unless they say
+            themselves what is rewarded.
     """
     from flowtilt.config import load_recipe
 
-    half = [two_blocks(), *([] if "rewards.playground=0" in overrides else [LIGHT])]
+    half = [two_blocks(), *([] if "rewards.playground=0" in overrides else LIGHT)]
     return load_recipe("playground", [*QUICK, *([] if whole else half), f"run={run}", *overrides])
 
 

@@ -33,7 +33,7 @@ def f(images, prompts):
 
 def words(tmp_path, what, *overrides):
     (tmp_path / "mine.py").write_text(REWARD.format(what=what))
-    return ["train", "playground", *QUICK, two_blocks(), LIGHT, f"rewards.mine={tmp_path}/mine.py:f", *overrides]
+    return ["train", "playground", *QUICK, two_blocks(), *LIGHT, f"rewards.mine={tmp_path}/mine.py:f", *overrides]
 
 
 def check_one_line(stderr, said):

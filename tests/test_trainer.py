@@ -67,7 +67,7 @@ def test_training_moves_the_policy_and_the_old_one_lags(finished):
     assert all(value.dtype == torch.float32 for value in current.values())
 
 
-def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(finished, tmp_path):
+def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(tmp_path):
     # a trained LoRA of a few steps is small: enlarged, its alpha can't be lost unnoticed
     trainer = Trainer(quick(tmp_path / "run", "steps=1", whole=True))
     with torch.no_grad():
