@@ -80,14 +80,14 @@ def test_prompt_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, conten
 
 
 @pytest.mark.parametrize("kind", ["broken", "foreign", "other shape", "empty"])
-def test_a_broken_or_foreign_lora_is_refused(capsys, tmp_path, finished, kind):
+def test_a_broken_or_foreign_lora_is_refused(capsys, tmp_path, learnt, kind):
     import torch
     from safetensors.torch import load_file, save_file
 
     file = tmp_path / "x.safetensors"
-    good = load_file(finished / "lora" / "pytorch_lora_weights.safetensors")
+    good = load_file(learnt / "lora" / "pytorch_lora_weights.safetensors")
     if kind == "broken":
-        file.write_bytes((finished / "lora" / "pytorch_lora_weights.safetensors").read_bytes()[:5000])
+        file.write_bytes((learnt / "lora" / "pytorch_lora_weights.safetensors").read_bytes()[:5000])
     elif kind == "foreign":
         save_file({"unet.mid_block.attn.to_q.lora_A.weight": torch.zeros(4, 4)}, file)
     elif kind == "other shape":
@@ -98,13 +98,13 @@ def test_a_broken_or_foreign_lora_is_refused(capsys, tmp_path, finished, kind):
     assert not (tmp_path / "o.png").exists()
 
 
-def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, finished, capsys):
+def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, learnt, capsys):
     for name in ("one.png", "two.png"):
         words = [
             "sample",
             "a red circle left of a blue square",
             "--lora",
-            str(finished),
+            str(learnt),
             "--steps",
             "4",
             "--seed",
