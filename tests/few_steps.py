@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from conftest import LIGHT, two_blocks
+
 from flowtilt import Trainer, checkpoint
 from flowtilt.config import load_recipe
 from flowtilt.files import read_lines
@@ -16,12 +18,12 @@ RL = [*TINY, "steps=2", "rollout.prompts=3", "rollout.images_per_prompt=4"]
 
 def cold(run, *overrides):
     """Distillation: 5 samples a batch, which 4 steps do not divide."""
-    return load_recipe("playground-rtdmd-cold", [*COLD, f"run={run}", *overrides])
+    return load_recipe("playground-rtdmd-cold", [*COLD, two_blocks(), f"run={run}", *overrides])
 
 
 def rl(run, on, *overrides):
     """Reinforcement of 3 prompts x 4 images on what `cold` has left."""
-    return load_recipe("playground-rtdmd-rl", [*RL, f"run={run}", f"lora.on={json.dumps([str(on)])}", *overrides])
+    return load_recipe("playground-rtdmd-rl", [*RL, two_blocks(), *LIGHT, f"run={run}", f"lora.on={json.dumps([str(on)])}", *overrides])
 
 
 def going_on(run, folder, *overrides):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, two_blocks
 
 from flowtilt import Trainer
 from flowtilt.config import load_recipe
@@ -52,14 +52,14 @@ def logged(kind, folder):
     with_reference = [] if kind == "ram" else ["objective.kl=0.1"]
     size = [] if kind == "grpo" else ["objective.times_per_image=1"]
     quick = [setting for setting in QUICK if not setting.startswith("objective.")]
-    recipe = load_recipe("playground", [*quick, *TINY, *settings, *with_reference, *size, f"run={folder / kind}"])
+    recipe = load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, *with_reference, *size, f"run={folder / kind}"])
     return run(recipe)
 
 
 def few_steps(kind, folder):
     quick = [setting for setting in QUICK if not setting.startswith(("objective.", "optimizer."))]
     settings = [f"objective.type={kind}", "rollout.solver=cps", "optimizer.steps_per_rollout=1", *FEW_STEPS[kind]]
-    return run(load_recipe("playground", [*quick, *TINY, *settings, f"run={folder / kind}"]))
+    return run(load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, f"run={folder / kind}"]))
 
 
 def run(recipe):

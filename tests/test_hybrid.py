@@ -143,7 +143,7 @@ def test_what_it_draws_anywhere_is_what_its_average_draws_here(run, distilled, t
     loras = read_stack([run])
     assert [fingerprint(lora) for lora in loras[:-1]] == [fingerprint(read_lora(distilled))]
     assert read_lora(run / "fake").parents == (fingerprint(read_lora(distilled / "fake")),)
-    stack = Stack(SD3(load_pipeline("playground", revision=None, dtype="float32", device=CPU)), loras)
+    stack = Stack(SD3(load_pipeline(trainer.recipe.model.path, revision=None, dtype="float32", device=CPU)), loras)
     places, shape = [(9, k) for k in range(3)], stack.model.latent_shape
     sampler, texts = Sampler("cps", S, eta=ETA), ["a red circle", "two crosses", "three green triangles"]
     drawn = [
