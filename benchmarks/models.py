@@ -1,6 +1,7 @@
 """Stable Diffusion 3 pipelines with random weights: for measuring a step, not for looking at its images.
 
     python benchmarks/models.py full FOLDER     # SD3.5-Medium as published: 16 GB in bfloat16
+    python benchmarks/models.py lean FOLDER     # the same but for T5's depth, which no timing of the network needs: 7 GB
     python benchmarks/models.py small FOLDER    # the same structure, for a CPU: 18 MB
 
 A pipeline is written to a folder and opened from there, as anybody's model is: a benchmark then runs flowtilt's own
@@ -49,7 +50,8 @@ SMALL = replace(
 )
 """Everything that SD3.5-Medium has, narrow and shallow: a second attention in half of its layers, normalised queries and keys,
 three text encoders, 16 latent channels, a VAE that shrinks eightfold."""
-SCALES = {"full": FULL, "small": SMALL}
+LEAN = replace(FULL, text_encoders=(_CLIP_L, _CLIP_G, {**_T5, "num_layers": 2}))
+SCALES = {"full": FULL, "lean": LEAN, "small": SMALL}
 
 
 def write(scale: str, folder: Path, seed: int = 0) -> None:

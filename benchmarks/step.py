@@ -12,8 +12,7 @@ On a GPU, at SD3.5-Medium's size, with random weights (16 GB on disk; written on
     python benchmarks/step.py --model /tmp/full --name full-ratio --rounds 2 rollout.prompts=3
     # on a card of 24 GB: peak memory; flowtilt alone, since the reference's fp32 base leaves no room
     python benchmarks/step.py --model /tmp/full --name full-24 --memory-cap 24 --rounds 1 rollout.prompts=3
-    # the same with torch.compile, or with activations recomputed
-    python benchmarks/step.py --model /tmp/full --name full-compiled --alone --rounds 2 rollout.prompts=3 model.compile=true
+    # the same with activations recomputed
     python benchmarks/step.py --model /tmp/full --name full-recomputed --alone --rounds 2 rollout.prompts=3 model.recompute=true
 
 Models with random weights run sd35m-geneval with the playground's prompts and the mean brightness as a reward, in place of the

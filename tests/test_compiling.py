@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import quick
 from test_policy import build, gradients
 
+from flowtilt import Trainer, trainer
 from flowtilt.compiling import compile_blocks
 
 
@@ -52,3 +54,10 @@ def test_without_a_compiler_training_goes_on_uncompiled(inputs, monkeypatch):
     assert why and "\n" not in why
     assert all(block._compiled_call_impl is None for block in policy.model.blocks)
     assert all(torch.equal(a, b) for a, b in zip(before, velocities(policy, inputs), strict=True))
+
+
+def test_a_trainer_says_that_it_compiles_and_why_not(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trainer, "compile_blocks", lambda policy: "no compiler here")
+    Trainer(quick(tmp_path / "run", "steps=1", "model.compile=true")).run()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model.compile: ")]
+    assert len(said) == 2 and "a minute or two" in said[0] and said[1].endswith("going on without (no compiler here)")

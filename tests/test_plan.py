@@ -14,6 +14,7 @@ from flowtilt.cli import Parser, plan
 from flowtilt.config import recipe_names
 from flowtilt.plan import GPUS, Machine, make_plan
 from flowtilt.plan.geometry import find_geometry
+from flowtilt.plan.machine import REACHED
 from flowtilt.plan.memory import GIB
 from flowtilt.plan.meter import measure
 from flowtilt.plan.passes import evaluations_in_all, passes_of
@@ -147,6 +148,14 @@ def test_the_command_prints_a_table_or_json(capsys):
     told = json.loads(typed(capsys, "playground", "--json", "--gpu-memory", "10"))
     assert told["figures"] == "computed, not measured" and told["machine"]["memory"] == 10 * GIB
     assert told["hours"] == pytest.approx(sum(part["hours"] for part in told["work"].values()))
+
+
+def test_a_compiled_network_is_taken_to_reach_what_one_did_unless_the_user_knows_better(capsys):
+    def utilisation(*words):
+        return json.loads(typed(capsys, "playground", "--json", *words))["machine"]["utilisation"]
+
+    assert [utilisation(), utilisation("model.compile=true")] == [REACHED[False], REACHED[True]]
+    assert utilisation("model.compile=true", "--utilisation", "0.5") == 0.5
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ class Trainer:
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
         self.method = self._method()
         # after recomputation, which it would not see
-        if recipe.model.compile and (why := compile_blocks(self.policy)) and self.world.rank == 0:
-            print(f"model.compile: not compiled, going on without ({why})", file=sys.stderr, flush=True)
+        if recipe.model.compile:
+            self._compile()
         self.clock, self.guards = Clock(), Guards(recipe)
         self.interrupted = False
         """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
@@ -111,6 +111,15 @@ class Trainer:
         else:
             learner = Learner(self.recipe, self.policy, build_objective(o), self.world, self.micro_batch)
         return Reinforcement(self.recipe, self.policy, self.walk, self.rewards, learner, self.world, self.micro_batch)
+
+    def _compile(self) -> None:
+        def say(text: str) -> None:
+            if self.world.rank == 0:
+                print(f"model.compile: {text}", file=sys.stderr, flush=True)
+
+        say("compiling the network's blocks takes a minute or two, the next time less")
+        if why := compile_blocks(self.policy):
+            say(f"not compiled, going on without ({why})")
 
     def _beneath(self, resume: Path | None) -> list[Lora]:
         """The LoRAs beneath the trained one; a run has copies of its own."""

@@ -43,7 +43,7 @@ class ModelSettings(Settings):
     recompute: Literal["auto"] | bool = "auto"
     """Gradient checkpointing: less memory for a third more forward work; "auto" begins where fewer than 4 rows would fit."""
     compile: bool = False
-    """Compile the network's repeated blocks with torch.compile; where that fails they run as they are."""
+    """torch.compile of the network's blocks: 1.6 times as fast on an H100, after a minute or two; where it fails they run as they are."""
     attention: str | None = Field(default=None, min_length=1)
     """A diffusers attention backend, "flash", "_flash_3", "sage", "native", …; none takes torch's own choice."""
 
