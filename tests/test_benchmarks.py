@@ -11,6 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import clocks
+import compiled
 import models
 import objectives
 import plain
@@ -91,6 +92,28 @@ def test_methods_differ_in_nothing_but_the_method(monkeypatch, tmp_path, folder,
     assert (nft["evaluations_per_image"], grpo["evaluations_per_image"]) == (10 + 9 * (3 + 1 + 1), 10 + 3 * 3)
     assert len(begun) == 2 and nft["utilisation"] is None and nft["peak_gib"] is None
     assert "(1.00 x NFT)" in capsys.readouterr().out
+
+
+def test_a_compiled_network_is_held_against_itself_as_it_was(monkeypatch, tmp_path, folder):
+    """Here the compiler makes all velocities larger, and those that are recorded larger still."""
+
+    def compiler(policy):
+        forward = policy.forward
+        policy.forward = lambda *given: forward(*given) * (1.03 if torch.is_grad_enabled() else 1.01)
+        return ""
+
+    monkeypatch.setattr(compiled, "compile_blocks", compiler)
+    output, words = (
+        tmp_path / "compiled.json",
+        [word for word in TINY[2:] if not word.startswith(("rollout.prompts", "rollout.images", "rollout.steps"))],
+    )
+    compiled.main(["--model", str(folder), "--output", str(output), "--rows", "3", "rollout.steps=5", *words])
+    found = json.loads(output.read_text())
+    before, after = found["plain"]["velocities"], found["compiled"]["velocities"]
+    assert max(before["recorded"], before["reference"], *before["ratio_off"].values()) < 1e-6  # fp32
+    assert after["not_compiled"] == pytest.approx(0.01, rel=1e-3) and after["recorded"] == pytest.approx(0.02 / 1.01, rel=1e-3)
+    assert after["reference"] < 1e-6 and all(value > 1e-5 for value in after["ratio_off"].values())
+    assert found["compiled"]["rollout_seconds"] > 0 and found["plain"]["forward_kernels_ms"] is None
 
 
 def test_utilisation_is_told_for_gpus_whose_figures_are_known_alone():
