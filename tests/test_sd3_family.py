@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from meta_shapes import Shapes
 
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.sd3 import SD3
@@ -39,7 +40,8 @@ def test_a_velocity_has_the_shape_of_the_latents(name, resolution, t5_length):
     given = conditioning(geometry, model)
     assert given.distinct["encoder_hidden_states"].shape == (1, 77 + (t5_length or 128), 4096)
     x, t = torch.empty(2, *model.latent_shape, device="meta"), torch.empty(2, device="meta")
-    v = policy.velocity("current", x, t, given.select(torch.zeros(2, dtype=torch.long)))
+    with Shapes():
+        v = policy.velocity("current", x, t, given.select(torch.zeros(2, dtype=torch.long)))
     assert v.shape == x.shape and v.dtype == torch.float32 and v.requires_grad
 
 
