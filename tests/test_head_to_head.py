@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LIGHT, two_blocks
 from contest.jobs import ablation_jobs, main_jobs, search_jobs
 from contest.measures import diversity
 from contest.page import NOTHING, drawn, with_results
@@ -27,7 +28,12 @@ from flowtilt.setup import evaluation_prompts, training_prompts
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6", "evaluate.steps=2")
-TINY = dataclasses.replace(QUICK, budget=700, methods=("grpo",), overrides=(*QUICK.overrides, *SMALL), amount=Amount(images=6, copies=2))
+
+
+def tiny(**changes) -> Plan:
+    """Small runs of one method on half of the playground's network, judged by the light of their images."""
+    overrides = (*QUICK.overrides, *SMALL, two_blocks(), *LIGHT)
+    return dataclasses.replace(QUICK, **{"budget": 700, "methods": ("grpo",), "overrides": overrides, "amount": Amount(6, 2), **changes})
 
 
 def silent(line: str) -> None:
@@ -202,16 +208,16 @@ def test_the_page_is_what_the_results_say():
 @pytest.fixture(scope="module")
 def contest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contest")
-    found = Contest(folder, TINY, 1, folder / "results.json", silent)
+    found = Contest(folder, tiny(), 1, folder / "results.json", silent)
     found.search()
     found.run()
     return found
 
 
 def test_the_search_ends_with_one_setting_and_keeps_what_lost(contest):
-    search = Search(contest.folder, TINY, "grpo")
+    search = Search(contest.folder, tiny(), "grpo")
     tried = search.tried()
-    assert len(tried) == 2 and [record["chosen"] for record in tried].count(True) == 1
+    assert len({record["score"] for record in tried}) == len(tried) == 2 and [record["chosen"] for record in tried].count(True) == 1
     assert not search.first_round() and not search.second_round()
     close = finalists([record["score"] for record in tried])
     assert [place for place, record in enumerate(tried) if "final" in record] == (close if len(close) > 1 else [])
@@ -222,18 +228,18 @@ def test_the_search_ends_with_one_setting_and_keeps_what_lost(contest):
 def test_another_machine_goes_on_with_what_the_results_hold(contest, tmp_path):
     found = contest.results()
     write_json(tmp_path / "results.json", found)
-    other = Contest(tmp_path / "elsewhere", TINY, 1, tmp_path / "results.json", silent)
+    other = Contest(tmp_path / "elsewhere", tiny(), 1, tmp_path / "results.json", silent)
     other.search()
     other.run()
     assert other.results() == found and not list(other.folder.rglob("metrics.jsonl"))
-    longer = Contest(tmp_path / "longer", dataclasses.replace(TINY, budget=800), 1, tmp_path / "results.json", silent)
+    longer = Contest(tmp_path / "longer", tiny(budget=800), 1, tmp_path / "results.json", silent)
     assert longer.results()["search"]["grpo"][0]["score"] is None
 
 
 def test_runs_spend_their_budget_and_no_more(contest):
     (entry,) = contest.results()["entries"]
-    rollout = passes_of(load_recipe("playground-grpo", TINY.overrides), 1).evaluations
-    assert TINY.budget - rollout < entry["network_evaluations"] <= TINY.budget
+    rollout = passes_of(load_recipe("playground-grpo", tiny().overrides), 1).evaluations
+    assert tiny().budget - rollout < entry["network_evaluations"] <= tiny().budget
     assert entry["distance"] > 0 and entry["diversity"]["all"] > 0 and 0 <= entry["held_out"] <= 1
     assert contest.results()["base"]["distance"] == 0
 
@@ -248,7 +254,7 @@ def test_what_is_finished_is_not_made_again(contest):
 
 def test_another_plan_does_not_mix_with_what_is_there(contest):
     with pytest.raises(UserError, match="another plan"):
-        Contest(contest.folder, dataclasses.replace(TINY, budget=600), 1, contest.folder / "results.json", silent)
+        Contest(contest.folder, tiny(budget=600), 1, contest.folder / "results.json", silent)
 
 
 def test_the_report_has_the_search_and_every_seed_and_a_picture(contest, tmp_path):
@@ -263,7 +269,7 @@ def test_the_report_has_the_search_and_every_seed_and_a_picture(contest, tmp_pat
 
 
 def test_an_interrupted_run_goes_on_to_the_bits_of_an_unbroken_one(contest, tmp_path):
-    (whole,), (broken,) = (main_jobs(folder, TINY, "grpo", contest.chosen("grpo")) for folder in (contest.folder, tmp_path))
+    (whole,), (broken,) = (main_jobs(folder, tiny(), "grpo", contest.chosen("grpo")) for folder in (contest.folder, tmp_path))
     broken = dataclasses.replace(broken, amount=None)
     trainer = Trainer(broken.load(2))
     trainer.interrupted = True
@@ -275,7 +281,7 @@ def test_an_interrupted_run_goes_on_to_the_bits_of_an_unbroken_one(contest, tmp_
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path):
-    good, bad = (Job(tmp_path / name, "playground", TINY.overrides, 300) for name in ("good", "bad"))
+    good, bad = (Job(tmp_path / name, "playground", tiny().overrides, 300) for name in ("good", "bad"))
     bad = dataclasses.replace(bad, overrides=(*bad.overrides, "evaluate.prompts=./missing.txt"))
     said = []
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
