@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import quick, two_blocks
+from conftest import quick
 
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import Parser, plan
@@ -61,9 +61,7 @@ def test_network_evaluations_are_those_that_a_run_logs(tmp_path, overrides):
 
 def test_operations_are_those_of_a_real_run_on_a_cpu(unread, tmp_path):
     overrides = ["objective.kl=0.1", "objective.times_per_image=2", "optimizer.steps_per_rollout=1", "rollout.images_per_prompt=2"]
-    recipe = quick(
-        tmp_path / "run", two_blocks(), "model.dtype=float32", "model.recompute=true", "micro_batch=12", "steps=2", *overrides, whole=True
-    )
+    recipe = quick(tmp_path / "run", "model.dtype=float32", "model.recompute=true", "micro_batch=12", "steps=2", *overrides)
     trainer = Trainer(recipe)
     steps = [measure(trainer._step) for _ in range(2)]
     found = make_plan(recipe, Machine())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import quick, two_blocks
+from conftest import quick
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.models.captions import IN_MEMORY
@@ -46,7 +46,7 @@ def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(unread, tmp_path, 
         "rollout.steps=2",
     ]
     told = [f"model.dtype={dtype}", f"model.recompute={str(recompute).lower()}", "micro_batch=5"]
-    recipe = quick(tmp_path / "run", two_blocks(), *told, *overrides, whole=True)
+    recipe = quick(tmp_path / "run", *told, *overrides)
     trainer, found = moved(recipe), make_plan(recipe, Machine())
     drawn, scored = trainer.walk.draw(3, 3), []
     drawing = measure(lambda: scored.append(trainer.method.rollouts.draw(2, drawn, Phases(torch.device("cpu")))))
