@@ -1,5 +1,7 @@
 """Seconds, memory and operations of a step, on a CPU and on a GPU alike."""
 
+import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,7 +13,6 @@ from unittest.mock import patch
 import torch
 
 from flowtilt import Trainer
-from flowtilt.config import Recipe
 from flowtilt.plan.machine import GPUS, Machine
 from flowtilt.plan.memory import CONTEXT, GIB
 from flowtilt.plan.plan import make_plan
@@ -109,13 +110,29 @@ def peak_memory(device: torch.device) -> dict[str, float] | None:
     return {"tensors": torch.cuda.max_memory_allocated(device) / GIB, "taken": torch.cuda.max_memory_reserved(device) / GIB}
 
 
-def needed_operations(recipe: Recipe, dtype: str) -> dict[str, float]:
+def timed_step(trainer: Trainer) -> tuple[dict[str, float], float]:
+    """A step's metrics, and its seconds.
+
+    Raises:
+        SystemExit: it trained nothing, so that its speed says nothing.
+    """
+    device = trainer.policy.model.device
+    begin = now(device)
+    metrics = trainer._step()
+    seconds = now(device) - begin
+    if not math.isfinite(metrics["loss"]) or metrics["skipped_updates"]:
+        sys.exit(f"{trainer.recipe.name}: the loss is not finite, or an update was skipped: its speed says nothing")
+    return metrics, seconds
+
+
+def needed_operations(trainer: Trainer) -> dict[str, float]:
     """Floating-point operations that a step's mathematics asks of the network, whatever a loop computes twice.
 
     "sample": the rollout forward. "train": current policy forward and backward, old policy forward, and the reference where the
     recipe has it. As `flowtilt plan` counts them, on the average of the recipe's rollouts.
     """
-    model = recipe.model.model_copy(update={"recompute": False, "dtype": dtype})
+    recipe, dtype = trainer.recipe, str(trainer.policy.model.network.dtype)
+    model = recipe.model.model_copy(update={"recompute": False, "dtype": dtype.removeprefix("torch.")})
     work = make_plan(recipe.model_copy(update={"model": model}), Machine()).work
     return {phase: sum(work[phase].flops.values()) / recipe.steps for phase in ("sample", "train")}
 

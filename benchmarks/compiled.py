@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import begin_memory, needed_operations, now, peak_memory, peak_rate
+from clocks import begin_memory, needed_operations, now, peak_memory, peak_rate, timed_step
 from step import COMMON, machine, stand_ins
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -100,10 +100,9 @@ def measure(trainer: Trainer, passes: Passes) -> dict[str, Any]:
     }
     trainer._step()
     begin_memory(device)
-    begin = now(device)
-    metrics = trainer._step()
-    found |= {"rollout_seconds": now(device) - begin, "images": images, "peak_gib": peak_memory(device)}
-    rate, operations = peak_rate(), needed_operations(trainer.recipe, str(trainer.policy.model.network.dtype).removeprefix("torch."))
+    metrics, took = timed_step(trainer)
+    found |= {"rollout_seconds": took, "images": images, "peak_gib": peak_memory(device)}
+    rate, operations = peak_rate(), needed_operations(trainer)
     return found | {"utilisation": rate and {phase: operations[phase] / metrics[f"time/{phase}"] / rate for phase in operations}}
 
 

@@ -13,7 +13,6 @@ import argparse
 import copy
 import gc
 import json
-import math
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from unittest.mock import patch
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from clocks import begin_memory, needed_operations, now, peak_memory, peak_rate
+from clocks import begin_memory, needed_operations, peak_memory, peak_rate, timed_step
 from step import COMMON, machine, stand_ins
 
 from flowtilt import Trainer, load_recipe
@@ -57,16 +56,12 @@ def measure(name: str, images: int, overrides: list[str], run: Path) -> dict[str
     group = ["rollout.prompts=1", f"rollout.images_per_prompt={images}"]
     recipe = load_recipe(name, [*COMMON, *overrides, *group, f"run={run}"])
     trainer = Trainer(recipe)
-    device, network = trainer.policy.model.device, trainer.policy.model.network
-    operations = needed_operations(recipe, str(network.dtype).removeprefix("torch."))
+    device = trainer.policy.model.device
+    operations = needed_operations(trainer)
     trainer._step()
     evaluations = trainer.clock.network_evaluations
     begin_memory(device)  # what did not fit while micro-batches were found is no peak
-    begin = now(device)
-    metrics = trainer._step()
-    seconds = now(device) - begin
-    if not math.isfinite(metrics["loss"]) or metrics["skipped_updates"]:
-        sys.exit(f"objectives.py: {name}: the loss is not finite, or nothing was trained: its speed says nothing")
+    metrics, seconds = timed_step(trainer)
     phases = {phase.removeprefix("time/"): value / images for phase, value in metrics.items() if phase.startswith("time/")}
     rate = peak_rate()
     return {

@@ -38,7 +38,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
-from clocks import Watch, begin_memory, cap_memory, clock_name, needed_operations, now, peak_memory, peak_rate
+from clocks import Watch, begin_memory, cap_memory, clock_name, needed_operations, now, peak_memory, peak_rate, timed_step
 from models import SCALES, write
 from plain import PlainLoop
 
@@ -86,7 +86,7 @@ class Bench:
         # the old policy gets its own pass from the first step on, as in all others
         self.trainer.policy.changed()
         self.device, self.network = self.trainer.policy.model.device, self.trainer.policy.model.network
-        self.operations = needed_operations(self.trainer.recipe, self._base())
+        self.operations = needed_operations(self.trainer)
         self.begun = [p.detach().clone() for p in self.trainer.policy.parameters]
         self.sizes = [] if args.memory_cap else sizes if args.sizes is None else args.sizes
         self.plain = PlainLoop(self.trainer, str(folder)) if self.sizes else None
@@ -112,12 +112,8 @@ class Bench:
 
     def _flowtilt(self) -> dict[str, Any]:
         with self._alone(self.network), Watch(self.trainer) as watch:
-            begin = now(self.device)
-            metrics = self.trainer._step()
-            seconds = now(self.device) - begin
+            metrics, seconds = timed_step(self.trainer)
             peak = peak_memory(self.device)
-        if not math.isfinite(metrics["loss"]) or metrics["skipped_updates"]:
-            sys.exit("step.py: the loss is not finite: these weights can't be trained, and their speed says nothing")
         times = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
         phases = {name: value / sum(times.values()) for name, value in times.items()}
         parts = {part: value / seconds for part, value in watch.seconds().items()} | {"rewards": phases["reward"]}
