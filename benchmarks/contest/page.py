@@ -88,8 +88,8 @@ def _reached(own: Sequence[Record]) -> str:
     known = [cost for cost in costs if cost is not None]
     if len(known) == len(costs):
         found = span(known)
-        return f"{short(found.median)} ({short(found.low)} to {short(found.high)})"
-    median = span([math.inf if cost is None else cost for cost in costs]).median
+        return f"{short(found.value)} ({short(found.low)} to {short(found.high)})"
+    median = span([math.inf if cost is None else cost for cost in costs]).value
     told = f"{len(known)} of {len(costs)} seeds"
     if math.isfinite(median):
         return f"{short(median)}, {told}"
@@ -106,14 +106,14 @@ def _ladder(comparison: Comparison) -> str:
 
 
 def _step(reach: Reach) -> str:
-    cost = f"{reach.span.median / 1000:.0f}" if math.isfinite(reach.span.median) else "–"
+    cost = f"{reach.span.value / 1000:.0f}" if math.isfinite(reach.span.value) else "–"
     return f"{cost} ({ratio_cell(reach.against).main})" if reach.against else cost
 
 
 def _measured(own: Sequence[Record]) -> list[str]:
     scores = [median([entry[key] for entry in own]) for key in ("held_out", "trained")]
     diversities = [entry["diversity"]["right"] for entry in own if entry["diversity"]["right"] is not None]
-    return [*scores, median(diversities), short(span([entry["distance"] for entry in own]).median, 2)]
+    return [*scores, median(diversities), short(span([entry["distance"] for entry in own]).value, 2)]
 
 
 def median(values: Sequence[float]) -> str:
@@ -121,7 +121,7 @@ def median(values: Sequence[float]) -> str:
         return "–"
     found = span(values)
     whole = f" ({fixed(found.low, 3)} to {fixed(found.high, 3)})" if len(values) > 1 else ""
-    return fixed(found.median, 3) + whole
+    return fixed(found.value, 3) + whole
 
 
 def _search(method: str, tried: Sequence[Record]) -> str:

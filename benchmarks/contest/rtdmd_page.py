@@ -51,8 +51,8 @@ def _table(results: Record) -> str:
     for name, label in LABELS.items():
         own = [entry for entry in results["entries"] if entry["method"] == name]
         if own:
-            cost = short(span([entry["network_evaluations"] for entry in own]).median)
-            seconds = short(span([entry["seconds"] for entry in own]).median)
+            cost = short(span([entry["network_evaluations"] for entry in own]).value)
+            seconds = short(span([entry["seconds"] for entry in own]).value)
             held_out = median([entry["held_out"] for entry in own])
             rows.append([label, str(len(own)), "4", median([entry["final_score"] for entry in own]), held_out, cost, seconds])
     return f"{run_on(results['entries'])}\n\n{table(head, rows)}"

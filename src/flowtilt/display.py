@@ -10,8 +10,8 @@ from tqdm import tqdm
 class Display:
     """A run's progress on stderr; silent on every rank but the first."""
 
-    def __init__(self, steps: int, start: int, quiet: bool = False):
-        self._quiet = quiet
+    def __init__(self, steps: int, start: int, quiet: bool = False, score_name: str = "score"):
+        self._quiet, self._score_name = quiet, score_name
         self._score: float | None = None
         self._bar = tqdm(
             total=steps, initial=start, unit="rollout", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty(), smoothing=0.1
@@ -23,9 +23,9 @@ class Display:
         """After each rollout."""
         phases = {name.removeprefix("time/"): seconds for name, seconds in metrics.items() if name.startswith("time/")}
         longest = " ".join(f"{name} {seconds:.2f}s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1])[:3])
-        test = "" if self._score is None else f"test {self._score:.3f} · "
+        judged = "" if self._score is None else f"{self._score_name} {self._score:.3f} · "
         told = f"reward {metrics['reward/total']:.3f}" if "reward/total" in metrics else f"teacher gap {metrics['teacher_gap']:.3f}"
-        text = f"{told} · {test}{metrics['images_per_second']:.0f} img/s · {longest}"
+        text = f"{told} · {judged}{metrics['images_per_second']:.0f} img/s · {longest}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()
@@ -38,7 +38,7 @@ class Display:
         """After each evaluation."""
         self._score = score
         tags = " ".join(f"{tag} {value:.2f}" for tag, value in by_tag.items())
-        self.say(f"after {step} rollouts: test score {score:.3f}" + (f" ({tags})" if tags else ""))
+        self.say(f"after {step} rollouts: {self._score_name} {score:.3f}" + (f" ({tags})" if tags else ""))
 
     def say(self, text: str) -> None:
         """A line above the bar."""

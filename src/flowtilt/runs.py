@@ -14,6 +14,7 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
 from flowtilt.files import append_line, clean, disk_errors, read_lines, whole_folder, write_atomic, write_json
 from flowtilt.pictures import to_png
+from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
 
 JOB = "torchrun.txt"
 """The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
@@ -101,16 +102,18 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) -> None:
-    """Logs an evaluation and keeps its samples as PNG files with their captions and verdicts."""
+    """Logs an evaluation with its interval, and keeps every image's score and its samples as PNG files with captions and verdicts."""
     with whole_folder(folder / "samples" / f"step-{step:06d}") as temporary:
         for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
             row["file"] = f"{k:02d}.png"
             (temporary / f"{k:02d}.png").write_bytes(to_png(image))
         write_json(temporary / "index.json", found.sample_rows)
+        (temporary / IMAGE_SCORES).write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
     record = {
         "step": step,
         "column": found.column,
         "score": found.score,
+        "estimate": score_summary({"column": found.column, **found.by_image}),
         "images": found.images,
         "by_tag": found.by_tag,
         "rewards": found.rewards,

@@ -9,6 +9,7 @@ from flowtilt.config import Recipe
 from flowtilt.config.objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
+from flowtilt.held_out import SPLIT
 from flowtilt.lora import Lora, fingerprint, join
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, load_lora, shapes_of
@@ -28,9 +29,6 @@ from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
 from flowtilt.sharding import Lockstep
-
-PLAYGROUND = ("playground", "playground-search")
-"""Sets that bring prompts to train on and others to judge by."""
 
 
 def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Policy:
@@ -112,7 +110,7 @@ def training_prompts(recipe: Recipe) -> list[Prompt]:
 
 def evaluation_prompts(recipe: Recipe, training: list[Prompt]) -> list[Prompt]:
     """The prompts to evaluate on: the recipe's own, else the playground's other split, else the training prompts."""
-    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts in PLAYGROUND else None)
+    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts in SPLIT else None)
     return load_prompts(source, "test") if source else training
 
 

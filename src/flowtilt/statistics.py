@@ -1,13 +1,18 @@
-"""How sure a mean score is: a bootstrap over prompts.
+"""How sure a mean score is: a bootstrap over prompts, the one rule for every interval that flowtilt shows.
 
 N images lie in clusters (images of one prompt are alike, so a prompt counts as one observation) and strata
 (tags: how many prompts each has is the benchmark's choice, not chance). A value that is NaN is missing and
-left out; a cluster without any value is left out whole.
+left out; a cluster without any value is left out whole. Below 10 clusters there is no interval.
 
 Of a stratum's K clusters each resample draws K - 1 with replacement, weighted K / (K - 1). Drawing K would give
 the variance of the mean divided by K instead of K - 1, too narrow where tags have few prompts: Rao and Wu,
 J. Am. Stat. Assoc. 83 (1988); Rao, Wu and Yue, Survey Methodology 18 (1992). The interval is that of the
-resampled means' percentiles. A stratum of one cluster can't be resampled: it stays as it is and adds no width.
+resampled means' percentiles.
+
+A stratum of one cluster cannot be resampled, and strata whose clusters are alike add no width. Where there is
+a stratum of one cluster, or those that differ hold fewer than 10 clusters, all clusters are resampled as one stratum.
+This is wider, because it includes the differences between tags (collapsed strata: Cochran, Sampling Techniques,
+3rd ed., 5A.12). The mean over tags has no interval then.
 
 Where the clusters of no stratum differ, every resample is the same and would give an interval without width, as
 if nothing were uncertain. Then there is none, unless the scores' range [a, b] is known. Let p be the chance that
@@ -19,11 +24,14 @@ the means, prod p_s^K_s <= (sum w_s p_s)^K.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from flowtilt.estimate import ALIKE, BOOTSTRAP, EXACT, FEW, FEWEST, NOTHING, THIN, Estimate
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -31,18 +39,24 @@ Whole = NDArray[np.int64]
 DRAWS = 2**20
 """Clusters drawn at once, which bounds the memory."""
 
+SHARES = (
+    *("playground", "playground_strict", "playground_partial", "playground_smooth", "ocr"),
+    *("geneval", "geneval/strict", "geneval/correct"),
+)
+"""Scores that lie in [0, 1] by definition, so that an interval can be given also where all prompts score alike."""
 
 Bounds = tuple[float, float]
 """The lowest and the highest score that there can be."""
 
 
-class Estimate(NamedTuple):
-    """A mean and its interval, NaN where there is none; `alike`: no two clusters of a stratum differ."""
+def bounds_of(column: str, values: Sequence[ArrayLike]) -> Bounds | None:
+    """The range of a score, none where it is not known.
 
-    mean: float
-    low: float
-    high: float
-    alike: bool = False
+    A reward of the user's may have a share's name and another range, as `compat` gives GenEval's: values outside say so.
+    """
+    known = np.concatenate([np.ravel(np.asarray(part, dtype=float)) for part in values]) if len(values) else np.zeros(0)
+    known = known[~np.isnan(known)]
+    return (0.0, 1.0) if column in SHARES and ((known >= 0) & (known <= 1)).all() else None
 
 
 def interval(
@@ -55,7 +69,7 @@ def interval(
     level: float = 0.95,
     bounds: Bounds | None = None,
 ) -> tuple[float, float]:
-    """(low, high) of the mean over images, (nan, nan) where no stratum has two clusters, or none has two that differ.
+    """(low, high) of the mean over images, (nan, nan) below 10 clusters, or where none differ and the range is not known.
 
     Args:
         values: [N], NaN where missing.
@@ -85,7 +99,8 @@ def mean_of_strata(
 ) -> Estimate:
     """The mean over strata of each stratum's mean, GenEval's overall score, with its interval; see `interval`.
 
-    A stratum without any value is left out.
+    A stratum without any value is left out. There is no interval where a stratum has one cluster, or where those
+    that differ hold fewer than 10.
     """
     return _bootstrap(values, clusters, strata, resamples, seed, level, bounds).of_strata()
 
@@ -102,25 +117,26 @@ def summary(
 ) -> dict[str, Any]:
     """One column of an evaluation, ready for JSON: what is not known is None.
 
-    {mean, low, high, images, missing}, where `missing` of all `images` have no score, and "alike": true where
-    no two prompts of a tag differ. Where at least two tags
-    have a score, also `mean_of_tags` {mean, low, high} and `by_tag` {tag: {mean, low, high, images, missing}},
+    {mean, low, high, images, missing, prompts}, where `missing` of all `images` have no score and `prompts` have one, and
+    "interval" where it is not a bootstrap's or there is none, see `Estimate.kind`. Where at least two tags
+    have a score, also `mean_of_tags` {mean, low, high} and `by_tag` {tag: {mean, low, high, images, missing, prompts}},
     tags in order of appearance; the empty tag means "none" and is not among them. All from the same resamples.
 
     Args and Raises: see `interval`.
     """
     drawn = _bootstrap(values, clusters, strata, resamples, seed, level, bounds)
     missing = np.isnan(np.asarray(values, dtype=float))
-    found = _told(drawn.overall()) | {"images": len(missing), "missing": int(missing.sum())}
+    overall = drawn.overall()
+    found = overall.json() | {"images": len(missing), "missing": int(missing.sum()), "prompts": overall.prompts}
     known = {str(label): place for place, label in enumerate(drawn.labels) if str(label)}
     if strata is None or len(known) < 2:
         return found
     tags, by_tag = np.asarray(strata).astype(str), {}
     for tag in dict.fromkeys(tags[tags != ""].tolist()):
         mine = missing[tags == tag]
-        estimate = drawn.of_stratum(known[tag]) if tag in known else Estimate(math.nan, math.nan, math.nan)
-        by_tag[tag] = _told(estimate) | {"images": len(mine), "missing": int(mine.sum())}
-    return found | {"mean_of_tags": _told(drawn.of_strata(list(known.values()))), "by_tag": by_tag}
+        estimate = drawn.of_stratum(known[tag]) if tag in known else NOTHING
+        by_tag[tag] = estimate.json() | {"images": len(mine), "missing": int(mine.sum()), "prompts": estimate.prompts}
+    return found | {"mean_of_tags": drawn.of_strata(list(known.values())).json(), "by_tag": by_tag}
 
 
 def paired(
@@ -136,7 +152,7 @@ def paired(
 ) -> dict[str, Any]:
     """Tuned minus base, image by image, over the images where both have a score; ready for JSON.
 
-    {mean, low, high, images, missing, wins, ties}: `missing` of all `images` lack one score or both; `wins` and
+    {mean, low, high, images, missing, prompts, wins, ties}: `missing` of all `images` lack one score or both; `wins` and
     `ties` are the shares, of the others, where tuned is higher and where both are equal. None where not known.
 
     Args:
@@ -155,13 +171,8 @@ def paired(
     width = bounds[1] - bounds[0] if bounds else 0.0
     estimate = _bootstrap(difference, clusters, strata, resamples, seed, level, (-width, width) if bounds else None).overall()
     share = {"wins": difference[known] > 0, "ties": difference[known] == 0}
-    counts = {"images": len(known), "missing": int((~known).sum())}
-    return _told(estimate) | counts | {name: float(of.mean()) if len(of) else None for name, of in share.items()}
-
-
-def _told(estimate: Estimate) -> dict[str, float | None]:
-    found = {name: None if math.isnan(value) else value for name, value in zip(("mean", "low", "high"), estimate, strict=False)}
-    return found | ({"alike": True} if estimate.alike else {})
+    counts = {"images": len(known), "missing": int((~known).sum()), "prompts": estimate.prompts}
+    return estimate.json() | counts | {name: float(of.mean()) if len(of) else None for name, of in share.items()}
 
 
 @dataclass(frozen=True)
@@ -176,8 +187,11 @@ class _Resampled:
     origin: float
     sums: Array  # [1 + R, S], the first row as they are
     counts: Array  # [1 + R, S]
+    whole: "_Resampled | None"  # all clusters as one stratum, where strata are not enough for the mean over images
 
     def overall(self) -> Estimate:
+        if self.whole:
+            return self.whole.overall()
         everywhere = list(range(len(self.labels)))
         return self._estimate(self.sums.sum(1), self.counts.sum(1), everywhere, self.counts[0])
 
@@ -193,18 +207,21 @@ class _Resampled:
     def _estimate(self, sums: Array, counts: Array, places: list[int], weights: Array) -> Estimate:
         """Of strata at `places` that count by `weights`."""
         if not counts[0]:
-            return Estimate(math.nan, math.nan, math.nan)
+            return NOTHING
         means = self.origin + sums / counts
-        mean = float(means[0])
-        if not (self.clusters[places] > 1).any():
-            return Estimate(mean, math.nan, math.nan)
+        mean, prompts = float(means[0]), int(self.clusters[places].sum())
+        if prompts < FEWEST:
+            return Estimate(mean, kind=FEW, prompts=prompts)
+        if _thin(self.clusters[places], self.differ[places]):
+            return Estimate(mean, kind=THIN, prompts=prompts)
         if not self.differ[places].any():
-            return Estimate(mean, *self._of_alike(mean, places, weights), alike=True)
+            low, high = self._of_alike(mean, places, weights)
+            return Estimate(mean, low, high, EXACT if self.bounds else ALIKE, prompts)
         low, high = np.quantile(means[1:], [(1 - self.level) / 2, (1 + self.level) / 2])
-        return Estimate(mean, float(low), float(high))
+        return Estimate(mean, float(low), float(high), BOOTSTRAP, prompts)
 
-    def _of_alike(self, mean: float, places: list[int], weights: Array) -> tuple[float, float]:
-        """What the number of clusters tells where none differ; see the module's docstring."""
+    def _of_alike(self, mean: float, places: list[int], weights: Array) -> Bounds:
+        """What the number of clusters says where none differ; see the module's docstring."""
         if self.bounds is None:
             return math.nan, math.nan
         lowest, highest = self.bounds
@@ -213,6 +230,11 @@ class _Resampled:
         scores = self.origin + self.sums[0, places] / self.counts[0, places]
         low, high = mean - otherwise * float(scores.max() - lowest), mean + otherwise * float(highest - scores.min())
         return max(low, lowest), min(high, highest)
+
+
+def _thin(clusters: Whole, differ: NDArray[np.bool_]) -> bool:
+    """Whether strata [S] of so many clusters are not enough for a bootstrap within them."""
+    return bool(len(clusters) > 1 and ((clusters == 1).any() or 0 < clusters[differ].sum() < FEWEST))
 
 
 def _bootstrap(
@@ -242,6 +264,25 @@ def _bootstrap(
     origin = float(scores[known].min()) if known.any() else 0.0
     sums, counts, stratum = _cluster_sums(scores[known] - origin, prompts[known], tag)
 
+    found = _resample(labels, sums, counts, stratum, origin, resamples, seed, level, bounds)
+    if not _thin(found.clusters, found.differ):
+        return found
+    together = _resample(np.zeros(1, dtype=int), sums, counts, np.zeros_like(stratum), origin, resamples, seed, level, bounds)
+    return replace(found, whole=together)
+
+
+def _resample(
+    labels: NDArray[Any],
+    sums: Array,
+    counts: Array,
+    stratum: Whole,
+    origin: float,
+    resamples: int,
+    seed: int,
+    level: float,
+    bounds: Bounds | None,
+) -> _Resampled:
+    """Resamples of K clusters within the strata that `stratum` [K] puts them in."""
     generator = np.random.default_rng(seed)
     shape = (1 + resamples, len(labels))
     all_sums, all_counts = np.zeros(shape), np.zeros(shape)
@@ -254,7 +295,7 @@ def _bootstrap(
             _draw(sums[members], counts[members], resamples, generator) if len(members) > 1 else (all_sums[0, place], all_counts[0, place])
         )
         all_sums[1:, place], all_counts[1:, place] = drawn
-    return _Resampled(level, bounds, labels, number, differ, origin, all_sums, all_counts)
+    return _Resampled(level, bounds, labels, number, differ, origin, all_sums, all_counts, None)
 
 
 def _differ(means: Array) -> bool:

@@ -23,6 +23,7 @@ from flowtilt.evaluate import evaluate
 from flowtilt.export import write_fake, write_lora
 from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
 from flowtilt.guards import Guards
+from flowtilt.held_out import score_name_of
 from flowtilt.hybrid import Hybrid
 from flowtilt.learn import Learner
 from flowtilt.lora import Lora, fingerprint
@@ -165,7 +166,7 @@ class Trainer:
             UserError: a reward fails or the disk is full; the last checkpoint stands.
         """
         main = self.world.rank == 0
-        display = Display(self.recipe.steps, self.clock.step, quiet=not main)
+        display = Display(self.recipe.steps, self.clock.step, not main, score_name_of(self.recipe))
         sinks = open_sinks(self.recipe.track, self.run_folder, self.recipe.model_dump(mode="json")) if main else []
         try:
             if self.clock.step == 0:

@@ -11,6 +11,7 @@ from typing import Any
 from flowtilt.cli.quiet import quieten
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.errors import UserError
+from flowtilt.held_out import score_name_of
 
 
 def add(commands: Any) -> None:
@@ -98,8 +99,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     """The last lines of a run."""
-    score = summary["score"]
-    print(f"score {score['before']:.3f} -> {score['after']:.3f}   ({summary['protocol']})")
+    from flowtilt.report.loading import load
+    from flowtilt.report.verdict import judged_change
+
+    score, changed = summary["score"], judged_change(load(folder))
+    print(f"{score_name_of(recipe)} {score['before']:.3f} -> {score['after']:.3f}   ({summary['protocol']})")
+    if changed:
+        print(changed)
     print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
     print(f"lora    {folder / 'lora'}\nreport  {folder / 'report.html'}")
 

@@ -43,6 +43,7 @@ class Evaluation:
         stds: their standard deviations over the images.
         missing: images without a score, of each column that misses any.
         images: how many were judged.
+        by_image: the captions' hash, and lists of every image's prompt (its place), tag and score (none where it has none).
         samples: images [M, 3, H, W] for the report, with their prompts, scores and notes beside them.
     """
 
@@ -53,6 +54,7 @@ class Evaluation:
     stds: dict[str, float]
     missing: dict[str, int]
     images: int
+    by_image: dict[str, str | list]
     samples: Tensor
     sample_rows: list[dict[str, object]]
 
@@ -151,6 +153,12 @@ def evaluate(
         {name: float(values[~values.isnan()].double().std(correction=0)) for name, values in columns.items() if _mean(values) is not None},
         {name: count for name, values in columns.items() if (count := int(values.isnan().sum()))},
         images,
+        {
+            "captions": hashlib.sha256("\n".join(prompt.text for prompt in drawn).encode()).hexdigest(),
+            "prompt": [index for index, _ in rows],
+            "tag": [prompt.tag for prompt in drawn],
+            "score": [None if math.isnan(score) else score for score in columns[column].tolist()],
+        },
         _collected(kept, len(told), world),
         told,
     )

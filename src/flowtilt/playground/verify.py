@@ -9,7 +9,7 @@ whole objects earn a share of the partial score.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,22 +56,42 @@ TOTAL_MISFIT = 2.4
 """Greatest sum of the squares of these, in pixels of full contrast; noise of .03 on blurred edges has 1.6."""
 CHUNK = 144
 """Images that are read at once: more would leave the cache."""
+FLAWS = (
+    "too small or too large",
+    "too near the border",
+    "of no known shape",
+    "between two shapes",
+    "edges or inside not clean",
+    "of no known colour",
+)
+"""What an object's tests find wrong, in their order."""
 APART = 8.0
 """Pixels by which centres must differ for a relation to hold: those of the world have over 12, objects of one row or column under 4."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A part that was read: what it is and where its centre is, in pixels; "?" where it is nothing of the world."""
+    """A part that was read: what it is and where its centre is, in pixels; "?" where it is nothing of the world.
+
+    `nearest` is the shape that explains it best, and `flaw` says why it is none of the world's all the same, "" where it is.
+    """
 
     shape: str
     color: str
     x: float
     y: float
+    nearest: str = ""
+    flaw: str = ""
 
     @property
     def whole(self) -> bool:
         return "?" not in (self.shape, self.color)
+
+    @property
+    def said(self) -> str:
+        """red cross; red cross (its edges or its inside are not as drawn)."""
+        color = "" if self.color == "?" else f"{self.color} "
+        return f"{color}{self.nearest or self.shape}{f' ({self.flaw})' if self.flaw else ''}"
 
 
 @dataclass(frozen=True)
@@ -232,10 +252,21 @@ def _identify(offset: Tensor, labels: Tensor, parts: _Parts) -> list[Seen]:
     drawn = (square.amax(1).sqrt() < MISFIT) & (local < LOCAL_MISFIT) & (square.sum(1) < TOTAL_MISFIT * contrast)
     sized = (radius > RADII[0]) & (radius < RADII[1]) & (own.sum((1, 2)) == parts.pixels)
     placed = torch.minimum(torch.minimum(x, y), SIZE - torch.maximum(x, y)) > INSET
-    shaped = drawn & sized & placed & (overlap > FIT) & (overlap - runner_up > LEAD)
-    found = zip(best.tolist(), shaped.tolist(), name.tolist(), (gap < HUE).tolist(), x.tolist(), y.tolist(), strict=True)
+    fitting = overlap > FIT
+    alone = overlap - runner_up > LEAD
+    shaped = drawn & sized & placed & fitting & alone
+    flaws = torch.stack([sized, placed, fitting, alone, drawn, gap < HUE], 1).tolist()
+    found = zip(best.tolist(), shaped.tolist(), name.tolist(), (gap < HUE).tolist(), x.tolist(), y.tolist(), flaws, strict=True)
     names = list(COLORS)
-    return [Seen(SHAPES[s] if s_ok else "?", names[c] if c_ok else "?", x_, y_) for s, s_ok, c, c_ok, x_, y_ in found]
+    return [
+        Seen(SHAPES[s] if s_ok else "?", names[c] if c_ok else "?", x_, y_, SHAPES[s], _flaw(fine))
+        for s, s_ok, c, c_ok, x_, y_, fine in found
+    ]
+
+
+def _flaw(fine: Sequence[bool]) -> str:
+    """The first of a part's tests that it fails, in words; "" where it passes them all."""
+    return next((flaw for flaw, ok in zip(FLAWS, fine, strict=True) if not ok), "")
 
 
 def _windows(offset: Tensor, labels: Tensor, parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,21 +351,25 @@ def _compare(seen: tuple[Seen, ...] | None, prompt: Prompt) -> Verdict:
     counted = (
         f"{len(seen)} objects, not {len(wanted)}"
         if len(seen) != len(wanted)
-        else f"{len(seen) - len(whole)} of {len(seen)} objects not whole"
+        else "not drawn well: " + ", ".join(o.said for o in seen if not o.whole)
     )
     shares = [(float(len(whole) == len(seen) == len(wanted)), counted)]
     shapes = _matched([(None, shape) for _, shape in wanted], whole)
-    shares.append((len(shapes) / size, "shapes " + ", ".join(o.shape for o in seen)))
+    guessed = [replace(o, shape=o.nearest or o.shape) for o in seen]
+    # an object that is only badly drawn is said once, not again as a wrong shape or colour
+    right_shapes = len(_matched([(None, shape) for _, shape in wanted], guessed)) == size
+    shares.append((len(shapes) / size, "" if right_shapes else "shapes " + ", ".join(o.shape for o in guessed)))
     if any(color for color, _ in wanted):
-        shares.append((len(_matched(wanted, whole)) / size, "colours " + ", ".join(f"{o.color} {o.shape}" for o in seen)))
+        colours = "" if len(_matched(wanted, guessed)) == size else "colours " + ", ".join(f"{o.color} {o.shape}" for o in guessed)
+        shares.append((len(_matched(wanted, whole)) / size, colours))
     for entry in include:
         if "position" in entry:
             relation, other = entry["position"]
             # among more objects some pair nearly always stands right
             holds = size == 2 and _relation_holds(relation, entry, include[other], whole)
             shares.append((float(holds), f"not {relation}"))
-    reasons = tuple(why for share, why in shares if share < 1)
-    return Verdict(not reasons, sum(share for share, _ in shares) / len(shares), reasons, seen)
+    reasons = tuple(why for share, why in shares if share < 1 and why)
+    return Verdict(all(share >= 1 for share, _ in shares), sum(share for share, _ in shares) / len(shares), reasons, seen)
 
 
 def _matched(wanted: list[tuple[str | None, str]], seen: Sequence[Seen]) -> list[Seen]:

@@ -56,17 +56,16 @@ class Chart:
     x: Axis
     y: Axis
     x_unit: str = ""
-    steps: Sequence[tuple[float, str]] = ()  # a second row of x ticks
     marks: Sequence[tuple[float, str]] = field(default=())
     flags: Sequence[Flag] = ()
     levels: Sequence[tuple[float, str]] = ()
     height: int = 230  # px
     points: int = 400  # a curve, about; longer ones are thinned
+    clock: str = ""  # which ticks of the page's chosen axis it has, "ticks" or "few"; none where x is not rollouts
 
     def svg(self) -> str:
         """The chart as HTML: a box with margins for the labels and, in it, the SVG."""
-        gutter = max(14 + 7 * max((len(label) for _, label in self.y.ticks), default=1), 46 if self.x_unit else 0)
-        below = 12 + 18 * (1 + bool(self.steps))
+        gutter = max(14 + 7 * max((len(label) for _, label in self.y.ticks), default=1), 56 if self.x_unit else 0)
         parts = [
             self._grid(),
             *(_toned(c, self._band(c)) for c in self.curves),
@@ -76,9 +75,10 @@ class Chart:
             self._flags(),
             self._x_labels(),
         ]
+        clock = f' data-clock="{self.clock}"' if self.clock else ""
         reads = self._reads([c for c in self.curves if c.read])
         return (
-            f'<div class="plot" style="height:{self.height}px;margin:10px 18px {below}px {gutter}px"{reads}>'
+            f'<div class="plot" style="height:{self.height}px;margin:10px 18px 30px {gutter}px"{reads}{clock}>'
             f'<svg role="img" aria-label="{escape(self.label)}">{"".join(parts)}</svg></div>'
         )
 
@@ -91,21 +91,17 @@ class Chart:
         return "".join(rows)
 
     def _x_labels(self) -> str:
-        rows = [(self.x.ticks, self.x_unit, "tick", 18), (self.steps, "step", "tick quiet", 36)]
-        parts = []
-        for ticks, name, look, dy in rows:
-            if name and ticks:
-                parts.append(f'<text class="{look}" x="-10" y="100%" dy="{dy}" text-anchor="end">{name}</text>')
-            taken = -math.inf
-            for value, label in ticks:
-                at = self.x.percent(value)
-                half = LETTER * len(label) / 2
-                # round steps bunch up where a stretch of training was fast
-                if at - half < taken or at > 100.01:
-                    continue
-                taken = at + half + LETTER
-                parts.append(f'<text class="{look}" x="{_p(at)}" y="100%" dy="{dy}" text-anchor="middle">{label}</text>')
-        return "".join(parts)
+        parts, taken = [], -math.inf
+        if self.x_unit and self.x.ticks:
+            parts.append(f'<text class="tick" x="-10" y="100%" dy="18" text-anchor="end">{self.x_unit}</text>')
+        for value, label in self.x.ticks:
+            at = self.x.percent(value)
+            half = LETTER * len(label) / 2
+            if at - half < taken or at > 100.01:
+                continue
+            taken = at + half + LETTER
+            parts.append(f'<text class="tick" x="{_p(at)}" y="100%" dy="18" text-anchor="middle">{label}</text>')
+        return f'<g class="x-ticks">{"".join(parts)}</g>'
 
     def _marks(self) -> str:
         placed = [(_p(self.x.percent(x)), escape(text)) for x, text in self.marks]

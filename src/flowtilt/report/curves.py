@@ -1,17 +1,19 @@
 """The curves of a run: which there are, on which clock, and what each of them means."""
 
-import math
+import json
+import re
 from html import escape
 
 import numpy as np
 
 from flowtilt.report.axes import unit_axis, value_axis
 from flowtilt.report.charts import Chart, Curve
-from flowtilt.report.clock import Clock, clock
+from flowtilt.report.clock import FEW, Clock, clock
 from flowtilt.report.loading import Run
 from flowtilt.report.markup import none_yet
-from flowtilt.report.numbers import Array, counted, number, short, wilson
-from flowtilt.report.verdict import has_intervals, score_name
+from flowtilt.report.numbers import Array, counted, number, short
+from flowtilt.report.verdict import score_name
+from flowtilt.statistics import SHARES
 
 MEANINGS = {
     "loss": "The objective. Its target moves with the policy, so it need not fall while the reward rises.",
@@ -35,22 +37,22 @@ MEANINGS = {
     "fake_grad_norm": "Length of the fake score's gradient before it is clipped.",
     "lr": "Learning rate of AdamW.",
     "images_per_second": "Images drawn and trained on, per second.",
+    "images_per_second_per_device": "The same for each device.",
+    "prompts/unique": "Different captions among the prompts of a step.",
+    "skipped_updates": "Updates left out: no image with an advantage, or a gradient that is not finite.",
     "reward/total_std": "Spread of the reward over the images of a step.",
 }
 # shown elsewhere, or no more than the clock
-NOT_SMALL = {"step", "seconds", "network_evaluations", "reward/total"}
+NOT_SMALL = {"step", "seconds", "network_evaluations", "optimizer_step", "reward/total"}
+UNIT = "rollout"
 
 
 def _reads(time: Clock, steps: Array, values: Array) -> list[str]:
-    at = ["" if time.unit == "step" else f" · {short(time.at(step))} {time.unit}" for step in steps]
-    return [f"{short(value, 4)} · step {step:,.0f}{when}" for value, step, when in zip(values, steps, at, strict=True)]
+    return [f"{short(value, 4)} · {time.read(step)}" for value, step in zip(values, steps, strict=True)]
 
 
-def _marks(run: Run, time: Clock) -> list[tuple[float, str]]:
-    return [
-        (time.at(number(g, "step")), f"{g.get('guard', 'guard')} at step {number(g, 'step'):,.0f}: {g.get('message', '')}")
-        for g in run.guards
-    ]
+def _marks(run: Run) -> list[tuple[float, str]]:
+    return [(number(g, "step"), f"{g.get('guard', 'guard')} at step {number(g, 'step'):,.0f}: {g.get('message', '')}") for g in run.guards]
 
 
 def _spoken(what: str, steps: Array, values: Array) -> str:
@@ -69,25 +71,27 @@ def score_curve(run: Run) -> str:
     steps = np.array([number(record, "step") for record in run.evaluations])
     scores = np.array([number(record, "score") for record in run.evaluations])
     band = None
-    if has_intervals(run):
-        edges = [
-            wilson(s, number(r, "images")) if math.isfinite(s) else (math.nan, math.nan)
-            for s, r in zip(scores, run.evaluations, strict=True)
-        ]
-        band = (np.array([low for low, _ in edges]), np.array([high for _, high in edges]))
-    curve = Curve(np.array([time.at(s) for s in steps]), scores, dots=True, band=band, read=_reads(time, steps, scores))
-    axis = unit_axis() if band else value_axis([scores])
-    chart = Chart(_spoken(score_name(run), steps, scores), [curve], time.axis(), axis, time.unit, time.step_ticks(), _marks(run, time))
+    if any(e.has_interval for e in run.estimates):
+        band = (np.array([e.low for e in run.estimates]), np.array([e.high for e in run.estimates]))
+    curve = Curve(steps, scores, dots=True, band=band, read=_reads(time, steps, scores))
+    known = scores[np.isfinite(scores)]
+    share = run.column in SHARES and len(known) > 0 and 0 <= known.min() <= known.max() <= 1
+    axis = unit_axis() if share else value_axis([scores, *(band or ())])
+    chart = Chart(_spoken(score_name(run), steps, scores), [curve], time.axis(), axis, UNIT, _marks(run), clock="ticks")
     images = {int(number(record, "images")) for record in run.evaluations if number(record, "images") >= 1}
     mean = f"mean over {counted(images.pop(), 'image')}" if len(images) == 1 else "mean over its images"
     seen = "held-out prompts" if run.scores_held_out_prompts else "the training prompts"
     about = (
-        "The band is the 95% Wilson interval." if band else "There is no band, as not all scores are known to be means of values in 0 to 1."
+        "The band is the 95% interval, by a bootstrap over prompts; where all prompts scored alike, the exact bound over prompts."
+        if band
+        else f"There is no band: {_why_no_band(run)}."
     )
-    said = (
-        f"How good images are on {seen}, against {time.name}. Each dot is one evaluation, the {mean}, always of the same prompts and noise."
-    )
+    said = f"How good images are on {seen}. Each dot is one evaluation, the {mean}, always of the same prompts and noise."
     return f"{chart.svg()}<p>{said} {about}</p>"
+
+
+def _why_no_band(run: Run) -> str:
+    return next((e.why_none for e in reversed(run.estimates) if e.why_none), "there is no score")
 
 
 def running_mean(values: Array, window: int) -> Array:
@@ -118,20 +122,19 @@ def reward_curve(run: Run) -> str:
         return none_yet("This run trains on no reward." if run.metric_names else nothing)
     time = clock(run)
     steps, rewards = run.series("step"), run.series(name)
-    x = np.array([time.at(s) for s in steps])
     reads = _reads(time, steps, rewards)
-    curves = _with_mean(x, rewards, reads)
+    curves = _with_mean(steps, rewards, reads)
     smooth = f" The faint line is every step, the strong one a running mean over {_window(rewards)}." if len(curves) > 1 else ""
     chart = Chart(
         _spoken("training reward", steps, rewards),
         curves,
         time.axis(),
         value_axis([rewards]),
-        time.unit,
-        time.step_ticks(),
-        _marks(run, time),
+        UNIT,
+        _marks(run),
+        clock="ticks",
     )
-    return f"{chart.svg()}<p>What training maximises: the mean reward of the images drawn at each step, against {time.name}.{smooth}</p>"
+    return f"{chart.svg()}<p>What training maximises: the mean reward of the images of each rollout.{smooth}</p>"
 
 
 def small_curves(run: Run) -> str:
@@ -145,19 +148,44 @@ def small_curves(run: Run) -> str:
     ]
     if not names:
         return none_yet("No further metrics are logged yet.")
+    flat = {name: values[0] for name in names if (values := _known(run.series(name))).size and values.min() == values.max()}
+    names = [name for name in names if name not in flat and _known(run.series(name)).size]
     order = list(MEANINGS)
     names.sort(key=lambda name: order.index(name) if name in MEANINGS else len(order))
     time = clock(run)
     steps = run.series("step")
-    x = np.array([time.at(s) for s in steps])
     figures = []
     for name in names:
         values = run.series(name)
-        drawn = _with_mean(x, values, _reads(time, steps, values))
-        axes = (time.axis(3), value_axis([values], 3))
-        chart = Chart(_spoken(name, steps, values), drawn, *axes, time.unit, (), _marks(run, time), height=96, points=160)
-        figures.append(
-            f'<figure class="small"><h3>{escape(name)}</h3>{chart.svg()}<figcaption>{MEANINGS.get(name, "")}</figcaption></figure>'
-        )
+        drawn = _with_mean(steps, values, _reads(time, steps, values))
+        axes = (time.axis(FEW), value_axis([values], 3))
+        chart = Chart(_spoken(name, steps, values), drawn, *axes, UNIT, _marks(run), height=96, points=160, clock="few")
+        figures.append(f'<figure class="small"><h3>{escape(name)}</h3>{chart.svg()}<figcaption>{meaning(name)}</figcaption></figure>')
     lines = f"<p>Faint lines are every step, strong ones running means over {_window(steps)}.</p>" if len(steps) >= 20 else ""
-    return f'{lines}<div class="smalls">{"".join(figures)}</div>'
+    shown = f'{lines}<div class="smalls">{"".join(figures)}</div>' if figures else ""
+    same = ", ".join(f"{escape(name)} {short(float(value), 4)}" for name, value in flat.items())
+    return f"{shown}<p>Constant so far: {same}.</p>" if same else shown
+
+
+def _known(values: Array) -> Array:
+    return values[np.isfinite(values)]
+
+
+def meaning(name: str) -> str:
+    """What a metric is, as HTML; "" where nothing is known of it."""
+    if share := re.fullmatch(r"reward/top_(\d+)", name):
+        return f"Mean reward of each prompt's best {share[1]} % of the images, at least one."
+    if spread := re.fullmatch(r"reward/(.+)_std", name):
+        return MEANINGS.get(name) or f"Standard deviation of {escape(spread[1])} over the images of a step."
+    if lacking := re.fullmatch(r"missing/(.+)", name):
+        return f"Images that {escape(lacking[1])} gave no score."
+    return MEANINGS.get(name, "")
+
+
+def axis_choice(run: Run) -> str:
+    """Where the page's script lets a reader choose what curves stand on; nothing is shown without the script."""
+    axes = clock(run).choices()
+    if len(axes) < 2 or not (run.metrics or run.evaluations):
+        return ""
+    data = escape(json.dumps(axes, ensure_ascii=False, separators=(",", ":")))
+    return f'<div class="axis-choice" role="radiogroup" aria-label="What curves stand on" hidden data-axes="{data}"></div>'

@@ -1,19 +1,18 @@
 """What a run's folder holds, read leniently: a missing, torn or odd file is a missing piece, never an error."""
 
-import json
-import tomllib
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flowtilt.files import read_lines
-from flowtilt.report.numbers import Array, number
+from flowtilt.estimate import UNKNOWN, Estimate
+from flowtilt.held_out import is_held_out
+from flowtilt.report.image_scores import IMAGE_SCORES, change, estimate_of, read_image_scores
+from flowtilt.report.numbers import Array, counted, number
+from flowtilt.report.reading import Reader, Record
 
-Record = dict[str, Any]
+__all__ = ["Record", "Run", "Sample", "load"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Run:
     samples: dict[int, list[Sample]]  # step -> the same prompts in the same order
     guards: list[Record]
     summary: Record
+    lost: dict[str, str] = field(default_factory=dict)  # file -> what of it could not be read
 
     @property
     def name(self) -> str:
@@ -70,10 +70,29 @@ class Run:
     @property
     def scores_held_out_prompts(self) -> bool:
         """False where the recipe evaluates on the very prompts it trains on."""
-        trained = self.recipe.get("prompts")
-        evaluate = self.recipe.get("evaluate")
+        trained, evaluate = self.recipe.get("prompts"), self.recipe.get("evaluate")
         scored = evaluate.get("prompts") if isinstance(evaluate, dict) else None
-        return trained in (None, "playground", "playground-search") or scored not in (None, trained)
+        return is_held_out(trained if isinstance(trained, str) else "playground", scored if isinstance(scored, str) else None)
+
+    @property
+    def column(self) -> str:
+        """The reward, or "reward/detail", that the newest evaluation is judged by; "" where it is not known."""
+        return next((str(record["column"]) for record in reversed(self.evaluations) if record.get("column")), "")
+
+    @cached_property
+    def estimates(self) -> list[Estimate]:
+        """The score of each evaluation with its interval over prompts, which runs of 0.1.0 did not log."""
+        return [_estimate(record) for record in self.evaluations]
+
+    @cached_property
+    def change(self) -> Estimate:
+        """The newest score minus that of step 0, image by image from the same noise; NaN where either is missing."""
+        scored = [(int(record["step"]), e.value) for record, e in zip(self.evaluations, self.estimates, strict=True) if e.known]
+        if len(scored) < 2 or scored[0][0]:
+            return Estimate(np.nan, kind=UNKNOWN)
+        files = (self.folder / "samples" / f"step-{step:06d}" for step, _ in (scored[0], scored[-1]))
+        found = change(*(read_image_scores(Reader(folder).object(IMAGE_SCORES)) for folder in files))
+        return found if found.known else found._replace(value=scored[-1][1] - scored[0][1])
 
     @cached_property
     def metric_names(self) -> list[str]:
@@ -90,48 +109,34 @@ class Run:
 
 def load(folder: Path) -> Run:
     """Everything the report shows of a run."""
-    text = _text(folder / "recipe.toml")
-    recipe: Record = {}
-    with suppress(tomllib.TOMLDecodeError):
-        recipe = tomllib.loads(text)
+    reader = Reader(folder)
+    metrics, evaluations = _by_step(reader.steps("metrics.jsonl")), _by_step(reader.steps("evaluations.jsonl"))
+    unscored = sum(not np.isfinite(number(record, "score")) for record in evaluations)
+    if unscored:
+        reader.lose("evaluations.jsonl", f"{counted(unscored, 'evaluation')} without a score")
+    odd = sum(value is not None and not isinstance(value, int | float) for record in metrics for value in record.values())
+    if odd:
+        reader.lose("metrics.jsonl", f"{counted(odd, 'value')} that {'is no number' if odd == 1 else 'are no numbers'}")
     return Run(
         folder=folder,
-        recipe_text=text,
-        recipe=recipe,
-        environment=_object(folder / "environment.json"),
-        metrics=_by_step(_records(folder / "metrics.jsonl")),
-        evaluations=_by_step(_records(folder / "evaluations.jsonl")),
-        samples=_samples(folder / "samples"),
-        guards=_records(folder / "guards.jsonl"),
-        summary=_object(folder / "summary.json"),
+        recipe_text=reader.text("recipe.toml"),
+        recipe=reader.toml("recipe.toml"),
+        environment=reader.object("environment.json"),
+        metrics=metrics,
+        evaluations=evaluations,
+        samples=_samples(reader),
+        guards=reader.steps("guards.jsonl"),
+        summary=reader.object("summary.json"),
+        lost=reader.lost,
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _json(path: Path) -> Any:
-    with suppress(ValueError, RecursionError):
-        return json.loads(_text(path))
-    return None
-
-
-def _object(path: Path) -> Record:
-    found = _json(path)
-    return found if isinstance(found, dict) else {}
-
-
-def _records(path: Path) -> list[Record]:
-    """The objects of a lines file that say which step they are of."""
-    try:
-        found = read_lines(path)
-    except (OSError, UnicodeDecodeError):
-        return []
-    return [record for record in found if isinstance(record, dict) and np.isfinite(number(record, "step"))]
+def _estimate(record: Record) -> Estimate:
+    logged, score = record.get("estimate"), number(record, "score")
+    images = number(record, "images")
+    if not isinstance(logged, dict):
+        return Estimate(score, kind=UNKNOWN, images=int(images) if images >= 1 else 0)
+    return estimate_of(logged)._replace(value=score)
 
 
 def _by_step(records: list[Record]) -> list[Record]:
@@ -140,15 +145,19 @@ def _by_step(records: list[Record]) -> list[Record]:
     return [latest[step] for step in sorted(latest)]
 
 
-def _samples(folder: Path) -> dict[int, list[Sample]]:
+def _samples(reader: Reader) -> dict[int, list[Sample]]:
     found = {}
-    for index in sorted(folder.glob("step-*/index.json")):
+    for index in sorted((reader.folder / "samples").glob("step-*/index.json")):
         digits = index.parent.name.removeprefix("step-")
-        entries = _json(index)
-        if digits.isdecimal() and isinstance(entries, list):
-            samples = [_sample(index.parent, entry) for entry in entries if isinstance(entry, dict)]
-            if samples:
-                found[int(digits)] = samples
+        if not (digits.isascii() and digits.isdecimal()):
+            continue
+        name = str(index.relative_to(reader.folder))
+        entries = reader.json(name)
+        samples = [_sample(index.parent, entry) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        if samples:
+            found[int(digits)] = samples
+        elif name not in reader.lost and entries != []:
+            reader.lose(name)
     return dict(sorted(found.items()))
 
 

@@ -20,17 +20,6 @@ def number(record: Mapping[str, Any], key: str) -> float:
     return float(value) if abs(value) < 1e100 else math.nan
 
 
-def wilson(mean: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval, 95 % at the default z, of a mean in [0, 1] over n values in [0, 1].
-
-    Wilson, J. Am. Stat. Assoc. 22 (1927). For graded values, which vary less than right or wrong, it is
-    wider than it need be.
-    """
-    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def short(value: float, digits: int = 3) -> str:
     """So many significant digits, with thousands separated and powers of ten where the zeros would be too many."""
     if not math.isfinite(value):

@@ -1,7 +1,7 @@
 "use strict";
 // Read-outs on hovering; the page says the same without them in its captions and tables.
 for (const plot of document.querySelectorAll(".plot[data-read]")) {
-  const points = JSON.parse(plot.dataset.read);
+  let points = JSON.parse(plot.dataset.read);
   if (!points.length) continue;
   const tip = document.createElement("div"), dot = document.createElement("div");
   tip.className = "tip";
@@ -22,5 +22,57 @@ for (const plot of document.querySelectorAll(".plot[data-read]")) {
     tip.style.left = Math.max(0, Math.min(box.width - tip.offsetWidth, left)) + "px";
     tip.style.top = y > 30 ? `calc(${y}% - 34px)` : `calc(${y}% + 12px)`;
   });
+  plot.addEventListener("rescaled", (event) => {
+    points = JSON.parse(plot.dataset.read).map(([x, y, text]) => [event.detail(x), y, text]);
+  });
   plot.addEventListener("pointerleave", () => (tip.hidden = dot.hidden = true));
+}
+
+// What curves stand on: they are drawn against rollouts, and moved here to where time or work had got by then.
+const choice = document.querySelector(".axis-choice");
+if (choice) {
+  const axes = JSON.parse(choice.dataset.axes), drawn = new Map();
+  const place = (knots, x) => {
+    const k = Math.max(1, knots.findIndex((knot) => knot[0] >= x));
+    const [[x0, y0], [x1, y1]] = [knots[k - 1], knots[k] || knots[k - 1]];
+    return x1 > x0 ? y0 + ((y1 - y0) * (x - x0)) / (x1 - x0) : y1;
+  };
+  const tick = (x, anchor, text) => {
+    const found = document.createElementNS("http://www.w3.org/2000/svg", "text");
+    for (const [name, value] of Object.entries({ class: "tick", x, y: "100%", dy: 18, "text-anchor": anchor })) found.setAttribute(name, value);
+    found.textContent = text;
+    return found;
+  };
+  const change = (axis) => {
+    const at = (x) => place(axis.knots, x);
+    for (const plot of document.querySelectorAll(".plot[data-clock]")) {
+      for (const part of plot.querySelectorAll("circle, .mark line, path")) {
+        if (!drawn.has(part)) drawn.set(part, ["cx", "x1", "x2", "d"].map((name) => [name, part.getAttribute(name)]));
+        for (const [name, value] of drawn.get(part)) {
+          if (value === null) continue;
+          const moved = name === "d" ? value.replace(/(-?[\d.]+) (-?[\d.]+)/g, (_, x, y) => `${(10 * at(x / 10)).toFixed(1)} ${y}`) : `${at(parseFloat(value))}%`;
+          part.setAttribute(name, moved);
+        }
+      }
+      const ticks = axis[plot.dataset.clock].map(([x, label]) => tick(`${x}%`, "middle", label));
+      plot.querySelector(".x-ticks").replaceChildren(...(axis.unit ? [tick(-10, "end", axis.unit)] : []), ...ticks);
+      plot.dispatchEvent(new CustomEvent("rescaled", { detail: at }));
+    }
+  };
+  axes.forEach((axis, number) => {
+    const label = document.createElement("label"), input = document.createElement("input");
+    Object.assign(input, { type: "radio", name: "stands-on", checked: number === 0 });
+    input.addEventListener("change", () => change(axis));
+    label.append(input, axis.name);
+    choice.append(label);
+  });
+  choice.hidden = false;
+}
+for (const box of document.querySelectorAll(".scroll")) {
+  const hint = document.createElement("p");
+  hint.className = "scroll-hint";
+  hint.textContent = "Scroll the table sideways for more columns.";
+  box.before(hint);
+  const show = () => (hint.hidden = box.scrollWidth <= box.clientWidth + 1);
+  new ResizeObserver(show).observe(box);
 }

@@ -20,6 +20,7 @@ def _sections(run: Run) -> str:
     reward = section("reward", "Training reward", curves.reward_curve(run))
     return "\n".join(
         (
+            curves.axis_choice(run),
             f'<div class="two">{score}{reward}</div>',
             section("tags", "By kind of prompt", tables.tags(run)),
             section("samples", "Before, during, after", (f"<p>{how}</p>" if how else "") + grids.sample_grid(run)),

@@ -33,10 +33,12 @@ def evaluations(run: Run) -> str:
     rows = []
     for i, record in enumerate(run.evaluations):
         seconds = number(record, "seconds")
+        e = run.estimates[i]
+        between = f"{fixed(e.low, 4)} to {fixed(e.high, 4)}" if e.has_interval else "–"
         cells = [f"{record['step']:,.0f}", duration(seconds) if math.isfinite(seconds) else "–"]
-        cells += [*(fixed(column[i], 4) for column in columns.values()), fixed(number(record, "images"), 0)]
+        cells += [*(fixed(column[i], 4) for column in columns.values()), fixed(number(record, "images"), 0), between]
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("step", "training", *columns, "images"))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("step", "training", *columns, "images", "95% interval"))
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return folded("The same as a table", scrolling("Evaluations", table))
 

@@ -4,18 +4,23 @@ import math
 from dataclasses import dataclass
 from html import escape
 
+from flowtilt import held_out
+from flowtilt.estimate import EXACT, Estimate
 from flowtilt.report.loading import Record, Run
-from flowtilt.report.numbers import counted, decimals_apart, duration, fixed, number, wilson
+from flowtilt.report.numbers import counted, decimals_apart, duration, fixed, number
+from flowtilt.report.reading import said
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over `images` values (0 where not known), with its 95 % interval where one can be given."""
+    """The score after so many steps."""
 
     step: int
-    value: float
-    images: int
-    interval: tuple[float, float] | None
+    of: Estimate
+
+    @property
+    def value(self) -> float:
+        return self.of.value
 
 
 @dataclass(frozen=True)
@@ -29,25 +34,10 @@ class Verdict:
     def decimals(self) -> int:
         return decimals_apart([score.value for score in (self.before, self.after) if score])
 
-    @property
-    def overlap(self) -> bool:
-        """Whether the intervals leave room for no change at all."""
-        if not (self.before and self.after and self.before.interval and self.after.interval):
-            return False
-        return self.before.interval[0] <= self.after.interval[1] and self.after.interval[0] <= self.before.interval[1]
-
-
-def has_intervals(run: Run) -> bool:
-    """Whether all scores are in [0, 1] and say of how many images they are the mean."""
-    scores = [number(record, "score") for record in run.evaluations]
-    known = [value for value in scores if math.isfinite(value)]
-    return bool(known) and all(0 <= value <= 1 for value in known) and all(number(record, "images") >= 1 for record in run.evaluations)
-
 
 def verdict(run: Run) -> Verdict:
     """Before is step 0, after the newest evaluation; a summary stands in where evaluations are missing."""
-    intervals = has_intervals(run)
-    scored = [_score(record, intervals) for record in run.evaluations if math.isfinite(number(record, "score"))]
+    scored = [Score(int(r["step"]), e) for r, e in zip(run.evaluations, run.estimates, strict=True) if e.known]
     before = scored[0] if scored and scored[0].step == 0 else None
     after = scored[-1] if scored and scored[-1].step > 0 else None
     told = run.summary.get("score")
@@ -57,18 +47,41 @@ def verdict(run: Run) -> Verdict:
     return Verdict(before, after)
 
 
-def _score(record: Record, intervals: bool) -> Score:
-    value, images = number(record, "score"), number(record, "images")
-    return Score(int(record["step"]), value, int(images) if images >= 1 else 0, wilson(value, images) if intervals else None)
-
-
 def _told(told: Record, key: str, step: int) -> Score | None:
     value = number(told, key)
-    return Score(step, value, 0, None) if math.isfinite(value) else None
+    return Score(step, Estimate(value)) if math.isfinite(value) else None
+
+
+def interval(estimate: Estimate, decimals: int, signed: bool = False) -> str:
+    """95% interval 0.25 to 0.37; why there is none; "" where the value is not known."""
+    if not estimate.has_interval:
+        return _none_because(estimate)
+    ends = [f"{end:+,.{decimals}f}" if signed else fixed(end, decimals) for end in (estimate.low, estimate.high)]
+    name = "exact 95% bound over prompts" if estimate.kind == EXACT else "95% interval"
+    return f"{name} {ends[0]} to {ends[1]}"
+
+
+def _none_because(estimate: Estimate) -> str:
+    return f"no interval: {estimate.why_none}" if estimate.why_none else ""
+
+
+def judged_change(run: Run) -> str:
+    """What the paired difference of the newest evaluation and the base says, in one sentence; "" where there is none."""
+    result, found = verdict(run), run.change
+    if not (result.before and result.after and found.known):
+        return ""
+    if not found.value and not found.has_interval:
+        return "The score did not change."
+    decimals = max(result.decimals, decimals_apart([0.0, found.value]))
+    value = f"{found.value:+,.{decimals}f}"
+    if not found.has_interval:
+        return f"The change is {value}. It has no interval ({found.why_none}), so nothing says whether it is chance."
+    change = f"The change, prompt by prompt, is {value} ({interval(found, decimals, signed=True)})"
+    return f"{change}: it may be chance, as the interval includes 0." if found.value and not found.side else f"{change}."
 
 
 def score_name(run: Run) -> str:
-    return "held-out score" if run.scores_held_out_prompts else "score on the training prompts"
+    return held_out.score_name(run.scores_held_out_prompts)
 
 
 def progress(run: Run) -> str:
@@ -109,17 +122,19 @@ def headline(run: Run) -> str:
     about = ["flowtilt", *([f"seed {seed}"] if isinstance(seed, int) else []), state]
     numbers = [_big("before", result.before, result.decimals), '<div class="arrow" aria-hidden="true">→</div>']
     numbers.append(_big("after" if run.finished else "so far", result.after, result.decimals))
+    changed = judged_change(run)
     notes = []
-    if result.overlap:
-        notes.append("The two 95% intervals overlap, so the change may be chance.")
+    if run.lost:
+        notes.append(f"Not all of the run's files could be read: {escape('; '.join(said(run.lost)))}.")
     if run.guards:
         notes.append(f'<a href="#guards">{counted(len(run.guards), "guard")} fired.</a>')
-    said = escape(sentence(run, result)).replace("held-out", '<span class="whole">held-out</span>')
+    text = escape(sentence(run, result)).replace("held-out", '<span class="whole">held-out</span>')
     measured = result.before or result.after
     parts = [
         f'<p class="about">{" · ".join(map(escape, about))}</p>',
-        f'<h1><span class="name">{escape(run.name)}:</span> {said}</h1>',
+        f'<h1><span class="name">{escape(run.name)}:</span> {text}</h1>',
         f'<div class="result">{"".join(numbers)}</div>' if measured else "",
+        f'<p class="{"" if run.change.side else "caution"}">{escape(changed)}</p>' if changed else "",
         *(f'<p class="caution">{note}</p>' for note in notes),
         f'<p class="protocol">{_protocol(run)}</p>' if measured else "",
     ]
@@ -131,10 +146,15 @@ def _big(name: str, score: Score | None, decimals: int) -> str:
     if score:
         value = fixed(score.value, decimals)
         more = [f"step {score.step:,}"] if name == "so far" else []
-        more += [counted(score.images, "image")] if score.images else []
-        more += ["95% interval {} to {}".format(*(fixed(edge, decimals) for edge in score.interval))] if score.interval else []
+        more += [extent(score.of), interval(score.of, decimals)]
     look = "big newest" if score and name != "before" else "big"
-    return f'<div class="{look}"><span>{name}</span><strong>{value}</strong><span>{", ".join(more)}</span></div>'
+    below = "".join(f"<span>{part}</span>" for part in more if part)
+    return f'<div class="{look}"><span>{name}</span><strong>{value}</strong>{below}</div>'
+
+
+def extent(estimate: Estimate) -> str:
+    """240 images of 40 prompts; only what is known."""
+    return " of ".join(counted(n, noun) for n, noun in ((estimate.images, "image"), (estimate.prompts, "prompt")) if n)
 
 
 def _protocol(run: Run) -> str:

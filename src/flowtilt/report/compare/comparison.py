@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from flowtilt.errors import UserError
+from flowtilt.estimate import NOTHING, Estimate
 from flowtilt.report.axes import nice_step
 from flowtilt.report.compare.costs import COSTS, Unit, unit_of
 from flowtilt.report.compare.entries import Entry, odd_protocols
 from flowtilt.report.compare.methods import Method, find_methods
 from flowtilt.report.compare.notes import notes
-from flowtilt.report.compare.spans import Ratio, Span, crossing, ratio, span
+from flowtilt.report.compare.spans import Ratio, crossing, ratio, span
 from flowtilt.report.numbers import Array, number
 
 
@@ -24,6 +25,8 @@ class Reach:
     """What a method's runs spent until their score first reached a target."""
 
     costs: Array  # [S], infinite where never
+    spent: Array  # [S], by each run's last evaluation
+    at_start: bool  # whether half the runs had the score at their first evaluation
     against: Ratio | None  # none of the baseline
 
     @property
@@ -32,7 +35,7 @@ class Reach:
         return int(np.isfinite(self.costs).sum())
 
     @property
-    def span(self) -> Span:
+    def span(self) -> Estimate:
         return span(self.costs)
 
 
@@ -73,26 +76,26 @@ class Comparison:
         """What every run has spent at least."""
         return min(float(entry.costs[cost][-1]) for entry in self.entries)
 
-    def final(self, method: Method) -> Span:
+    def final(self, method: Method) -> Estimate:
         return span([float(entry.scores[-1]) for entry in method.entries])
 
-    def best(self, method: Method) -> Span:
+    def best(self, method: Method) -> Estimate:
         return span([float(entry.scores.max()) for entry in method.entries])
 
-    def total(self, method: Method, cost: str) -> Span:
+    def total(self, method: Method, cost: str) -> Estimate:
         """All that its runs spent on training, evaluated or not."""
         return span([max(_logged(entry, cost), float(entry.costs[cost][-1])) for entry in method.entries])
 
-    def at_equal_cost(self, method: Method, cost: str) -> Span:
+    def at_equal_cost(self, method: Method, cost: str) -> Estimate:
         """Score at the cost where the shortest of all runs ends."""
         return span([float(np.interp(self.shortest(cost), *entry.line(cost))) for entry in method.entries])
 
     def reach(self, method: Method, cost: str, target: float) -> Reach:
         """How a method fared with a target."""
         mine, spent = _costs(method, cost, target)
-        if method is self.methods[0]:
-            return Reach(mine, None)
-        return Reach(mine, ratio(mine, spent, *_costs(self.methods[0], cost, target)))
+        had = [entry.scores[0] >= target for entry in method.entries]
+        base = None if method is self.methods[0] else ratio(mine, spent, *_costs(self.methods[0], cost, target))
+        return Reach(mine, spent, 2 * sum(had) >= len(had), base)
 
 
 def compare(
@@ -130,10 +133,9 @@ def compare(
 
 
 def round_target(methods: Sequence[Method]) -> list[float]:
-    """The highest round score that the median of every method reached and the base's did not; [] where there is none."""
-    entries = [entry for method in methods for entry in method.entries]
-    base = float(np.median([entry.scores[0] for entry in entries]))
-    reached = min(span([float(entry.scores.max()) for entry in method.entries]).median for method in methods)
+    """The highest round score that the median of every method reached and no run began with; [] where there is none."""
+    base = max(float(entry.scores[0]) for method in methods for entry in method.entries)
+    reached = min(span([float(entry.scores.max()) for entry in method.entries]).value for method in methods)
     if reached <= base:
         return []
     step = nice_step(reached - base, 10)
@@ -181,7 +183,7 @@ def _method_json(comparison: Comparison, method: Method) -> dict[str, Any]:
                 "axis": cost,
                 "runs": found.runs,
                 "cost": _known(found.span),
-                "against_baseline": _known(found.against) if found.against else None,
+                "against_baseline": _ratio_json(found.against) if found.against else None,
             }
             for target, cost, found in reaches
         ],
@@ -200,6 +202,12 @@ def _method_json(comparison: Comparison, method: Method) -> dict[str, Any]:
     }
 
 
-def _known(found: Span | Ratio) -> dict[str, Any]:
-    plain = found._asdict()
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+def _known(found: Estimate) -> dict[str, float | None]:
+    plain = {"median": found.value, "low": found.low, "high": found.high}
+    return {key: value if math.isfinite(value) else None for key, value in plain.items()}
+
+
+def _ratio_json(against: Ratio) -> dict[str, Any]:
+    """Without numbers where nothing is known of the ratio."""
+    known = against.bound in ("", "<", ">")
+    return _known(against.of if known else NOTHING) | {"bound": against.bound if known else "unknown"}

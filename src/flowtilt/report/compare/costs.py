@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowtilt.report.axes import Axis, nice_step, round_ticks
-from flowtilt.report.clock import time_unit
+from flowtilt.report.clock import count_unit, time_unit
 from flowtilt.report.loading import Run
 from flowtilt.report.numbers import Array, number, short
 
@@ -63,9 +63,8 @@ def unit_of(cost: str, high: float) -> Unit:
         sign, factor = time_unit(high)
         return Unit(sign, factor, {"s": "seconds", "min": "minutes", "h": "hours"}[sign] + " of training")
     if cost == "evaluations":
-        for sign, factor, word in (("G", 1e9, "billion"), ("M", 1e6, "million"), ("k", 1e3, "thousand")):
-            if high >= 2 * factor:
-                return Unit(sign, factor, f"{word} {name}")
+        sign, factor, word = count_unit(high)
+        return Unit(sign, factor, f"{word} {name}".strip())
     return Unit("", 1.0, name)
 
 

@@ -5,12 +5,13 @@ from functools import cached_property
 
 import numpy as np
 
+from flowtilt.estimate import Estimate
 from flowtilt.report.axes import value_axis
 from flowtilt.report.charts import Chart, Curve, Flag
 from flowtilt.report.compare.comparison import Comparison
 from flowtilt.report.compare.costs import COSTS, Unit, spent
 from flowtilt.report.compare.methods import Method
-from flowtilt.report.compare.spans import Ribbon, Span, ribbon
+from flowtilt.report.compare.spans import Ribbon, ribbon
 from flowtilt.report.compare.tables import phrase, score_cell, score_digits
 from flowtilt.report.numbers import fixed, number, short
 
@@ -56,7 +57,7 @@ class _Pen:
 
     def median(self) -> Curve:
         found, entries = self.ribbon, self.method.entries
-        cells = [score_cell(Span(*scores), self.digits) for scores in zip(found.median, found.low, found.high, strict=True)]
+        cells = [score_cell(Estimate(*scores), self.digits) for scores in zip(found.median, found.low, found.high, strict=True)]
         reads = [self._read(phrase(cell), x) for cell, x in zip(cells, found.x, strict=True)]
         # between evaluations there is nothing to put a dot on
         measured = all(np.isin(found.x, entry.costs[self.cost]).all() for entry in entries)

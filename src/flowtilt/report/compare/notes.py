@@ -5,13 +5,22 @@ from collections.abc import Sequence
 from flowtilt.report.compare.entries import Entry
 from flowtilt.report.compare.methods import Method
 from flowtilt.report.numbers import counted, fixed
+from flowtilt.report.reading import said
 
 
 def notes(methods: Sequence[Method], odd: Sequence[str]) -> list[str]:
     """One for each thing found, the gravest first."""
     entries = [entry for method in methods for entry in method.entries]
     found = [f"Scores can't be compared: {'; '.join(odd)}."] if odd else _other_bases(entries)
-    return [*found, *_put_together(methods), *_unfinished(methods), *_lengths(methods), *_seeds(methods), *_machines(entries)]
+    return [
+        *found,
+        *_unread(entries),
+        *_put_together(methods),
+        *_unfinished(methods),
+        *_lengths(methods),
+        *_seeds(methods),
+        *_machines(entries),
+    ]
 
 
 def _other_bases(entries: Sequence[Entry]) -> list[str]:
@@ -28,12 +37,16 @@ def _other_bases(entries: Sequence[Entry]) -> list[str]:
     return []
 
 
+def _unread(entries: Sequence[Entry]) -> list[str]:
+    return [f"Not all files of {entry.folder} could be read: {'; '.join(said(entry.run.lost))}." for entry in entries if entry.run.lost]
+
+
 def _put_together(methods: Sequence[Method]) -> list[str]:
-    said = []
+    found = []
     for method in methods:
         if keys := [key for key, value in method.settings.items() if value == "various"]:
-            said.append(f"The runs put together as {method.label} are not of one recipe: {', '.join(keys)}.")
-    return said
+            found.append(f"The runs put together as {method.label} are not of one recipe: {', '.join(keys)}.")
+    return found
 
 
 def _unfinished(methods: Sequence[Method]) -> list[str]:

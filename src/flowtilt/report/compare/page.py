@@ -98,6 +98,8 @@ def _cell(cell: Cell, look: str) -> str:
 
 def _reached(comparison: Comparison) -> str:
     said = "The final score is that of the last evaluation, the best that of whichever evaluation was highest, which flatters noisy curves."
+    if len(comparison.methods) > 1:
+        said += " Runs that end at different costs are compared at equal cost above."
     if any(len(method.entries) > 1 for method in comparison.methods):
         said += " Bold is the median over seeds, below it the lowest and the highest."
     return f"{_side_by_side(comparison, [scores(comparison), totals(comparison)])}<p>{said}</p>"
@@ -159,12 +161,15 @@ def _rules(comparison: Comparison) -> str:
         "before, and is no finer than evaluations are apart.",
         "A method has reached a score where the median of its seeds has: a seed that never did counts as later than all that did.",
         "“Of the first” is the method's median cost over that of the first method; below it the least and the greatest ratio of any "
-        "two seeds, ? where one of them never got there. After < or > the ratio is a bound: half the seeds of one of the two spent all "
-        "they had without getting there.",
+        "two seeds, ? where one of them never got there. Where half the seeds of one of the two spent all they had without getting "
+        "there, the ratio is less or more than the one given; where they ended before the other got there, nothing is known of it.",
+        "Methods are judged as far as all of them have been. A run that ended, or is going on, may have got there later.",
         "Medians and bands are drawn as far as every seed of a method goes.",
     ]
     if not comparison.chosen and comparison.targets:
-        said.append("The score to reach was not given: it is the highest round one that the median of every method reached.")
+        said.append(
+            "The score to reach was not given: it is the highest round one that the median of every method reached and no run began with."
+        )
     return f'<ul class="listed">{"".join(f"<li>{sentence}</li>" for sentence in said)}</ul>'
 
 

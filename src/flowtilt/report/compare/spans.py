@@ -10,29 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowtilt.estimate import NOTHING, Estimate
 from flowtilt.report.numbers import Array
 
 Line = tuple[Array, Array]
 
 
-class Span(NamedTuple):
-    """Median, lowest and highest over seeds; of an even number the median is midway between the middle two."""
-
-    median: float
-    low: float
-    high: float
-
-
 class Ratio(NamedTuple):
-    """A method's median cost over the baseline's, and the least and greatest ratio of one run of each.
+    """A method's median cost over the baseline's, with the least and greatest ratio of one run of each.
 
-    `bound` is "<" or ">" where only that much is known of the median, as half the runs of one of the two never got there;
-    NaN is known by nothing. An end that depends on a run that never got there is 0 or infinite.
+    `bound` says what is known where half the runs of one of the two never got there. "<" or ">": the ratio is less or more
+    than the value. "method" or "baseline": that one ended, at so many times the other's cost, before the other got there,
+    and nothing is known of the ratio. Both may have failed, or the baseline may have got there for nothing: NaN. An end
+    that depends on a run that never got there is 0 or infinite.
     """
 
-    median: float
-    low: float
-    high: float
+    of: Estimate
     bound: str = ""
 
 
@@ -45,10 +38,10 @@ class Ribbon(NamedTuple):
     high: Array
 
 
-def span(values: Sequence[float] | Array) -> Span:
-    """Over N > 0 values; infinite ones count as the highest."""
+def span(values: Sequence[float] | Array) -> Estimate:
+    """Median, lowest and highest of N > 0 values; infinite ones count as the highest."""
     found = np.asarray(values, dtype=float)
-    return Span(float(np.median(found)), float(found.min()), float(found.max()))
+    return Estimate(float(np.median(found)), float(found.min()), float(found.max()))
 
 
 def crossing(x: Array, y: Array, target: float) -> float:
@@ -75,14 +68,16 @@ def ratio(costs: Array, spent: Array, base_costs: Array, base_spent: Array) -> R
     """
     mine, base = float(np.median(costs)), float(np.median(base_costs))
     if base == 0 or (math.isinf(mine) and math.isinf(base)):
-        return Ratio(math.nan, math.nan, math.nan)
+        return Ratio(NOTHING)
     if math.isinf(base):
-        return Ratio(mine / float(np.median(np.minimum(base_costs, base_spent))), math.nan, math.nan, "<")
+        known = mine / float(np.median(np.minimum(base_costs, base_spent)))
+        return Ratio(Estimate(known), "<" if known <= 1 else "baseline")
     if math.isinf(mine):
-        return Ratio(float(np.median(np.minimum(costs, spent))) / base, math.nan, math.nan, ">")
+        known = float(np.median(np.minimum(costs, spent))) / base
+        return Ratio(Estimate(known), ">" if known >= 1 else "method")
     least, greatest = float(base_costs.min()), float(base_costs.max())
     # finite medians leave the least cost of each finite, so no infinity is divided by another
-    return Ratio(mine / base, float(costs.min()) / greatest, float(costs.max()) / least if least else math.inf)
+    return Ratio(Estimate(mine / base, float(costs.min()) / greatest, float(costs.max()) / least if least else math.inf))
 
 
 def ribbon(curves: Sequence[Line]) -> Ribbon:

@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from flowtilt.estimate import Estimate
 from flowtilt.report.compare.comparison import Comparison, Reach
 from flowtilt.report.compare.costs import COSTS, Unit
 from flowtilt.report.compare.entries import plain
 from flowtilt.report.compare.methods import Method, telling
-from flowtilt.report.compare.spans import Ratio, Span
+from flowtilt.report.compare.spans import Ratio, span
 from flowtilt.report.numbers import counted, decimals_apart, fixed, short
 
 
@@ -92,66 +93,101 @@ def seeds(method: Method) -> str:
 
 def score_digits(comparison: Comparison) -> int:
     """Decimals of all scores: 3 below 10, as of means of rights and wrongs; more where finals would look alike."""
-    finals = [comparison.final(method).median for method in comparison.methods]
+    finals = [comparison.final(method).value for method in comparison.methods]
     size = max(abs(float(entry.scores.max())) for entry in comparison.entries)
     return max(decimals_apart(finals), 3 if size < 10 else 2)
 
 
-def score_cell(found: Span, digits: int) -> Cell:
+def score_cell(found: Estimate, digits: int) -> Cell:
     """0.917, 0.896 to 0.938."""
     more = f"{fixed(found.low, digits)} to {fixed(found.high, digits)}" if found.low != found.high else ""
-    return Cell(fixed(found.median, digits), more)
+    return Cell(fixed(found.value, digits), more)
 
 
-def cost_cell(found: Span, unit: Unit) -> Cell:
+def cost_cell(found: Estimate, unit: Unit) -> Cell:
     low, high = (short(end / unit.factor) if math.isfinite(end) else "not reached" for end in (found.low, found.high))
-    return Cell(short(found.median / unit.factor), f"{low} to {high}" if low != high else "")
+    return Cell(short(found.value / unit.factor), f"{low} to {high}" if low != high else "")
 
 
 def reach_cell(reach: Reach, unit: Unit) -> Cell:
-    """The cost, or that it was not enough for half of the seeds."""
-    if math.isfinite(reach.span.median):
+    """The cost, or what half of the seeds spent without getting there."""
+    if reach.at_start:
+        return Cell("at the start")
+    if math.isfinite(reach.span.value):
         return cost_cell(reach.span, unit)
-    return Cell("not reached", f"fastest seed {short(reach.span.low / unit.factor)}" if reach.runs else "")
+    ended = f"in {short(span(reach.spent).value / unit.factor)}"
+    return Cell("not reached", f"{ended}, fastest seed {short(reach.span.low / unit.factor)}" if reach.runs else ended)
 
 
 def ratio_cell(against: Ratio | None) -> Cell:
-    """0.43 ×, 0.31 to 0.6."""
+    """0.43 ×, 0.31 to 0.6; what is known in words where one of the two never got there."""
     if against is None:
         return Cell("1 ×")
-    if math.isnan(against.median):
-        return Cell("–")
+    found = against.of
+    times = f"{short(found.value, 2)} ×"
+    known = {
+        "<": Cell(f"less than {times}", "the first did not get there"),
+        ">": Cell(f"more than {times}", "did not get there"),
+        "method": Cell("not known", f"ended at {times} the first's cost"),
+        "baseline": Cell("not known", f"the first ended at {short(1 / found.value, 2)} × this cost" if found.value else ""),
+    }
     if against.bound:
-        return Cell(f"{against.bound} {short(against.median, 2)} ×")
-    low = short(against.low, 2) if against.low > 0 else "?"
-    high = short(against.high, 2) if math.isfinite(against.high) else "?"
-    return Cell(f"{short(against.median, 2)} ×", f"{low} to {high}" if low != high else "")
+        return known[against.bound]
+    if math.isnan(found.value):
+        return Cell("–")
+    low = short(found.low, 2) if found.low > 0 else "?"
+    high = short(found.high, 2) if math.isfinite(found.high) else "?"
+    return Cell(times, f"{low} to {high}" if low != high else "")
 
 
 def lead(comparison: Comparison) -> tuple[str, str]:
-    """The result in a sentence of plain text, by the leading axis and the highest target that a median reached, and a doubt or ""."""
-    digits, methods = score_digits(comparison), comparison.methods
+    """The result in a sentence or two of plain text, by the leading axis and the highest target that can be judged, and a doubt or "".
+
+    Methods are judged only as far as all of them have been: one that ended before another got there may have got there sooner.
+    """
+    digits, methods, cost = score_digits(comparison), comparison.methods, comparison.axes[0]
     if len(methods) == 1:
         return f"{methods[0].label}: final score {phrase(score_cell(comparison.final(methods[0]), digits))}.", ""
     for target in reversed(comparison.targets):
-        spans = {method.label: comparison.reach(method, comparison.axes[0], target).span for method in methods}
-        if any(math.isfinite(found.median) for found in spans.values()):
-            return _first_to(comparison, target, spans)
-    finals = {method.label: comparison.final(method) for method in methods}
-    highest = max(finals.values(), key=lambda found: found.median)
-    best = [label for label, found in finals.items() if found.median == highest.median]
-    said = f"{' and '.join(best)}, {phrase(score_cell(highest, digits))}."
-    none = f"No method reached {short(comparison.targets[0])}. " if comparison.targets else ""
-    return f"{none}The highest final score is that of {said}", ""
+        reaches = {method.label: comparison.reach(method, cost, target) for method in methods}
+        if any(math.isfinite(found.span.value) for found in reaches.values()) and not any(found.at_start for found in reaches.values()):
+            return _first_to(comparison, target, reaches)
+    none = [target for target in comparison.targets if all(not comparison.reach(m, cost, target).runs for m in methods)]
+    said = f"No method reached {short(none[0])}. " if none else ""
+    return f"{said}{_at_equal_cost_said(comparison)}", ""
 
 
-def _first_to(comparison: Comparison, target: float, spans: dict[str, Span]) -> tuple[str, str]:
+def _at_equal_cost_said(comparison: Comparison) -> str:
+    """Which method scores highest where the shortest run ends."""
+    cost, digits = comparison.axes[0], score_digits(comparison)
+    shared = comparison.shortest(cost)
+    if not shared:
+        return "A run has no evaluation after training began, so nothing can be compared yet."
+    found = {method.label: comparison.at_equal_cost(method, cost) for method in comparison.methods}
+    highest = max(found.values(), key=lambda one: one.value)
+    best = [label for label, one in found.items() if one.value == highest.value]
+    score = phrase(score_cell(highest, digits))
+    if shared == comparison.longest(cost):
+        return f"The highest final score is that of {' and '.join(best)}, {score}."
+    at = f"At {comparison.unit(cost).written(shared)} {COSTS[cost].behind}, where the shortest run ends"
+    return f"{at}, the highest score is that of {' and '.join(best)}, {score}."
+
+
+def _first_to(comparison: Comparison, target: float, reaches: dict[str, Reach]) -> tuple[str, str]:
     cost = comparison.axes[0]
     unit, baseline = comparison.unit(cost), comparison.methods[0].label
-    fastest, second = sorted(spans, key=lambda label: (spans[label].median, spans[label].low))[:2]
+    fastest, second = sorted(reaches, key=lambda label: (reaches[label].span.value, reaches[label].span.low))[:2]
+    spans = {label: reach.span for label, reach in reaches.items()}
+    after = f"after {unit.written(spans[fastest].value)} {COSTS[cost].behind}"
+    ends = {label: span(reach.spent).value for label, reach in reaches.items() if math.isinf(reach.span.value)}
+    short_of = [label for label, end in ends.items() if end < spans[fastest].value]
+    if short_of:
+        ended = " and ".join(f"{label} at {unit.written(ends[label])}" for label in short_of)
+        judged = f"Runs ended before that, {ended}, so which is first is not known."
+        return f"{fastest} reached {short(target)} {after}. {judged} {_at_equal_cost_said(comparison)}", ""
     other = second if fastest == baseline else baseline
-    took = f"after {unit.written(spans[other].median)}" if math.isfinite(spans[other].median) else "did not get there"
-    said = f"{fastest} was first to {short(target)}, after {unit.written(spans[fastest].median)} {COSTS[cost].behind}; {other} {took}."
+    took = f"had not reached it after {unit.written(ends[other])}" if other in ends else f"after {unit.written(spans[other].value)}"
+    said = f"{fastest} was first to {short(target)}, {after}; {other} {took}."
     overlap = spans[second].low <= spans[fastest].high
     return said, f"Seeds of {fastest} and {second} overlap, so that their order may be chance." if overlap else ""
 

@@ -9,7 +9,7 @@ from flowtilt.files import write_atomic
 from flowtilt.report.document import document, section
 from flowtilt.report.evaluation import extremes, tables
 from flowtilt.report.evaluation.headline import headline, subject
-from flowtilt.report.evaluation.loading import Results, Scored, load_scores, parse, read_object
+from flowtilt.report.evaluation.loading import Results, Scored, load
 from flowtilt.report.markup import flat_table, folded, none_yet
 
 
@@ -24,7 +24,7 @@ def write_evaluation_page(folder: Path) -> Path:
     if not (folder / "results.json").is_file():
         raise UserError(f"evaluation {folder}: no results.json; give the folder of an evaluation that has ended")
     target = folder / "report.html"
-    write_atomic(target, page(parse(read_object(folder / "results.json")), load_scores(folder)))
+    write_atomic(target, page(*load(folder)))
     return target
 
 

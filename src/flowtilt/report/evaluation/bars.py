@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flowtilt.report.evaluation.loading import Estimate
+from flowtilt.estimate import Estimate
 
 LANE = 12  # px of a bar and the space below it
 
@@ -22,7 +22,7 @@ class Scale:
 
 def scale_of(estimates: Sequence[Estimate]) -> Scale:
     """One that holds every mean and every whisker; up to 1 for scores in [0, 1]."""
-    ends = [end for e in estimates if e.known for end in (e.mean, *((e.low, e.high) if e.has_interval else ()))] or [0.0]
+    ends = [end for e in estimates if e.known for end in (e.value, *((e.low, e.high) if e.has_interval else ()))] or [0.0]
     low, high = min(ends), max(ends)
     if 0 < high - low < 0.2 * max(abs(low), abs(high)):
         margin = 0.08 * (high - low)
@@ -37,7 +37,7 @@ def rows(estimates: Sequence[tuple[str, Estimate]], scale: Scale) -> str:
     for lane, (look, e) in enumerate(estimates):
         if not e.known:
             continue
-        y, at = 1 + LANE * lane, scale.percent(e.mean)
+        y, at = 1 + LANE * lane, scale.percent(e.value)
         middle = y + (LANE - 3) / 2
         if scale.dots:
             parts += [_whisker(e, scale, middle), f'<circle class="bar-{look}" cx="{at:.2f}%" cy="{middle:g}" r="4"/>']
@@ -53,12 +53,12 @@ def rows(estimates: Sequence[tuple[str, Estimate]], scale: Scale) -> str:
 def forest(difference: Estimate) -> str:
     """A difference and its interval, zero in the middle, on a scale of its own; for the eye only."""
     ends = [difference.low, difference.high] if difference.has_interval else []
-    reach = 1.15 * max(abs(end) for end in (difference.mean, *ends)) or 1.0
+    reach = 1.15 * max(abs(end) for end in (difference.value, *ends)) or 1.0
     scale = Scale(-reach, reach, dots=True)
-    side = "chance" if not ends or min(ends) <= 0 <= max(ends) else "higher" if difference.mean > 0 else "lower"
+    side = {1: "higher", -1: "lower"}.get(difference.side, "chance")
     return (
         f'<svg class="forest {side}" aria-hidden="true"><line class="zero" x1="50%" x2="50%" y1="0" y2="100%"/>'
-        f'{_whisker(difference, scale, 10)}<circle cx="{scale.percent(difference.mean):.2f}%" cy="10" r="4.5"/></svg>'
+        f'{_whisker(difference, scale, 10)}<circle cx="{scale.percent(difference.value):.2f}%" cy="10" r="4.5"/></svg>'
     )
 
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from flowtilt.report.evaluation.loading import Column, Estimate, PromptSet
+from flowtilt.estimate import EXACT, Estimate
+from flowtilt.report.evaluation.loading import Column, PromptSet
 from flowtilt.report.numbers import counted
 
 KNOWN = {"pickscore/raw": "what papers print"}
@@ -12,7 +13,7 @@ KNOWN = {"pickscore/raw": "what papers print"}
 
 def decimals(estimates: Sequence[Estimate]) -> int:
     """3 for scores below 10, fewer above; up to 2 more where the narrowest interval would not show."""
-    size = max((abs(e.mean) for e in estimates if e.known), default=0.0)
+    size = max((abs(e.value) for e in estimates if e.known), default=0.0)
     least = 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
     # a width that is only rounding is none
     halves = [(e.high - e.low) / 2 for e in estimates if e.has_interval and e.high - e.low > 1e-9 * size]
@@ -45,10 +46,11 @@ def written(value: float, digits: int, signed: bool = False) -> str:
 
 
 def bracketed(estimate: Estimate, digits: int, signed: bool = False) -> str:
-    """[0.918, 0.963]; what it says where there is no interval."""
+    """[0.918, 0.963], with "exact" where it is the exact bound; [no interval]; "" where there is no value."""
     if not estimate.has_interval:
-        return "[all alike]" if estimate.alike else "[no interval]"
-    return f"[{written(estimate.low, digits, signed)}, {written(estimate.high, digits, signed)}]"
+        return "[no interval]" if estimate.known else ""
+    exact = " exact" if estimate.kind == EXACT else ""
+    return f"[{written(estimate.low, digits, signed)}, {written(estimate.high, digits, signed)}]{exact}"
 
 
 def verdict(estimate: Estimate) -> str:
@@ -56,12 +58,15 @@ def verdict(estimate: Estimate) -> str:
     if not estimate.known:
         return ""
     if not estimate.has_interval:
-        return "no interval: all prompts alike" if estimate.alike else "no interval: too few prompts"
-    if estimate.low > 0:
-        return "higher: interval excludes 0"
-    if estimate.high < 0:
-        return "lower: interval excludes 0"
-    return "may be chance: interval includes 0"
+        return f"no interval: {estimate.why_none}"
+    if estimate.side:
+        return f"{'higher' if estimate.side > 0 else 'lower'}: interval excludes 0"
+    return "may be chance: interval includes 0" if estimate.value else "no difference: interval includes 0"
+
+
+def reasons(estimates: Sequence[Estimate]) -> list[str]:
+    """Why there are means without an interval, each reason once."""
+    return list(dict.fromkeys(e.why_none for e in estimates if e.why_none))
 
 
 def missing(estimate: Estimate) -> str:

@@ -1,10 +1,12 @@
 """The top of an evaluation's page: what was evaluated and how, the first score, what to be careful about."""
 
 import math
+from collections import Counter
 from html import escape
 
+from flowtilt.estimate import EXACT, Estimate
 from flowtilt.report.evaluation.estimates import column_decimals, missing, rows_of, verdict, written
-from flowtilt.report.evaluation.loading import Estimate, Record, Results
+from flowtilt.report.evaluation.loading import Record, Results
 from flowtilt.report.numbers import counted, duration
 
 GENERIC = {"lora", "transformer", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "generator_ema.pt", ""}
@@ -20,6 +22,23 @@ FORMS = {
     "t5_length": "T5 length {}",
     "dtype": "{}",
 }
+
+
+ALONE = {
+    "higher": "tuned scores <b>higher</b>: the interval of the difference excludes 0",
+    "lower": "tuned scores <b>lower</b>: the interval of the difference excludes 0",
+    "may be chance": "the difference may be chance: its interval includes 0",
+    "no difference": "tuned and base score the same on average",
+    "no interval": "the difference has no interval, so it may be chance",
+}
+FEW_WORDS = {
+    "higher": "<b>higher</b>",
+    "lower": "<b>lower</b>",
+    "may be chance": "different by what may be chance",
+    "no difference": "the same on average",
+    "no interval": "without an interval",
+}
+"""What `estimates.verdict` says of one score, and of several."""
 
 
 def headline(results: Results) -> str:
@@ -41,13 +60,20 @@ def subject(protocol: Record) -> str:
     """The model and its LoRAs, by the parts of their paths that tell them from others."""
     model = str(protocol.get("model") or "unknown model").rstrip("/").split("/")[-1]
     lora = protocol.get("lora")
-    names = [_lora_name(part) for part in lora if part] if isinstance(lora, list) else []
+    names = [_lora_name(part, model) for part in lora if part] if isinstance(lora, list) else []
     return f"{model} with {' and '.join(names)}" if names else model
 
 
-def _lora_name(lora: object) -> str:
+def _lora_name(lora: object, model: str) -> str:
+    """The last part of its path that says something, with the folder before it where the model is called the same."""
     path = str(lora.get("path") or "a LoRA") if isinstance(lora, dict) else str(lora)
-    return next((part for part in reversed(path.split("/")) if part not in GENERIC), path)
+    parts = path.split("/")
+    named = next((place for place in reversed(range(len(parts))) if parts[place] not in GENERIC), None)
+    if named is None:
+        return path
+    if parts[named] != model:
+        return parts[named]
+    return f"the LoRA of {'/'.join(filter(None, parts[max(0, named - 1) : named + 1]))}"
 
 
 def one_line(protocol: Record) -> str:
@@ -73,10 +99,12 @@ def _first_score(results: Results) -> str:
 
 
 def _figure(name: str, estimate: Estimate, digits: int, newest: bool) -> str:
-    value = written(estimate.mean, digits) if estimate.known else "–"
-    interval = f"95% interval {written(estimate.low, digits)} to {written(estimate.high, digits)}" if estimate.has_interval else ""
-    more = [interval if estimate.known else "not scored", missing(estimate)]
-    said = "".join(f"<span>{part}</span>" for part in more if part).replace("-", "−")
+    value = written(estimate.value, digits) if estimate.known else "–"
+    kind = "exact 95% bound over prompts" if estimate.kind == EXACT else "95% interval"
+    interval = f"{kind} {written(estimate.low, digits)} to {written(estimate.high, digits)}".replace("-", "−")
+    none = f"no interval: {estimate.why_none}"
+    more = [(interval if estimate.has_interval else none) if estimate.known else "not scored", missing(estimate)]
+    said = "".join(f"<span>{part}</span>" for part in more if part)
     title = f"<span>{name}</span>" if name else ""
     return f'<div class="{"big newest" if newest else "big"}">{title}<strong>{value.replace("-", "−")}</strong>{said}</div>'
 
@@ -84,16 +112,15 @@ def _figure(name: str, estimate: Estimate, digits: int, newest: bool) -> str:
 def _tally(results: Results) -> str:
     """How many of the scores are higher; further scores of the same reward are no more evidence."""
     said = [verdict(c.difference.estimate) for one in results.sets for c in one.columns if c.difference and not c.is_detail]
-    said = [word for word in said if word]
-    if not said:
+    words = Counter(word.partition(":")[0] for word in said if word)
+    if not words:
         return ""
-    higher, lower = (sum(word.startswith(start) for word in said) for start in ("higher", "lower"))
-    rest = len(said) - higher - lower
-    ends = f"; the other {rest} may be chance" if rest else ""
-    return (
-        f"Of {counted(len(said), 'score')}, compared image by image, tuned is <b>higher</b> in {higher} and <b>lower</b> in {lower}{ends}. "
-        '<a href="#differences">Differences with intervals</a>'
-    )
+    link = '<a href="#differences">Differences with intervals</a>'
+    if words.total() == 1:
+        (word,) = words
+        return f"Compared image by image, {ALONE[word]}. {link}"
+    parts = [f"{form} in {words[word]}" for word, form in FEW_WORDS.items() if words[word]]
+    return f"Of {words.total()} scores, compared image by image, tuned is {', '.join(parts)}. {link}"
 
 
 def _cautions(results: Results) -> list[str]:
@@ -103,7 +130,7 @@ def _cautions(results: Results) -> list[str]:
         for column in one.columns
         if not column.is_detail and any(summary.overall.missing for summary in column.of.values())
     ]
-    found = []
+    found = [f"Not all of the folder's files could be read: {escape('; '.join(results.lost))}."] if results.lost else []
     if lost:
         found.append(f'<a href="#missing">Some images have no score</a>: {_few(lost)}. The means are over the others.')
     if results.left_out:

@@ -1,38 +1,17 @@
 """What an evaluation's folder holds, read leniently: an odd piece is a missing piece, never an error."""
 
-import json
-import math
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flowtilt.report.numbers import number
+from flowtilt.estimate import Estimate
+from flowtilt.report.image_scores import count, estimate_of
+from flowtilt.report.numbers import counted, number
+from flowtilt.report.reading import Reader, Record, said
 
-Record = dict[str, Any]
 VARIANTS = ("base", "tuned")
 """In the order of the tables."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval, NaN where there is none; `missing` of all `images` have no score."""
-
-    mean: float
-    low: float
-    high: float
-    images: int = 0
-    missing: int = 0
-    alike: bool = False  # no two prompts differ
-
-    @property
-    def known(self) -> bool:
-        return math.isfinite(self.mean)
-
-    @property
-    def has_interval(self) -> bool:
-        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 @dataclass(frozen=True)
@@ -89,6 +68,7 @@ class Results:
     sets: list[PromptSet]
     left_out: list[tuple[str, str, str]]
     seconds: float
+    lost: list[str] = field(default_factory=list)  # what of the folder's files could not be read, a clause a file
 
     @property
     def compares(self) -> bool:
@@ -115,12 +95,11 @@ class Scored:
         return number(self.scores, column)
 
 
-def read_object(path: Path) -> Record:
-    """The JSON object in a file; {} where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        return found if isinstance(found, dict) else {}
-    return {}
+def load(folder: Path) -> tuple[Results, list[Scored]]:
+    """The results and the images of an evaluation's folder."""
+    reader = Reader(folder)
+    results, images = parse(reader.object("results.json")), _images(reader)
+    return replace(results, lost=list(said(reader.lost))), images
 
 
 def parse(record: Record) -> Results:
@@ -133,30 +112,23 @@ def parse(record: Record) -> Results:
 
 
 def _prompt_set(name: str, record: Record, variants: list[str]) -> PromptSet:
-    columns = [_column(str(key), _object(value), variants) for key, value in _object(record.get("columns")).items()]
-    return PromptSet(name, _count(record, "prompts"), _count(record, "images"), columns)
+    prompts = count(record, "prompts")
+    columns = [_column(str(key), _object(value), variants, prompts) for key, value in _object(record.get("columns")).items()]
+    return PromptSet(name, prompts, count(record, "images"), columns)
 
 
-def _column(name: str, record: Record, variants: list[str]) -> Column:
+def _column(name: str, record: Record, variants: list[str], prompts: int) -> Column:
     difference = _object(record.get("difference"))
-    compared = Difference(_estimate(difference), number(difference, "wins"), number(difference, "ties"))
-    return Column(name, {v: _summary(_object(record.get(v))) for v in variants}, compared if difference and len(variants) > 1 else None)
+    compared = Difference(estimate_of(difference, prompts), number(difference, "wins"), number(difference, "ties"))
+    of = {v: _summary(_object(record.get(v)), prompts) for v in variants}
+    return Column(name, of, compared if difference and len(variants) > 1 else None)
 
 
-def _summary(record: Record) -> Summary:
-    of_tags = _estimate(_object(record.get("mean_of_tags")))
-    by_tag = {str(tag): _estimate(value) for tag, value in _object(record.get("by_tag")).items() if isinstance(value, dict)}
-    return Summary(_estimate(record), of_tags if of_tags.known else None, by_tag)
-
-
-def _estimate(record: Record) -> Estimate:
-    mean, low, high = (number(record, key) for key in ("mean", "low", "high"))
-    return Estimate(mean, low, high, _count(record, "images"), _count(record, "missing"), record.get("alike") is True)
-
-
-def _count(record: Record, key: str) -> int:
-    value = number(record, key)
-    return int(value) if value > 0 else 0
+def _summary(record: Record, prompts: int) -> Summary:
+    overall = estimate_of(record, prompts)
+    of_tags = estimate_of(_object(record.get("mean_of_tags")), overall.prompts)
+    by_tag = {str(tag): estimate_of(value) for tag, value in _object(record.get("by_tag")).items() if isinstance(value, dict)}
+    return Summary(overall, of_tags if of_tags.known else None, by_tag)
 
 
 def _object(value: Any) -> Record:
@@ -167,23 +139,17 @@ def _objects(value: Any) -> list[Record]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
-def load_scores(folder: Path) -> list[Scored]:
+def _images(reader: Reader) -> list[Scored]:
     """The images of scores.jsonl that say which prompt they are of, in the file's order; of a repeated one the last line holds."""
-    inside = folder.resolve()
-    images = [_scored(inside, record) for record in _lines(folder / "scores.jsonl") if math.isfinite(number(record, "index"))]
+    inside, records = reader.folder.resolve(), reader.lines("scores.jsonl")
+    found = [record for record in records if abs(number(record, "index")) < 2**53]
+    if len(found) < len(records):
+        reader.lose("scores.jsonl", f"{counted(len(records) - len(found), 'line')} without the place of a prompt")
+    unscored = sum(not isinstance(record.get("scores"), dict) for record in found)
+    if unscored:
+        reader.lose("scores.jsonl", f"{counted(unscored, 'line')} without scores")
+    images = [_scored(inside, record) for record in found]
     return list({(image.set, image.index, image.copy, image.variant): image for image in images}.values())
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                yield found
 
 
 def _scored(folder: Path, record: Record) -> Scored:
@@ -191,7 +157,7 @@ def _scored(folder: Path, record: Record) -> Scored:
     return Scored(
         **texts,
         index=int(number(record, "index")),
-        copy=_count(record, "copy"),
+        copy=count(record, "copy"),
         variant=str(record.get("variant") or "tuned"),
         scores=_object(record.get("scores")),
         picture=_picture(folder, record.get("picture")),

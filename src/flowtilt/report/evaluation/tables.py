@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from flowtilt.estimate import EXACT, Estimate
 from flowtilt.report.evaluation.bars import forest, rows, scale_of
 from flowtilt.report.evaluation.estimates import (
     KNOWN,
@@ -11,11 +12,12 @@ from flowtilt.report.evaluation.estimates import (
     difference_decimals,
     extent,
     missing,
+    reasons,
     rows_of,
     verdict,
     written,
 )
-from flowtilt.report.evaluation.loading import Column, Estimate, PromptSet, Results
+from flowtilt.report.evaluation.loading import Column, PromptSet, Results
 from flowtilt.report.markup import none_yet, scrolling
 
 LOOKS = {"base": "before", "tuned": "after"}
@@ -70,7 +72,7 @@ def estimate_cell(estimate: Estimate | None, digits: int, signed: bool = False) 
     """A mean and, quieter, its interval."""
     if estimate is None or not estimate.known:
         return "–"
-    mean, interval = written(estimate.mean, digits, signed), bracketed(estimate, digits, signed)
+    mean, interval = written(estimate.value, digits, signed), bracketed(estimate, digits, signed)
     text = f'<b>{mean}</b> <span class="interval">{interval}</span>'
     return text.replace("-", "−")
 
@@ -79,18 +81,20 @@ def _reading(results: Results) -> str:
     found = [row for one in results.sets for column in one.columns for row in rows_of(one, column)]
     said = [
         "In brackets is the 95% interval of the mean, by a bootstrap that draws whole prompts, as images of one prompt are alike. "
-        "It tells how far the mean might be off for another draw of prompts of the same kinds; another training run may differ by more."
+        "It says how far the mean might be off for another draw of prompts of the same kinds; another training run may differ by more."
     ]
     if any(which for which, _ in found):
         said.append(
             "The mean over tags counts every tag once, as GenEval's overall score does; the mean over images counts every image once. "
             "Where one mean is given, it is over prompts."
         )
-    if any(e.alike for _, of in found for e in of.values()):
+    shown = [e for _, of in found for e in of.values()]
+    if any(e.kind == EXACT for e in shown):
         said.append(
-            "Where all prompts scored alike, a bootstrap tells nothing: a score known to lie in [0, 1] has the interval that the number "
-            "of prompts gives, another has none. It does not mean that the score is certain."
+            "Where all prompts scored alike, a bootstrap has no width, and “exact” marks the bound of Clopper and Pearson over "
+            "prompts for a score known to lie in [0, 1]."
         )
+    said += [f"No interval: {why}." for why in reasons(shown)]
     return "".join(f"<p>{sentence}</p>" for sentence in said)
 
 

@@ -10,6 +10,7 @@ from flowtilt.report.evaluation.estimates import (
     difference_decimals,
     extent,
     missing,
+    reasons,
     rows_of,
     verdict,
     written,
@@ -40,6 +41,8 @@ def table(results: dict[str, Any]) -> str:
     """
     read = parse(results)
     blocks = [_aligned(_means(read))] if read.sets else ["no scores"]
+    shown = [e for one in read.sets for column in one.columns for _, of in rows_of(one, column) for e in of.values()]
+    blocks += ["\n".join(_fit(f"no interval: {why}", WIDTH) for why in reasons(shown))] if reasons(shown) else []
     compared = any(column.difference for one in read.sets for column in one.columns)
     blocks += [_aligned(_differences(read))] if compared else []
     blocks += (
@@ -56,7 +59,7 @@ def _means(results: Results) -> list[_Row | str]:
             digits = column_decimals(column)
             for which, of in rows_of(one, column):
                 cells = [
-                    f"{written(of[v].mean, digits)} {bracketed(of[v], digits)}" if v in of and of[v].known else "-"
+                    f"{written(of[v].value, digits)} {bracketed(of[v], digits)}" if v in of and of[v].known else "-"
                     for v in results.variants
                 ]
                 rows.append(_Row(f"  {column.name}", f", {which}" if which else "", cells, KNOWN.get(column.name, "")))
@@ -72,7 +75,7 @@ def _differences(results: Results) -> list[_Row | str]:
         rows += [_head(one)] if compared else []
         for column, difference in compared:
             estimate, digits = difference.estimate, difference_decimals(column)
-            mean = f"{written(estimate.mean, digits, True)} {bracketed(estimate, digits, True)}" if estimate.known else "-"
+            mean = f"{written(estimate.value, digits, True)} {bracketed(estimate, digits, True)}" if estimate.known else "-"
             shares = [f"{share:.0%}" if share == share else "-" for share in (difference.wins, difference.ties)]
             rows.append(_Row(f"  {column.name}", "", [mean, *shares], verdict(estimate)))
             rows += [f"    pairs: {missing(estimate)}"] if estimate.missing else []

@@ -1,0 +1,68 @@
+"""The score of every image of an evaluation in a run, kept beside its samples, and the intervals that come of them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flowtilt.estimate import EXACT, FEW, FEWEST, KINDS, UNKNOWN, Estimate
+from flowtilt.report.numbers import number
+from flowtilt.report.reading import Record, is_list_of
+from flowtilt.statistics import bounds_of, paired, summary
+
+IMAGE_SCORES = "scores.json"
+"""{"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...]}, in samples/step-…"""
+
+
+def score_summary(images: Mapping[str, Any]) -> dict[str, Any]:
+    """The same summary, to the bit, that `flowtilt evaluate` gives the same scores."""
+    scores = _values(images)
+    return summary(scores, images["prompt"], images["tag"], bounds=bounds_of(images["column"], [scores]))
+
+
+def read_image_scores(record: Record) -> Record | None:
+    """The content of scores.json, none where any of it is odd."""
+    prompts, tags, scores = (record.get(key) for key in ("prompt", "tag", "score"))
+    if not (isinstance(prompts, list) and isinstance(tags, list) and isinstance(scores, list) and scores):
+        return None
+    if not (is_list_of(prompts, int) and is_list_of(tags, str) and len(prompts) == len(tags) == len(scores)):
+        return None
+    known = all(score is None or math.isfinite(number({"": score}, "")) for score in scores)
+    fits = known and all(abs(prompt) < 2**53 for prompt in prompts)
+    return record if fits and isinstance(record.get("column"), str) and isinstance(record.get("captions"), str) else None
+
+
+def change(before: Record | None, after: Record | None) -> Estimate:
+    """After minus before, image by image from the same noise, with its interval over prompts; of unknown interval without both."""
+    if not before or not after or any(before[key] != after[key] for key in ("column", "captions", "prompt", "tag")):
+        return Estimate(math.nan, kind=UNKNOWN)
+    scores = _values(after), _values(before)
+    return estimate_of(paired(*scores, after["prompt"], after["tag"], bounds=bounds_of(after["column"], scores)))
+
+
+def estimate_of(record: Record, prompts: int = 0) -> Estimate:
+    """An estimate from its JSON, see `Estimate.json` and `statistics.summary`; what is odd is missing.
+
+    The rule holds for every record: below 10 prompts, or where their number is not known, there is no interval.
+
+    Args:
+        prompts: how many there are where the record does not say.
+    """
+    mean, low, high = (number(record, key) for key in ("mean", "low", "high"))
+    images, missing = (count(record, key) for key in ("images", "missing"))
+    prompts = count(record, "prompts") or prompts
+    kind = record.get("interval") if record.get("interval") in KINDS else ""
+    found = Estimate(mean, low, high, str(kind), prompts, images, missing)
+    if prompts >= FEWEST and found.has_interval and low <= high:
+        return found
+    why = FEW if 0 < prompts < FEWEST else kind if kind and kind != EXACT else UNKNOWN
+    return found._replace(low=math.nan, high=math.nan, kind=str(why))
+
+
+def count(record: Record, key: str) -> int:
+    """A count of things, 0 where it is not known."""
+    value = number(record, key)
+    return int(value) if value > 0 else 0
+
+
+def _values(images: Mapping[str, Any]) -> list[float]:
+    return [math.nan if score is None else float(score) for score in images["score"]]
