@@ -68,8 +68,8 @@ def _png(index: int) -> bytes:
 
 def write(folder: Path, variants: tuple[str, ...]) -> Path:
     (folder / "pictures").mkdir(parents=True)
-    rows = rows_of_set("geneval", 24, ("geneval", "geneval/strict", "pickscore", "pickscore/raw"), TAGS, variants)
-    rows += rows_of_set("drawbench", 8, ("pickscore", "aesthetic"), ("",), variants)
+    rows = rows_of_set("geneval", 36, ("geneval", "geneval/strict", "pickscore", "pickscore/raw"), TAGS, variants)
+    rows += rows_of_set("drawbench", 12, ("pickscore", "aesthetic"), ("",), variants)
     for row in rows:
         (folder / row["picture"]).write_bytes(_png(row["index"]))
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

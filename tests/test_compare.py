@@ -85,18 +85,18 @@ def test_costs_are_read_off_the_straight_line_and_compared_with_the_first(six):
     found = compare(six, targets=[0.6])
     slow, fast = found.methods
     # the middle seed crosses .6 at 10 + 10 (.6 - .41) / (.81 - .41) = 14.75 rollouts of a thousand; the fast one at 10 (.4 / .61)
-    assert found.reach(slow, "evaluations", 0.6).span.median == pytest.approx(14_750)
-    assert found.reach(slow, "seconds", 0.6).span.median == pytest.approx(29.5)
-    assert found.reach(fast, "steps", 0.6).span.median == pytest.approx(30 * 0.4 / 0.61)
+    assert found.reach(slow, "evaluations", 0.6).span.value == pytest.approx(14_750)
+    assert found.reach(slow, "seconds", 0.6).span.value == pytest.approx(29.5)
+    assert found.reach(fast, "steps", 0.6).span.value == pytest.approx(30 * 0.4 / 0.61)
     against = found.reach(fast, "evaluations", 0.6).against
-    assert against and against.median == pytest.approx(10 * 0.4 / 0.61 / 14.75)
+    assert against and against.of.value == pytest.approx(10 * 0.4 / 0.61 / 14.75)
     assert found.reach(slow, "evaluations", 0.6).against is None
 
 
 def test_a_score_that_half_the_seeds_never_reached_is_not_reached(six, tmp_path):
     found = compare(six, targets=[0.815])
-    assert "not reached (fastest seed 19.9)  1 of 3" in text(found)
-    assert page(found, tmp_path).says("not reached fastest seed 19.9 1 of 3")
+    assert "not reached (in 20, fastest seed 19.9)  1 of 3" in text(found)
+    assert page(found, tmp_path).says("not reached in 20, fastest seed 19.9 1 of 3")
     assert "No method reached 0.815. The highest final score is that of beta=1.0 and beta=0.5, 0.810" in text(found).replace("\n  ", " ")
     rows = as_json(found)["methods"][0]["reach"]
     assert rows[0]["cost"] == {"median": None, "low": pytest.approx(19_875), "high": None} and rows[0]["runs"] == 1
@@ -105,7 +105,7 @@ def test_a_score_that_half_the_seeds_never_reached_is_not_reached(six, tmp_path)
 def test_without_a_target_a_round_score_is_taken_that_every_method_reached(six, tmp_path):
     found = compare(six)
     assert found.targets == [0.8] and not found.chosen
-    assert page(found, tmp_path).says("the highest round one that the median of every method reached")
+    assert page(found, tmp_path).says("the highest round one that the median of every method reached and no run began with")
     flat = make(tmp_path / "flat", "ema=0.5", scores=(0.2, 0.2, 0.1))
     assert compare([flat]).targets == []
 
@@ -113,8 +113,49 @@ def test_without_a_target_a_round_score_is_taken_that_every_method_reached(six, 
 def test_scores_are_also_compared_where_the_shortest_run_ends(tmp_path):
     long, short = make(tmp_path / "a"), make(tmp_path / "b", "ema=0.5", scores=(0.2, 0.5))
     found = compare([long, short])
-    assert found.at_equal_cost(found.methods[0], "evaluations").median == pytest.approx(0.4)
-    assert found.final(found.methods[0]).median == pytest.approx(0.8)
+    assert found.at_equal_cost(found.methods[0], "evaluations").value == pytest.approx(0.4)
+    assert found.final(found.methods[0]).value == pytest.approx(0.8)
+
+
+def unfinished(folder: Path, *overrides: str, **more: Any) -> Path:
+    """A run of 100 rollouts that is going on."""
+    run = make(folder, *overrides, **more)
+    (run / "summary.json").unlink()
+    return run
+
+
+def test_a_method_whose_run_ended_before_is_not_judged(tmp_path):
+    long = make(tmp_path / "long", scores=(0.2, 0.3, 0.4, 0.8))
+    short = make(tmp_path / "short", "ema=0.5", scores=(0.2, 0.35))
+    for runs in ((long, short), (short, long)):
+        said = " ".join(text(compare(runs, targets=[0.6])).split())
+        assert "did not get there" not in said and "was first" not in said
+        assert "ema=0.98 reached 0.6 after 25 k network evaluations. Runs ended before that, ema=0.5 at 10 k," in said
+        assert "so which is first is not known. At 10 k network evaluations, where the shortest run ends," in said
+        assert "the highest score is that of ema=0.5, 0.350." in said
+    first, second = (" ".join(text(compare(runs, targets=[0.6])).split()) for runs in ((long, short), (short, long)))
+    assert "not known (ended at 0.4 x the first's cost)" in first and "not known (the first ended at 0.4 x this cost)" in second
+
+
+def test_a_method_that_went_further_without_getting_there_is_judged(tmp_path):
+    fast, slow = make(tmp_path / "fast"), make(tmp_path / "slow", "ema=0.5", scores=(0.2, 0.25, 0.3))
+    said = " ".join(text(compare([fast, slow], targets=[0.6])).split())
+    assert "ema=0.98 was first to 0.6, after 15 k network evaluations; ema=0.5 had not reached it after 20 k." in said
+    assert "more than 1.3 x (did not get there)" in said
+    assert "less than 0.75 x (the first did not get there)" in " ".join(text(compare([slow, fast], targets=[0.6])).split())
+    rows = as_json(compare([fast, slow], targets=[0.6]))["methods"][1]["reach"]
+    assert rows[0]["against_baseline"] == {"median": pytest.approx(20 / 15), "low": None, "high": None, "bound": ">"}
+
+
+def test_nobody_is_first_to_a_score_that_a_base_has(tmp_path):
+    a = make(tmp_path / "a", scores=(0.3, 0.4, 0.8))
+    young = unfinished(tmp_path / "young", "ema=0.5", "seed=1", scores=(0.345,))
+    found = compare([a, young])
+    said = text(found)
+    assert found.targets == [] and "was first" not in said and "after 0" not in said
+    assert "nothing can be compared yet" in said
+    given = text(compare([a, make(tmp_path / "b", "ema=0.6", scores=(0.5, 0.6, 0.7))], targets=[0.4]))
+    assert "was first" not in given and "at the start" in given
 
 
 def test_the_page_says_what_the_terminal_says(six, tmp_path):

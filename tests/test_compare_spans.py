@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowtilt.estimate import Estimate
 from flowtilt.report.compare.spans import Ratio, crossing, ratio, ribbon, span
 
 INF = math.inf
@@ -51,30 +52,36 @@ def test_a_crossing_is_on_the_curve_and_a_higher_score_is_never_sooner(curve, lo
 
 
 def test_a_run_that_never_got_there_counts_as_later_than_all():
-    assert span([3.0, INF, 1.0]) == (3.0, 1.0, INF)
-    assert span([3.0, INF, 1.0, INF]).median == INF
-    assert span([3.0, 1.0]) == (2.0, 1.0, 3.0)
+    assert span([3.0, INF, 1.0])[:3] == (3.0, 1.0, INF)
+    assert span([3.0, INF, 1.0, INF]).value == INF
+    assert span([3.0, 1.0])[:3] == (2.0, 1.0, 3.0)
 
 
 def test_a_ratio_spans_all_pairs_of_runs():
     found = ratio(np.array([1.0, 2.0, 4.0]), np.full(3, 9.0), np.array([4.0, 8.0]), np.full(2, 9.0))
-    assert found == Ratio(2 / 6, 1 / 8, 4 / 4)
+    assert found == Ratio(Estimate(2 / 6, 1 / 8, 4 / 4))
 
 
 def test_a_ratio_is_a_bound_where_half_the_runs_of_one_side_never_got_there():
     got, spent = np.array([10.0]), np.array([40.0])
     below = ratio(got, spent, np.array([INF]), np.array([40.0]))
     above = ratio(np.array([INF]), np.array([40.0]), got, spent)
-    assert below[0] == 0.25 and below.bound == "<" and above[0] == 4 and above.bound == ">"
+    assert below.of.value == 0.25 and below.bound == "<" and above.of.value == 4 and above.bound == ">"
     neither = ratio(np.array([INF]), spent, np.array([INF]), spent)
-    assert math.isnan(neither.median) and not neither.bound
+    assert math.isnan(neither.of.value) and not neither.bound
+
+
+def test_nothing_is_known_of_a_ratio_where_one_ended_before_the_other_got_there():
+    got, spent, ended = np.array([10.0]), np.array([40.0]), np.array([8.0])
+    assert ratio(np.array([INF]), ended, got, spent) == Ratio(Estimate(0.8), "method")
+    assert ratio(got, spent, np.array([INF]), ended) == Ratio(Estimate(1.25), "baseline")
 
 
 def test_the_ends_of_a_ratio_are_open_where_a_single_run_never_got_there():
     found = ratio(np.array([1.0, 2.0, INF]), np.full(3, 9.0), np.array([4.0, 8.0, INF]), np.full(3, 9.0))
-    assert found == Ratio(2 / 8, 0.0, INF)
+    assert found == Ratio(Estimate(2 / 8, 0.0, INF))
     free = ratio(np.array([1.0]), np.array([9.0]), np.array([0.0]), np.array([9.0]))
-    assert math.isnan(free.median), "what the baseline had for nothing has no multiple"
+    assert math.isnan(free.of.value), "what the baseline had for nothing has no multiple"
 
 
 def test_seeds_are_interpolated_where_another_was_evaluated_and_followed_as_far_as_all_go():

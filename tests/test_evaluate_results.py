@@ -27,7 +27,7 @@ def test_twenty_right_of_twenty_are_not_certain(column):
 @pytest.mark.parametrize(("column", "scores"), [("mine", [1.0] * 20), ("unifiedreward/points", [1.0] * 20), ("geneval", [-0.5] * 20)])
 def test_where_the_range_is_not_known_or_left_there_is_no_interval(column, scores):
     found = column_of(column, *scores)
-    assert found["tuned"]["low"] is None and found["tuned"]["alike"] and found["difference"]["low"] is None
+    assert found["tuned"]["low"] is None and found["tuned"]["interval"] == "alike" and found["difference"]["low"] is None
 
 
 def test_missing_scores_do_not_hide_the_range():

@@ -14,7 +14,7 @@ from test_report import HOSTILE, Page
 
 from flowtilt.errors import UserError
 from flowtilt.report.evaluation import write_evaluation_page
-from flowtilt.report.evaluation.loading import load_scores
+from flowtilt.report.evaluation.loading import load
 from flowtilt.report.evaluation.terminal import table
 
 
@@ -57,7 +57,7 @@ def test_the_page_lies_in_the_folder_and_says_what_was_evaluated_and_how(two: Pa
     page = report(two)
     assert page.says("stable-diffusion-3.5-medium with nft-geneval")
     assert page.says("euler, 40 steps, guidance 1, 512 px, 2 images per prompt, seed 0, float32")
-    assert page.says("geneval on geneval · mean over images") and page.says("geneval 24 prompts, 48 images")
+    assert page.says("geneval on geneval · mean over images") and page.says("geneval 36 prompts, 72 images")
     assert page.says("rewards.pickscore.revision abc123") and page.says("lora.0.sha256 9f9f")
     assert page.says("ocr on drawbench: its prompts quote no text") and page.says("what papers print")
 
@@ -82,9 +82,9 @@ def test_both_means_of_geneval_are_named_and_each_tag_is_listed(two: Path) -> No
 
 def test_missing_scores_are_counted_beside_the_mean_and_shown(two: Path) -> None:
     page = report(two)
-    assert page.text.count("2 of 48 missing") >= 4 and page.text.count("2 of 16 missing") >= 4
+    assert page.text.count("2 of 72 missing") >= 4 and page.text.count("2 of 24 missing") >= 4
     assert page.says("Some images have no score : geneval on geneval, pickscore on geneval, pickscore on drawbench and 1 more.")
-    assert page.says("4 of 96 images lack a score: geneval 4, pickscore 4.")
+    assert page.says("4 of 144 images lack a score: geneval 4, pickscore 4.")
     assert page.says("base, prompt 0, copy 1 no geneval, pickscore: 503: no answer")
 
 
@@ -105,17 +105,17 @@ def test_differences_say_in_words_whether_the_interval_excludes_zero(two: Path) 
     columns["pickscore/raw"]["difference"] |= {"low": None, "high": None}
     change(two, sets=found["sets"])
     page = report(two)
-    assert page.says("geneval +0.200 [+0.200, +0.200] 2 of 48 missing 100% / 0% higher excludes 0")
-    assert page.says("−0.010 [−0.020, −0.004] 2 of 48 missing 100% / 0% lower excludes 0")
-    assert page.says("+0.010 [−0.020, +0.040] 2 of 48 missing 100% / 0% may be chance includes 0")
-    assert page.says("no interval too few prompts")
-    assert page.says("Of 4 scores, compared image by image, tuned is higher in 3 and lower in 1.")
+    assert page.says("geneval +0.200 [+0.200, +0.200] 2 of 72 missing 100% / 0% higher excludes 0")
+    assert page.says("−0.010 [−0.020, −0.004] 2 of 72 missing 100% / 0% lower excludes 0")
+    assert page.says("+0.010 [−0.020, +0.040] 2 of 72 missing 100% / 0% may be chance includes 0")
+    assert page.says("no interval scores per prompt are not known")
+    assert page.says("Of 4 scores, compared image by image, tuned is higher in 3, lower in 1.")
 
 
 def test_one_variant_has_no_differences_and_no_arrow(one: Path) -> None:
     page = report(one)
     assert not page.says("Tuned minus base") and "→" not in page.text and not page.says("base")
-    assert len(page.all("img")) == 24 + 2 + 14 + 2  # 12 and 12 of 46 with a score, 7 and 7 of 14, and those without
+    assert len(page.all("img")) == 24 + 2 + 22 + 2  # 12 and 12 of 70 with a score, 11 and 11 of 22, and those without
 
 
 def test_the_base_is_shown_beside_the_same_image(two: Path) -> None:
@@ -246,13 +246,13 @@ def test_values_that_are_no_numbers_are_missing_pieces(two: Path, value: Any) ->
 def test_a_line_separator_in_a_prompt_does_not_cut_its_line(tmp_path: Path) -> None:
     row = {"set": "a", "index": 0, "copy": 0, "prompt": "one\u2028two\x85three", "variant": "tuned", "scores": {}}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n" + '{"set": "a", "ind', encoding="utf-8")
-    assert [image.prompt for image in load_scores(tmp_path)] == ["one\u2028two\x85three"]
+    assert [image.prompt for image in load(tmp_path)[1]] == ["one\u2028two\x85three"]
 
 
 def test_a_repeated_image_counts_once_and_the_last_line_holds(tmp_path: Path) -> None:
     rows = [{"set": "a", "index": 0, "copy": 0, "variant": "tuned", "scores": {"x": score}} for score in (0.1, 0.7)]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [image.score("x") for image in load_scores(tmp_path)] == [0.7]
+    assert [image.score("x") for image in load(tmp_path)[1]] == [0.7]
 
 
 def test_pictures_that_are_broken_or_absent_leave_a_gap(one: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from evaluations import NAN, write
 
+from flowtilt.estimate import Estimate
 from flowtilt.report.evaluation.bars import scale_of
 from flowtilt.report.evaluation.estimates import bracketed, decimals, verdict, written
 from flowtilt.report.evaluation.extremes import ranked, worst_and_best
-from flowtilt.report.evaluation.loading import Estimate, Scored, parse
+from flowtilt.report.evaluation.loading import Scored, parse
 from flowtilt.report.evaluation.terminal import table
 
 
@@ -79,9 +80,9 @@ def test_intervals_are_written_so_that_they_show() -> None:
     assert decimals([Estimate(0.5, 0.5, 0.5), Estimate(NAN, NAN, NAN)]) == 3
     assert bracketed(Estimate(0.942, 0.918, 0.963), 3) == "[0.918, 0.963]"
     assert bracketed(Estimate(0.5, NAN, NAN), 3) == "[no interval]"
-    assert bracketed(Estimate(0.5, NAN, NAN, alike=True), 3) == "[all alike]"
-    assert bracketed(Estimate(1.0, 0.832, 1.0, alike=True), 3) == "[0.832, 1.000]"
-    assert verdict(Estimate(0.0, NAN, NAN, alike=True)) == "no interval: all prompts alike"
+    assert bracketed(Estimate(1.0, 0.832, 1.0, "exact"), 3) == "[0.832, 1.000] exact"
+    assert verdict(Estimate(0.0, kind="alike")).startswith("no interval: all prompts scored alike")
+    assert verdict(Estimate(0.4, kind="few", prompts=2)) == "no interval: 2 prompts, at least 10 are needed"
     assert [written(v, 3, True) for v in (0.2, -0.2, -0.0001, 0.0001, NAN)] == ["+0.200", "-0.200", "0.000", "0.000", "-"]
 
 
@@ -92,7 +93,8 @@ def test_intervals_are_written_so_that_they_show() -> None:
         (-0.02, -0.01, "lower: interval excludes 0"),
         (-0.01, 0.02, "may be chance: interval includes 0"),
         (0.0, 0.02, "may be chance: interval includes 0"),
-        (NAN, NAN, "no interval: too few prompts"),
+        (NAN, NAN, "no interval: scores per prompt are not known"),
+        (-0.02, 0.02, "no difference: interval includes 0"),
     ],
 )
 def test_the_verdict_is_the_intervals(low: float, high: float, says: str) -> None:
@@ -100,8 +102,12 @@ def test_the_verdict_is_the_intervals(low: float, high: float, says: str) -> Non
 
 
 def test_an_edge_that_is_not_zero_is_not_written_as_zero() -> None:
-    found = {"mean": 0.0011, "low": 0.00004, "high": 0.0022, "images": 9, "missing": 0, "wins": 0.6, "ties": 0.0}
-    column = {"tuned": {"mean": 0.285, "low": 0.27, "high": 0.3}, "base": {"mean": 0.284, "low": 0.27, "high": 0.3}, "difference": found}
+    found = {"mean": 0.0011, "low": 0.00004, "high": 0.0022, "prompts": 10, "images": 20, "missing": 0, "wins": 0.6, "ties": 0.0}
+    column = {
+        "tuned": {"prompts": 10, "mean": 0.285, "low": 0.27, "high": 0.3},
+        "base": {"prompts": 10, "mean": 0.284, "low": 0.27, "high": 0.3},
+        "difference": found,
+    }
     text = table({"variants": ["tuned", "base"], "sets": {"a": {"columns": {"clipscore": column}}}})
     assert "+0.00110 [+0.00004, +0.00220]" in text and "0.28500 [" not in text
 
@@ -127,7 +133,7 @@ def test_the_table_has_every_mean_with_its_interval(two: Path) -> None:
                 assert f"{part['mean']:.3f} [{part['low']:.3f}, {part['high']:.3f}]" in text
             assert f"{column['difference']['mean']:+.3f} [" in text
     assert re.search(r"geneval, mean over tags +0\.\d{3} \[", text) and re.search(r"pickscore/raw +0\.\d{3} .*what papers print", text)
-    assert text.count("base: 2 of 48 missing") == 4 and "pairs: 2 of 48 missing" in text and "higher: interval excludes 0" in text
+    assert text.count("base: 2 of 72 missing") == 4 and "pairs: 2 of 72 missing" in text and "higher: interval excludes 0" in text
     assert "left out on drawbench: ocr: its prompts quote no text" in text
 
 
@@ -157,12 +163,12 @@ def test_the_table_fits_110_columns_whatever_the_names_and_numbers(two: Path) ->
 
 def test_the_table_of_one_variant_has_no_differences(one: Path) -> None:
     text = table(results(one))
-    assert "mean [95 %]" in text and "tuned" not in text and "base" not in text and "minus" not in text and "    2 of 48 missing" in text
+    assert "mean [95 %]" in text and "tuned" not in text and "base" not in text and "minus" not in text and "    2 of 72 missing" in text
 
 
 def test_a_terminal_obeys_nothing_in_a_name() -> None:
     text = table({"sets": {"\x1b[31mred\u202e\nnext": {"columns": {"\x07bell": {"tuned": {"mean": 1.0}}}}}})
-    assert all(letter.isprintable() or letter == "\n" for letter in text) and len(text.splitlines()) == 3
+    assert all(letter.isprintable() or letter == "\n" for letter in text) and len(text.splitlines()) == 5
     assert "1.000 [no interval]" in text
 
 

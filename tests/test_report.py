@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 from PIL import Image
 
 from flowtilt.errors import UserError
+from flowtilt.evaluate.results import results_of
 from flowtilt.report import write_report
 from flowtilt.report.axes import nice_step, round_ticks, thin, value_axis
-from flowtilt.report.numbers import duration, short, wilson
+from flowtilt.report.image_scores import change, score_summary
+from flowtilt.report.numbers import duration, short
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
@@ -63,9 +67,21 @@ def step_record(step: int, **more: Any) -> dict[str, Any]:
     return shown | {"time/sample": 0.3, "time/train": 0.7, "seconds": 1.5 * step, "network_evaluations": 1000 * step} | more
 
 
-def evaluation(step: int, score: Any, **more: Any) -> dict[str, Any]:
+def evaluation(step: int, score: Any, prompts: int = 40, **more: Any) -> dict[str, Any]:
     base = {"step": step, "score": score, "images": 240, "by_tag": {"counting": 0.2 + step / 50}, "seconds": 1.5 * step}
-    return base | {"rewards": {"playground_strict": score}} | more
+    known = isinstance(score, float) and math.isfinite(score)
+    between = {"low": score - 0.06, "high": score + 0.05} if known else {}
+    estimate = {"mean": score, **between, "images": 240, "missing": 0, "prompts": prompts}
+    return base | {"column": "playground_strict", "rewards": {"playground_strict": score}, "estimate": estimate} | more
+
+
+def image_scores(run: Path, step: int, scores: list[float | None], copies: int = 2, column: str = "playground_strict") -> None:
+    """The scores of `copies` images of each of several prompts, as an evaluation keeps them."""
+    folder = run / "samples" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = [k // copies for k in range(len(scores))]
+    found = {"column": column, "captions": "same", "prompt": prompts, "tag": [""] * len(scores), "score": scores}
+    (folder / "scores.json").write_text(json.dumps(found))
 
 
 def samples(run: Path, step: int, size: int = 32, **more: Any) -> Path:
@@ -110,7 +126,7 @@ def test_the_report_lies_in_the_run_and_says_the_result_in_one_sentence(run: Pat
     page = report(run)
     assert page.says("the held-out score rose from 0.31 to 0.93 in 30 steps, 45 s of training.")
     assert page.says("Protocol: EMA weights, 240 images, 20 euler steps")
-    assert page.says("240 images, 95% interval 0.25 to 0.37")
+    assert page.says("240 images of 40 prompts 95% interval 0.25 to 0.36")
     assert page.says("counting 0.20 → 0.80")
     assert page.says("deviation at step 12: v_theta is v_old")
     assert page.says("3 objects, not 2") and page.says("Right: 1 of 2 before")
@@ -237,20 +253,86 @@ def test_the_summary_stands_in_for_missing_evaluations(run: Path) -> None:
     assert report(run).says("rose from 0.31 to 0.93 in 30 steps")
 
 
-def test_a_change_within_the_intervals_is_called_what_it_is(run: Path) -> None:
-    lines(run / "evaluations.jsonl", [evaluation(0, 0.50), evaluation(30, 0.52)])
-    assert report(run).says("The two 95% intervals overlap, so the change may be chance.")
+def compared(run: Path, before: list[float | None], after: list[float | None], copies: int = 2, column: str = "playground_strict") -> Page:
+    """A run whose first and last evaluation had these images' scores."""
+    for step, scores in ((0, before), (30, after)):
+        image_scores(run, step, scores, copies, column)
+    records = []
+    for step, scores in ((0, before), (30, after)):
+        content = json.loads((run / "samples" / f"step-{step:06d}" / "scores.json").read_text())
+        estimate = score_summary(content)
+        records.append(evaluation(step, estimate["mean"], column=column, estimate=estimate, images=len(scores)))
+    lines(run / "evaluations.jsonl", records)
+    return report(run)
+
+
+def test_a_change_is_judged_pair_by_pair(run: Path) -> None:
+    """Each prompt gains .02 around levels that differ by far more: of single scores the intervals overlap, of the change it is sure."""
+    levels = np.random.default_rng(0).uniform(0, 0.9, 80).round(3)
+    page = compared(run, list(levels), list((levels + 0.02 + np.random.default_rng(1).normal(0, 0.01, 80)).round(3)), column="mine")
+    assert re.search(r"The change, prompt by prompt, is \+0\.0(19|20|21)", page.text) and "chance" not in page.text
+
+
+def test_a_change_within_its_interval_may_be_chance(run: Path) -> None:
+    before, after = (list(np.random.default_rng(seed).uniform(0, 1, 60).round(3)) for seed in (0, 1))
+    assert compared(run, before, after, column="mine").says("it may be chance, as the interval includes 0.")
+
+
+def test_an_equal_score_is_not_called_chance(run: Path) -> None:
+    page = compared(run, [0.5] * 40, [0.5] * 40, column="mine")
+    assert page.says("The score did not change.") and "chance" not in page.text
+    scores = [0.0, 1.0] * 20
+    page = compared(run, scores, scores)
+    assert page.says("the held-out score stayed at 0.50") and "chance" not in page.text
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [(2, False), (9, False), (10, True)])
+def test_below_ten_prompts_there_is_no_interval_and_the_page_says_why(run: Path, prompts: int, shown: bool) -> None:
+    rng = np.random.default_rng(prompts)
+    before = rng.uniform(0, 0.3, 4 * prompts).round(3)
+    page = compared(run, list(before), list(before + 0.5), copies=4, column="mine")
+    assert ("95% interval 0." in " ".join(page.text.split())) == shown
+    assert page.says(f"no interval: {prompts} prompts, at least 10 are needed") == (not shown)
+    assert page.says(f"It has no interval ({prompts} prompts, at least 10 are needed)") == (not shown)
+    assert bool([path for path in page.all("path") if path.get("class") == "band"]) == shown
+
+
+def test_a_run_of_an_earlier_version_has_no_interval_and_says_why(run: Path) -> None:
+    records = [{key: value for key, value in evaluation(step, score).items() if key != "estimate"} for step, score in ((0, 0.3), (30, 0.9))]
+    lines(run / "evaluations.jsonl", records)
+    page = report(run)
+    assert page.says("no interval: scores per prompt are not known") and page.says("The change is +0.60. It has no interval")
+    assert not [path for path in page.all("path") if path.get("class") == "band"]
+
+
+def test_where_all_prompts_are_right_the_exact_bound_stands_in_by_name(run: Path) -> None:
+    page = compared(run, [0.0] * 40, [1.0] * 40)
+    assert page.says("exact 95% bound over prompts 0.83 to 1.00") and page.says("exact 95% bound over prompts 0.00 to 0.17")
+
+
+def test_the_run_page_and_the_evaluation_page_say_the_same_numbers() -> None:
+    """To the last bit, whatever the order of the images."""
+    rng = np.random.default_rng(3)
+    records = [
+        {"set": "s", "index": k // 3, "copy": k % 3, "tag": "ab"[k // 3 % 2], "variant": v, "scores": {"mine": float(rng.normal())}}
+        for k in range(90)
+        for v in ("tuned", "base")
+    ]
+    column = results_of(records, ("tuned", "base"), {})["sets"]["s"]["columns"]["mine"]
+    kept = {}
+    for variant in ("tuned", "base"):
+        rows = [r for r in records if r["variant"] == variant]
+        rows = [rows[place] for place in np.random.default_rng(4).permutation(90)]
+        lists = {"prompt": [r["index"] for r in rows], "tag": [r["tag"] for r in rows], "score": [r["scores"]["mine"] for r in rows]}
+        kept[variant] = {"column": "mine", "captions": "same", **lists}
+        assert score_summary(kept[variant]) == column[variant]
+    found = change(kept["base"], kept["tuned"])
+    assert (found.value, found.low, found.high) == tuple(column["difference"][key] for key in ("mean", "low", "high"))
 
 
 def test_a_fall_is_called_a_fall_and_shows_enough_digits(run: Path) -> None:
     lines(run / "evaluations.jsonl", [evaluation(0, 0.2907), evaluation(30, 0.2831)])
     assert report(run).says("fell from 0.291 to 0.283")
-
-
-def test_scores_outside_zero_to_one_have_no_band(run: Path) -> None:
-    lines(run / "evaluations.jsonl", [evaluation(0, 21.1), evaluation(30, 22.4)])
-    page = report(run)
-    assert page.says("There is no band") and "95% interval" not in page.text and "Wilson" not in page.text
 
 
 def test_training_prompts_are_not_called_held_out(run: Path) -> None:
@@ -302,9 +384,11 @@ def test_a_gap_breaks_the_line(run: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 7e-4, -3.0, 1e9, 1e-320])
-def test_a_constant_metric_is_drawn(run: Path, value: float) -> None:
-    lines(run / "metrics.jsonl", [step_record(s, constant=value) for s in range(1, 11)])
-    assert report(run).says("constant")
+def test_a_constant_metric_is_named_and_not_plotted(run: Path, value: float) -> None:
+    lines(run / "metrics.jsonl", [step_record(s, same=value, optimizer_step=3 * s) for s in range(1, 11)])
+    page = report(run)
+    assert page.says(f"same {short(value, 4)}") and page.says("Constant so far:")
+    assert not [svg for svg in page.all("svg") if (svg.get("aria-label") or "").startswith(("same", "optimizer_step"))]
 
 
 def test_a_long_run_is_thinned_and_stays_small(run: Path) -> None:
@@ -354,19 +438,6 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("mean", "n", "low", "high"),
-    # right of n: 81 of 263 (Newcombe, Stat. Med. 17, 1998, table I, method 3), 15 of 148, 0 of 20, 1 of 29
-    [(81 / 263, 263, 0.2553, 0.3662), (15 / 148, 148, 0.0624, 0.1605), (0.0, 20, 0.0, 0.1611), (1 / 29, 29, 0.0061, 0.1718)],
-)
-def test_wilson_intervals_are_newcombes(mean: float, n: int, low: float, high: float) -> None:
-    assert wilson(mean, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_intervals_stay_in_zero_to_one() -> None:
-    assert wilson(1.0, 240)[1] == 1.0 and wilson(0.0, 1)[0] == 0.0
-
-
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 17.0), (1e-7, 4e-7), (2.1e6, 9e6), (0.93, 0.94), (-5.0, -4.0), (0.0, 1e99)])
 def test_ticks_are_few_round_and_distinct(low: float, high: float) -> None:
     axis = value_axis([np.array([low, high, np.nan])])
@@ -394,22 +465,68 @@ def test_numbers_are_rounded_to_what_they_mean() -> None:
     assert [duration(s) for s in (5.31, 58.1, 750, 11_500)] == ["5.3 s", "58 s", "12.5 min", "3.2 h"]
 
 
-def test_curves_stand_on_training_time_whoever_logged_it(run: Path) -> None:
-    before = [circle["cx"] for circle in report(run).all("circle")]
-    lines(
-        run / "evaluations.jsonl",
-        [evaluation(0, 0.31, seconds=None), evaluation(15, 0.64, seconds=None), evaluation(30, 0.93, seconds=None)],
-    )
-    page = report(run)
-    assert [circle["cx"] for circle in page.all("circle")] == before and page.says("seconds of training")
+def axes(run: Path) -> list[dict[str, Any]]:
+    found = [attrs["data-axes"] for attrs in report(run).all("div") if attrs.get("data-axes")]
+    return json.loads(found[0] or "") if found else []
 
 
-def test_curves_stand_on_steps_where_no_time_is_known(run: Path) -> None:
-    lines(run / "metrics.jsonl", [step_record(step, seconds=None) for step in range(1, 31)])
+def test_curves_stand_on_rollouts_and_a_reader_can_choose_time_or_work(run: Path) -> None:
+    lines(run / "metrics.jsonl", [step_record(s, seconds=s + 90.0 * (s > 20)) for s in range(1, 31)])
     lines(run / "evaluations.jsonl", [evaluation(0, 0.31, seconds=None), evaluation(30, 0.93, seconds=None)])
-    assert report(run).says("against training steps")
+    rollouts, seconds, work = axes(run)
+    assert [axis["name"] for axis in (rollouts, seconds, work)] == ["rollouts", "seconds of training", "thousand network evaluations"]
+    assert rollouts["knots"][0] == [0, 0] and rollouts["knots"][-1] == [100, 100]
+    # a stall of 90 s after rollout 20: two thirds of the rollouts took a sixth of the time and two thirds of the work
+    assert dict(map(tuple, seconds["knots"]))[66.667] == pytest.approx(100 * 20 / 120, abs=0.01)
+    assert dict(map(tuple, work["knots"]))[66.667] == pytest.approx(66.667, abs=0.01)
+
+
+def test_without_clocks_there_is_nothing_to_choose(run: Path) -> None:
+    lines(run / "metrics.jsonl", [step_record(step, seconds=None, network_evaluations=None) for step in range(1, 31)])
+    lines(run / "evaluations.jsonl", [evaluation(0, 0.31, seconds=None), evaluation(30, 0.93, seconds=None)])
+    assert axes(run) == []
 
 
 def test_time_comes_in_the_unit_that_fits(run: Path) -> None:
     lines(run / "metrics.jsonl", [step_record(step, seconds=900.0 * step) for step in range(1, 31)])
-    assert report(run).says("against hours of training")
+    assert axes(run)[1]["name"] == "hours of training"
+
+
+# damaged files ---------------------------------------------------------------------------------------
+
+
+def test_what_could_not_be_read_is_counted_and_said_once(run: Path) -> None:
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": 40, "loss"\n\xff\xfe\n{"loss": 3}\n'
+            + b"[" * 3000
+            + b"\n{"
+            + b'"step": 31, "loss": '
+            + b"9" * 5000
+            + b"}\n"
+            + b"\0" * 37
+        )
+    (run / "environment.json").write_text('{"a":' * 500 + "1" + "}" * 500)
+    lines(run / "evaluations.jsonl", [evaluation(0, 0.31), {"step": 15}, evaluation(30, 0.93)])
+    (run / "guards.jsonl").write_text('{"guard": "x"}\n')
+    page = report(run)
+    assert page.text.count("Not all of the run's files could be read") == 1
+    for said in (
+        "metrics.jsonl: 4 lines cannot be read, 1 line without a step",
+        "environment.json: cannot be read",
+        "evaluations.jsonl: 1 evaluation without a score",
+        "guards.jsonl: 1 line without a step",
+    ):
+        assert page.says(said), said
+
+
+def test_of_a_whole_run_nothing_is_said_to_be_lost(run: Path) -> None:
+    assert "could be read" not in report(run).text
+
+
+def test_a_pipe_or_a_folder_in_a_files_place_is_not_waited_for(run: Path) -> None:
+    for name, make in (("metrics.jsonl", os.mkfifo), ("summary.json", os.mkdir)):
+        (run / name).unlink()
+        make(run / name)
+    page = report(run)
+    assert page.says("metrics.jsonl: cannot be read") and page.says("summary.json: cannot be read")

@@ -95,7 +95,7 @@ def test_equal_values_have_no_interval_and_say_so(value: float) -> None:
     values = np.full(30, value)
     assert all(map(math.isnan, interval(values, np.arange(30) // 3, np.arange(30) % 2)))
     found = summary(values, np.arange(30) // 3)
-    assert (found["mean"], found["low"], found["high"], found["alike"]) == (value, None, None, True)
+    assert (found["mean"], found["low"], found["high"], found["interval"]) == (value, None, None, "alike")
 
 
 @pytest.mark.parametrize("values", [[], [NAN, NAN], [0.5, 0.7], [0.5, NAN, 0.7]])
@@ -151,10 +151,53 @@ def test_what_makes_no_sense_is_refused(wrong: dict) -> None:
         interval(**({"values": [1.0, 2.0, 3.0], "clusters": [0, 1, 2], "strata": [0, 0, 0]} | wrong))
 
 
+# how many prompts an interval needs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 9, 10, 11])
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("alike", [True, False])
+def test_below_ten_prompts_there_is_none_however_many_images(prompts: int, bounds: tuple[float, float] | None, alike: bool) -> None:
+    clusters = np.repeat(np.arange(prompts), 50)
+    values = np.ones(len(clusters)) if alike else np.random.default_rng(0).uniform(size=len(clusters))
+    found = summary(values, clusters, bounds=bounds)
+    assert (found["low"] is not None) == (prompts >= 10 and not (alike and bounds is None))
+    assert found["prompts"] == prompts and (found.get("interval") == "few") == (prompts < 10)
+    assert (paired(values, values - 0.5, clusters, bounds=None)["low"] is not None) == (prompts >= 10 and not alike)
+
+
+def test_a_prompt_without_a_score_is_no_prompt() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+    values[:4] = NAN
+    assert summary(values, np.arange(20) // 2)["interval"] == "few"
+
+
+def test_tags_of_few_prompts_are_resampled_as_one() -> None:
+    """Thirty prompts of a tag that are all right do not hide that the other tag's two differ, and tags of one prompt count."""
+    values, tags = np.array([1.0] * 30 + [0.0, 1.0]), np.array([0] * 30 + [1] * 2)
+    found = summary(values, np.arange(32), tags, bounds=(0, 1))
+    assert (found["low"], found["high"]) == interval(values, np.arange(32))
+    assert found["mean_of_tags"]["interval"] == "thin" and found["by_tag"]["1"]["interval"] == "few"
+    values = np.random.default_rng(0).normal(size=12)
+    assert interval(values, np.arange(12), np.arange(12)) == interval(values, np.arange(12))
+
+
+@pytest.mark.parametrize("prompts", [10, 20])
+def test_of_few_prompts_about_90_of_100_intervals_hold_the_true_mean(prompts: int) -> None:
+    """Images of a prompt are alike: taken for independent, half of these intervals would fail."""
+    held = naive = 0
+    for seed in range(400):
+        values, clusters, _ = images(seed, prompts, copies=8, within=0.3)
+        low, high = interval(values, clusters, resamples=300, seed=seed)
+        held += low <= 0 <= high
+        naive += abs(values.mean()) <= plain(values)
+    assert held / 400 > 0.88 and naive / 400 < 0.6
+
+
 # where all are alike ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompts", [2, 20, 553])
+@pytest.mark.parametrize("prompts", [10, 20, 553])
 def test_of_nothing_but_right_or_wrong_prompts_the_bound_is_clopper_and_pearsons(prompts: int) -> None:
     """0.025^(1 / n), for 20 of 20: [0.8316, 1]. Images of one prompt count as one."""
     clusters = np.repeat(np.arange(prompts), 4)
@@ -190,7 +233,11 @@ def test_tags_that_are_alike_each_at_a_level_of_its_own_are_bounded_too() -> Non
 def test_pairs_that_all_tie_may_differ_in_another_draw() -> None:
     found = paired(np.ones(20), np.ones(20), np.arange(20), bounds=(0, 1))
     off = 1 - 0.025 ** (1 / 20)
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0, -off, off)) and found["alike"] and found["ties"] == 1
+    assert (
+        (found["mean"], found["low"], found["high"]) == pytest.approx((0, -off, off))
+        and found["interval"] == "exact"
+        and found["ties"] == 1
+    )
     won = paired(np.ones(20), np.zeros(20), np.arange(20), bounds=(0, 1))
     assert (won["low"], won["high"]) == pytest.approx((1 - 2 * off, 1))
     assert paired(np.ones(20), np.ones(20), np.arange(20))["low"] is None
@@ -199,9 +246,9 @@ def test_pairs_that_all_tie_may_differ_in_another_draw() -> None:
 def test_one_prompt_that_differs_makes_it_a_bootstrap_again() -> None:
     values = np.array([1.0] * 19 + [0.0])
     found = summary(values, np.arange(20), bounds=(0, 1))
-    assert "alike" not in found and (found["low"], found["high"]) == interval(values, np.arange(20))
+    assert "interval" not in found and (found["low"], found["high"]) == interval(values, np.arange(20))
     in_pairs = np.tile([0.0, 1.0], 20)  # every prompt's mean is 0.5
-    assert summary(in_pairs, np.arange(40) // 2)["alike"]
+    assert summary(in_pairs, np.arange(40) // 2)["interval"] == "alike"
 
 
 # means over tags -------------------------------------------------------------------------------------
@@ -210,13 +257,13 @@ def test_one_prompt_that_differs_makes_it_a_bootstrap_again() -> None:
 def test_the_mean_over_tags_counts_each_tag_once() -> None:
     values = np.concatenate([np.full(30, 0.2), np.full(10, 0.8)])
     tags = ["many"] * 30 + ["few"] * 10
-    assert mean_of_strata(values, np.arange(40), tags).mean == pytest.approx(0.5)
+    assert mean_of_strata(values, np.arange(40), tags).value == pytest.approx(0.5)
     assert summary(values, np.arange(40), tags)["mean"] == pytest.approx(0.35)
 
 
 def test_of_equal_tags_both_means_and_both_intervals_agree() -> None:
     values, clusters, tags = images(11, strata=5)
-    mean, low, high, _ = mean_of_strata(values, clusters, tags)
+    mean, low, high = mean_of_strata(values, clusters, tags)[:3]
     assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(interval(values, clusters, tags), abs=1e-12)
 
 
@@ -225,7 +272,7 @@ def test_its_interval_is_that_of_independent_tags() -> None:
     rng = np.random.default_rng(12)
     values, tags = rng.normal(size=220), np.array([0] * 200 + [1] * 20)
     error = math.sqrt(values[:200].var(ddof=1) / 200 + values[200:].var(ddof=1) / 20) / 2
-    _, low, high, _ = mean_of_strata(values, np.arange(220), tags, resamples=20_000)
+    _, low, high = mean_of_strata(values, np.arange(220), tags, resamples=20_000)[:3]
     assert (high - low) / 2 == pytest.approx(1.959964 * error, rel=0.04)
 
 
@@ -249,7 +296,7 @@ def test_a_summary_has_every_tag_in_order_of_appearance() -> None:
 def test_one_tag_or_none_has_no_means_by_tag() -> None:
     values, clusters, _ = images(14)
     for strata in (None, [""] * len(values), ["counting"] * len(values)):
-        assert set(summary(values, clusters, strata)) == {"mean", "low", "high", "images", "missing"}
+        assert set(summary(values, clusters, strata)) == {"mean", "low", "high", "images", "missing", "prompts"}
 
 
 def test_prompts_without_a_tag_count_in_the_mean_but_are_no_tag() -> None:
@@ -263,7 +310,7 @@ def test_a_tag_without_any_score_is_listed_as_missing() -> None:
     values, clusters, tags = images(16, strata=3)
     values[tags == 1] = NAN
     one = summary(values, clusters, tags)["by_tag"]["1"]
-    assert one == {"mean": None, "low": None, "high": None, "images": 160, "missing": 160}
+    assert one == {"mean": None, "low": None, "high": None, "images": 160, "missing": 160, "prompts": 0}
 
 
 def test_a_tag_of_one_prompt_has_a_mean_and_no_interval() -> None:

@@ -38,7 +38,7 @@ if (choice) {
     return x1 > x0 ? y0 + ((y1 - y0) * (x - x0)) / (x1 - x0) : y1;
   };
   const tick = (x, anchor, text) => {
-    const found = document.createElementNS("http://www.w3.org/2000/svg", "text");
+    const found = document.createElementNS(document.querySelector("svg").namespaceURI, "text");
     for (const [name, value] of Object.entries({ class: "tick", x, y: "100%", dy: 18, "text-anchor": anchor })) found.setAttribute(name, value);
     found.textContent = text;
     return found;

@@ -152,7 +152,7 @@ def lead(comparison: Comparison) -> tuple[str, str]:
         reaches = {method.label: comparison.reach(method, cost, target) for method in methods}
         if any(math.isfinite(found.span.value) for found in reaches.values()) and not any(found.at_start for found in reaches.values()):
             return _first_to(comparison, target, reaches)
-    none = [target for target in comparison.targets if all(not comparison.reach(m, cost, target).runs for m in methods)]
+    none = [target for target in comparison.targets if all(math.isinf(comparison.reach(m, cost, target).span.value) for m in methods)]
     said = f"No method reached {short(none[0])}. " if none else ""
     return f"{said}{_at_equal_cost_said(comparison)}", ""
 
