@@ -163,7 +163,7 @@ def test_below_ten_prompts_there_is_none_however_many_images(prompts: int, bound
     found = summary(values, clusters, bounds=bounds)
     assert (found["low"] is not None) == (prompts >= 10 and not (alike and bounds is None))
     assert found["prompts"] == prompts and (found.get("interval") == "few") == (prompts < 10)
-    assert (paired(values, values - 0.5, clusters, bounds=None)["low"] is not None) == (prompts >= 10 and not alike)
+    assert (paired(values, values / 2, clusters)["low"] is not None) == (prompts >= 10 and not alike)
 
 
 def test_a_prompt_without_a_score_is_no_prompt() -> None:

@@ -57,10 +57,10 @@ TOTAL_MISFIT = 2.4
 CHUNK = 144
 """Images that are read at once: more would leave the cache."""
 FLAWS = (
-    "too small or too large",
-    "too near the border",
     "of no known shape",
     "between two shapes",
+    "too small or too large",
+    "too near the border",
     "edges or inside not clean",
     "of no known colour",
 )
@@ -255,7 +255,7 @@ def _identify(offset: Tensor, labels: Tensor, parts: _Parts) -> list[Seen]:
     fitting = overlap > FIT
     alone = overlap - runner_up > LEAD
     shaped = drawn & sized & placed & fitting & alone
-    flaws = torch.stack([sized, placed, fitting, alone, drawn, gap < HUE], 1).tolist()
+    flaws = torch.stack([fitting, alone, sized, placed, drawn, gap < HUE], 1).tolist()
     found = zip(best.tolist(), shaped.tolist(), name.tolist(), (gap < HUE).tolist(), x.tolist(), y.tolist(), flaws, strict=True)
     names = list(COLORS)
     return [
@@ -349,7 +349,7 @@ def _compare(seen: tuple[Seen, ...] | None, prompt: Prompt) -> Verdict:
     size = max(len(wanted), len(seen))
     whole = [o for o in seen if o.whole]
     counted = (
-        f"{len(seen)} objects, not {len(wanted)}"
+        f"{len(seen)} {'object' if len(seen) == 1 else 'objects'}, not {len(wanted)}"
         if len(seen) != len(wanted)
         else "not drawn well: " + ", ".join(o.said for o in seen if not o.whole)
     )

@@ -134,7 +134,7 @@ def headline(run: Run) -> str:
         f'<p class="about">{" · ".join(map(escape, about))}</p>',
         f'<h1><span class="name">{escape(run.name)}:</span> {text}</h1>',
         f'<div class="result">{"".join(numbers)}</div>' if measured else "",
-        f'<p class="{"" if run.change.side else "caution"}">{escape(changed)}</p>' if changed else "",
+        f'<p class="{"" if run.change.side else "caution"}">{escape(changed).replace(" -", " −").replace("(-", "(−")}</p>' if changed else "",
         *(f'<p class="caution">{note}</p>' for note in notes),
         f'<p class="protocol">{_protocol(run)}</p>' if measured else "",
     ]
