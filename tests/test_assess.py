@@ -48,7 +48,7 @@ def test_a_runs_lora_scores_what_the_run_itself_said(learnt, tmp_path):
     results = assess(tmp_path / "e", loras=[learnt])
     said = read_lines(learnt / "evaluations.jsonl")[-1]
     found = results["sets"]["playground"]["columns"]["playground_strict"]["tuned"]
-    assert found["mean"] == said["score"] and found["images"] == said["images"]
+    assert found == said["estimate"] and found["mean"] == said["score"] and found["images"] == said["images"]
     assert {tag: one["mean"] for tag, one in found["by_tag"].items()} == pytest.approx(said["by_tag"], abs=1e-12)
     recipe = load_recipe(learnt / "recipe.toml")
     protocol = results["protocol"]

@@ -112,6 +112,57 @@ def test_differences_say_in_words_whether_the_interval_excludes_zero(two: Path) 
     assert page.says("Of 4 scores, compared image by image, tuned is higher in 3, lower in 1.")
 
 
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "says"),
+    [
+        (0.2, 0.1, 0.3, "Compared image by image, tuned scores higher : the interval of the difference excludes 0."),
+        (0.1, -0.1, 0.3, "Compared image by image, the difference may be chance: its interval includes 0."),
+        (0.0, -0.1, 0.1, "Compared image by image, tuned and base score the same on average."),
+        (0.4, None, None, "Compared image by image, the difference has no interval, so it may be chance."),
+    ],
+)
+def test_of_one_score_the_headline_says_what_its_difference_is(
+    two: Path, mean: float, low: float | None, high: float | None, says: str
+) -> None:
+    column = results(two)["sets"]["drawbench"]["columns"]["aesthetic"]
+    column["difference"] |= {"mean": mean, "low": low, "high": high}
+    change(two, sets={"drawbench": {"prompts": 12, "images": 24, "columns": {"aesthetic": column}}})
+    page = report(two)
+    assert page.says(says) and "Of 1 score" not in page.text
+
+
+def test_an_evaluation_of_two_prompts_calls_nothing_significant(two: Path) -> None:
+    """Also of a file that has an interval for them."""
+    column = results(two)["sets"]["drawbench"]["columns"]["aesthetic"]
+    for part in column.values():
+        part.pop("prompts")
+    change(two, sets={"drawbench": {"prompts": 2, "images": 24, "columns": {"aesthetic": column}}})
+    page = report(two)
+    assert "95% interval 0." not in page.text and not page.says("higher excludes 0")
+    assert page.says("no interval: 2 prompts, at least 10 are needed") and page.says("No interval: 2 prompts, at least 10 are needed.")
+
+
+@pytest.mark.parametrize(
+    ("path", "title"),
+    [
+        ("/x/runs/playground/lora/pytorch_lora_weights.safetensors", "playground with the LoRA of runs/playground"),
+        ("playground/lora/pytorch_lora_weights.safetensors", "playground with the LoRA of playground"),
+        ("/x/runs/mine", "playground with mine"),
+    ],
+)
+def test_a_lora_that_is_called_like_its_model_is_told_from_it(two: Path, path: str, title: str) -> None:
+    change(two, protocol={"model": "playground", "lora": [{"path": path}]})
+    assert report(two).says(title)
+
+
+def test_what_could_not_be_read_is_said_once(two: Path) -> None:
+    with (two / "scores.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"index": "x"}\n{"set": "a", "index": 1, "scores": 3}\n' + b"\0" * 20)
+    page = report(two)
+    said = "scores.jsonl: 1 line cannot be read, 1 line without the place of a prompt, 1 line without scores"
+    assert page.says(f"Not all of the folder's files could be read: {said}.")
+
+
 def test_one_variant_has_no_differences_and_no_arrow(one: Path) -> None:
     page = report(one)
     assert not page.says("Tuned minus base") and "→" not in page.text and not page.says("base")

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowtilt.config import load_recipe, to_toml
+from flowtilt.display import Display
 from flowtilt.errors import UserError
 from flowtilt.evaluate.results import results_of
+from flowtilt.held_out import score_name_of
 from flowtilt.report import write_report
 from flowtilt.report.axes import nice_step, round_ticks, thin, value_axis
 from flowtilt.report.image_scores import change, score_summary
@@ -530,3 +533,27 @@ def test_a_pipe_or_a_folder_in_a_files_place_is_not_waited_for(run: Path) -> Non
         make(run / name)
     page = report(run)
     assert page.says("metrics.jsonl: cannot be read") and page.says("summary.json: cannot be read")
+
+
+# words -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "judged", "name"),
+    [
+        ("playground", None, "held-out score"),
+        ("mine.txt", "mine.txt", "score on the training prompts"),
+        ("mine.txt", "./mine.txt", "score on the training prompts"),
+        ("mine.txt", "others.txt", "held-out score"),
+    ],
+)
+def test_the_terminal_and_the_page_call_the_score_what_it_is(
+    prompts: str, judged: str | None, name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe("playground", [f"prompts={prompts}", *([f"evaluate.prompts={judged}"] if judged else [])])
+    display = Display(3, 0, False, score_name_of(recipe))
+    display.evaluation(2, 0.5, {})
+    display.close()
+    assert f"after 2 rollouts: {name} 0.500" in capsys.readouterr().err
+    (run / "recipe.toml").write_text(to_toml(recipe))
+    assert report(run).says(f"the {name} rose")

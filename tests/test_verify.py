@@ -355,6 +355,23 @@ def test_the_verdict_says_what_is_wrong_in_words():
     assert verify.judge(images, ["three circles"])[0].reasons == ("2 objects, not 3", "shapes circle, square")
     assert verify.judge(BLANK[None], ["a circle"])[0].reasons == ("empty",)
     assert verify.judge(BLANK[None] + 1, ["a circle"])[0].reasons == ("not a picture of this world",)
+    assert verify.judge(images, ["a circle"])[0].reasons[0] == "2 objects, not 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x: world.render([[Object("cross", "red", 12, 12, 6.5)]]), "red cross (too small or too large)"),
+        (lambda x: world.render([[Object("cross", "red", 12, 4.6, 5)]]), "red cross (too near the border)"),
+        (lambda x: torch.where(torch.arange(SIZE) == 12, torch.where(x > 0.5, x * 0.6, x), x), "red cross (edges or inside not clean)"),
+    ],
+)
+def test_an_object_of_the_right_kind_that_is_not_accepted_says_why(change, why):
+    """Once, and not again as a shape or a colour that is wrong."""
+    fine = world.render([[Object("cross", "red", 12, 12, 5)]])
+    assert verify.judge(fine, ["a red cross"])[0].strict
+    (verdict,) = verify.judge(change(fine), ["a red cross"])
+    assert not verdict.strict and verdict.partial < 1 and verdict.reasons == (f"not drawn well: {why}",)
 
 
 def test_an_image_has_the_same_verdict_alone_and_in_any_batch(drawn):

@@ -122,7 +122,7 @@ def headline(run: Run) -> str:
     about = ["flowtilt", *([f"seed {seed}"] if isinstance(seed, int) else []), state]
     numbers = [_big("before", result.before, result.decimals), '<div class="arrow" aria-hidden="true">→</div>']
     numbers.append(_big("after" if run.finished else "so far", result.after, result.decimals))
-    changed = judged_change(run)
+    changed = judged_change(run).replace(" -", " −").replace("(-", "(−")
     notes = []
     if run.lost:
         notes.append(f"Not all of the run's files could be read: {escape('; '.join(said(run.lost)))}.")
@@ -134,7 +134,7 @@ def headline(run: Run) -> str:
         f'<p class="about">{" · ".join(map(escape, about))}</p>',
         f'<h1><span class="name">{escape(run.name)}:</span> {text}</h1>',
         f'<div class="result">{"".join(numbers)}</div>' if measured else "",
-        f'<p class="{"" if run.change.side else "caution"}">{escape(changed).replace(" -", " −").replace("(-", "(−")}</p>' if changed else "",
+        f'<p class="{"" if run.change.side else "caution"}">{escape(changed)}</p>' if changed else "",
         *(f'<p class="caution">{note}</p>' for note in notes),
         f'<p class="protocol">{_protocol(run)}</p>' if measured else "",
     ]
