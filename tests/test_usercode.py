@@ -374,6 +374,13 @@ def test_an_answer_of_another_kind_is_one_line_that_says_what_came(answer, said)
     assert "\n" not in str(caught.value)
 
 
+def test_a_trained_reward_that_is_nan_everywhere_ends_the_run_though_another_one_is_there(tmp_path):
+    (tmp_path / "nan.py").write_text("import torch\ndef nan(images, prompts):\n    return torch.full((len(images),), torch.nan)\n")
+    recipe = quick(tmp_path / "run", "steps=1", f"rewards.nothing={tmp_path}/nan.py:nan")
+    with pytest.raises(UserError, match=r"reward nothing: has no score \(NaN\) for any of the 12 images of rollout 1; .*rewards\.nothing"):
+        Trainer(recipe).run()
+
+
 # child processes ---------------------------------------------------------------------------------------------
 
 CHILDREN = """

@@ -27,6 +27,12 @@ def is_file(source: str) -> bool:
     return source.endswith(".py") or Path(source).is_file()
 
 
+def is_missing_file(source: str) -> bool:
+    """Whether a source "file.py:function" names a file that is not there."""
+    place, colon, _ = source.rpartition(":")
+    return bool(colon) and "://" not in source and not Path(place).is_file()
+
+
 def without_function(path: Path) -> str:
     """What to write instead of the file alone."""
     if not path.is_file():
