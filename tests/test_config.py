@@ -277,7 +277,7 @@ WRONG = [
     ("track=['wnb']", "track: must be 'wandb', 'tensorboard' or 'trackio', not 'wnb'"),
     ("track=wandb", "track: must be a valid array, not 'wandb'"),
     ("name=a/b", "name: String should match pattern"),
-    ("model=", "model.path: String should have at least 1 character, not ''"),
+    ("model=", "model.path: is empty, give it a value"),
     ("model={}", "model.path: is missing"),
     ("model=3", "model: must be an object, not 3"),
     ("rollout=5", "rollout: must be an object, not 5"),
@@ -363,7 +363,7 @@ def test_a_name_that_is_almost_a_recipe_is_answered_with_that_recipe(tmp_path):
 
 @pytest.mark.parametrize("item", ["rewards.foo=", "prompts=", "rewards="])
 def test_an_empty_value_is_called_empty(item):
-    with pytest.raises(UserError, match=rf"{item[:-1]}: is empty; give it a value \[command line: {item}\]"):
+    with pytest.raises(UserError, match=rf"{item[:-1]}: is empty, give it a value \[command line: {item}\]"):
         load_recipe("playground", [item])
 
 
