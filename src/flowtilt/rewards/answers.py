@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 from flowtilt.prompts import Prompt
 
 
@@ -53,7 +53,7 @@ def notes_of(name: str, notes: Any, number: int) -> list[str]:
         raise UserError(f"reward {name}: notes are {_described(notes)}, want a list of {number} texts, one per image")
     if len(notes) != number:
         raise UserError(f"reward {name}: returned {len(notes)} of {number} notes, want one an image")
-    return list(notes)
+    return [printable(note) for note in notes]
 
 
 def seed_of(name: str, prompts: Sequence[Prompt], sums: Tensor) -> int:

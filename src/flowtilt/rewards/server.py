@@ -3,9 +3,8 @@
 There is no TLS: the key is sent in clear, so beyond a network of your own put a proxy or a tunnel in front.
 """
 
-import ipaddress
 import logging
-import resource
+import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import torch
 
 from flowtilt.errors import UserError
 from flowtilt.rewards import load_reward
-from flowtilt.rewards.wire import HOST, KEY, PORT, Limits
+from flowtilt.rewards.wire import HOST, KEY, PORT, Limits, is_loopback
 
 try:
     import uvicorn
@@ -55,7 +54,7 @@ def serve(
     """
     if not rewards:
         raise UserError("serve-rewards: which rewards? name some, as in --rewards geneval,ocr")
-    if not key and not _is_loopback(host):
+    if not key and not is_loopback(host):
         raise UserError(f"serve-rewards: others could reach {host}: set {KEY} to a key, or leave --host at {HOST}")
     _raise_file_limit()
     with _bound(host, port) as listener:
@@ -93,7 +92,8 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name != "nt":  # there it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, OverflowError) as error:
         if listener:
@@ -107,15 +107,6 @@ def _taken(host: str, port: int, error: Exception) -> UserError:
     return UserError(f"serve-rewards: can't listen on {host} port {port}: {reason}; choose another with --port")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _in_url(host: str) -> str:
     if host in ("", "0.0.0.0", "::"):
         return socket.gethostname()
@@ -123,7 +114,11 @@ def _in_url(host: str) -> str:
 
 
 def _raise_file_limit() -> None:
-    """A connection takes a descriptor; the usual soft limit is 1,024."""
+    """A connection takes a descriptor; the usual soft limit is 1,024. Windows has no such limit."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -14,12 +14,13 @@ import re
 from base64 import b64encode
 from functools import partial
 from io import BytesIO
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 from flowtilt.pictures import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
@@ -58,7 +59,8 @@ def points(answer: str, *, compat: bool = False) -> float:
 class UnifiedReward:
     """Points / 5 as the score and `points` as a detail; the note of an image whose answer has none quotes it.
 
-    The server's key, where it wants one, is read from FLOWTILT_UNIFIEDREWARD_KEY: a recipe is saved with its run.
+    The server's key, where it wants one, is read from FLOWTILT_UNIFIEDREWARD_KEY: a recipe is saved with its run. It is sent
+    to the host of FLOWTILT_UNIFIEDREWARD_URL alone, where that is set.
 
     Args:
         device: not used; the model runs in the server.
@@ -107,7 +109,9 @@ class UnifiedReward:
         self.patience = patience
         self.max_missing = max_missing
         self.compat = compat
-        self._key = key or None
+        usual = os.environ.get(URL, "").strip()
+        # a recipe may name another server than the one that the key is for
+        self._key = key if key and (not usual or urlsplit(usual).hostname == urlsplit(address).hostname) else None
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores of images [N, 3, H, W]."""
@@ -150,5 +154,5 @@ def _content(picture: Image.Image, prompt: str) -> list[dict]:
 
 
 def _quoted(answer: str) -> str:
-    text = " ".join(answer.split())
+    text = printable(" ".join(answer.split()))
     return f'"{text[:100]}{"…" if len(text) > 100 else ""}"'

@@ -6,18 +6,20 @@ otherwise     {"error": one line}
 """
 
 import base64
+import ipaddress
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 from flowtilt.pictures import LARGEST, read_image, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
@@ -26,6 +28,8 @@ HOST = "127.0.0.1"
 PORT = 8765
 KEY = "FLOWTILT_REWARD_KEY"
 """Environment variable of the key that client and server share."""
+KEY_HOST = "FLOWTILT_REWARD_HOST"
+"""Environment variable of the servers that may have the key, comma-separated names or addresses."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Of what others send; Pillow knows formats that start programs."""
 
@@ -79,6 +83,46 @@ def key_from_environment() -> str | None:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UserError(f"{KEY}: only printable ASCII without spaces can be sent; make one with: openssl rand -hex 24")
     return key or None
+
+
+def key_for(url: str) -> str | None:
+    """The key, if the server at `url` may have it: one of `FLOWTILT_REWARD_HOST`, or without that the first one that a program asks.
+
+    Raises:
+        UserError: a second server would get it.
+    """
+    key, host = key_from_environment(), _host_of(url)
+    if key is None:
+        return None
+    if named := os.environ.get(KEY_HOST, ""):
+        return key if host in {_host_of(f"//{one.strip()}") for one in named.split(",")} else None
+    _given_to.add(host)
+    if len(_given_to) > 1:
+        raise UserError(f"{KEY} would be sent to {' and '.join(sorted(_given_to))}; name in {KEY_HOST} those that may have it, as in a,b")
+    return key
+
+
+_given_to: set[str] = set()
+
+
+def _host_of(url: str) -> str:
+    host = urlsplit(url).hostname or ""
+    return "this machine" if is_loopback(host) else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own, which no other can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def most_bytes(images: int) -> int:
+    """Of an answer about so many images: notes and details of 16 KiB each are far more than any reward's."""
+    return 2**20 + images * 2**14
 
 
 def request(reward: str, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -182,7 +226,9 @@ def read_answer(said: Mapping[str, Any], number: int) -> tuple[RewardOutput, dic
     if not isinstance(details, dict) or not isinstance(version, dict) or not isinstance(notes, list) or len(notes) != number:
         raise UserError(f'not the answer of a reward server: needs {number} "notes", "details" and "version"')
     scores = _from_json("scores", said.get("scores"), number)
-    output = RewardOutput(scores, [str(note) for note in notes], {str(k): _from_json(k, v, number) for k, v in details.items()})
+    if bad := [name for name in details if not name or not name.isprintable()]:
+        raise UserError(f"not the answer of a reward server: {bad[0][:50]!r} is no name of a detail")
+    output = RewardOutput(scores, [printable(str(note)) for note in notes], {k: _from_json(k, v, number) for k, v in details.items()})
     return output, version
 
 
@@ -194,4 +240,7 @@ def _from_json(name: str, values: Any, number: int) -> Tensor:
     right = isinstance(values, list) and len(values) == number
     if not right or not all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values):
         raise UserError(f"not the answer of a reward server: {name!r} must be {number} numbers or nulls")
-    return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+    try:
+        return torch.tensor([float("nan") if value is None else float(value) for value in values], dtype=torch.float32)
+    except OverflowError:
+        raise UserError(f"not the answer of a reward server: {name!r} has a number that is too large") from None
