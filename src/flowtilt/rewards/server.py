@@ -18,15 +18,12 @@ from flowtilt.rewards import load_reward
 from flowtilt.rewards.wire import HOST, KEY, PORT, Limits, is_loopback
 
 try:
-    import uvicorn
-
+    from flowtilt.rewards.listening import Server
     from flowtilt.rewards.service import app
 except ModuleNotFoundError as error:
     raise UserError(f"serve-rewards needs {error.name}: pip install 'flowtilt[serve]'") from error
 
 log = logging.getLogger("flowtilt")
-BACKLOG = 4096
-"""Connections that the kernel keeps for us; Linux allows at most net.core.somaxconn."""
 
 
 def serve(
@@ -62,22 +59,13 @@ def serve(
         for name, settings in rewards.items():
             tell(f"loading {name}")
             loaded[name] = load_reward(name, settings.get("source", name), device=device, options=settings.get("options"))
-        config = uvicorn.Config(
-            app(loaded, key=key, max_batch=max_batch, limits=limits),
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            backlog=BACKLOG,
-        )
         port = listener.getsockname()[1]
-        tell(f'serving {", ".join(loaded)}; in a recipe: rewards.{next(iter(loaded), "NAME")} = "http://{_in_url(host)}:{port}"')
+        line = f'serving {", ".join(loaded)}; in a recipe: rewards.{next(iter(loaded), "NAME")} = "http://{_in_url(host)}:{port}"'
+        server = Server(app(loaded, key=key, max_batch=max_batch, limits=limits, local=not key), lambda: tell(line))
         # uvicorn raises the signal again once it has shut down; a server that was told to stop has not failed
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except OSError as error:  # another one bound the same port and was first to listen
             raise _taken(host, port, error) from None
         finally:

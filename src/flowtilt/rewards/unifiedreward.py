@@ -12,9 +12,10 @@ import math
 import os
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import partial
 from io import BytesIO
-from urllib.parse import urlsplit
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from flowtilt.errors import UserError, printable
 from flowtilt.pictures import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
+from flowtilt.rewards.wire import host_of
 from flowtilt.threads import in_threads
 from flowtilt.web import Refused, post_json
 
@@ -111,7 +113,7 @@ class UnifiedReward:
         self.compat = compat
         usual = os.environ.get(URL, "").strip()
         # a recipe may name another server than the one that the key is for
-        self._key = key if key and (not usual or urlsplit(usual).hostname == urlsplit(address).hostname) else None
+        self._key = key if key and (not usual or host_of(usual) == host_of(address)) else None
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores of images [N, 3, H, W]."""
@@ -138,11 +140,20 @@ class UnifiedReward:
             if error.status in (401, 403):
                 raise UserError(f"{error}; {'correct' if self._key else 'set'} {KEY}") from None
             raise
-        try:
-            content = reply["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise UserError(f"{self.address}: answers without choices[0].message.content: {_quoted(str(reply))}") from None
-        return content if isinstance(content, str) else ""
+        return content_of(self.address, reply)
+
+
+def content_of(address: str, reply: Mapping[str, Any]) -> str:
+    """The text of a chat completion; "" where it has none.
+
+    Raises:
+        UserError: it is no chat completion.
+    """
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{address}: answers without choices[0].message.content: {_quoted(str(reply)[:200])}") from None
+    return content if isinstance(content, str) else ""
 
 
 def _content(picture: Image.Image, prompt: str) -> list[dict]:

@@ -49,7 +49,10 @@ class Limits:
     Args:
         body: bytes of a request.
         images: of a request.
+        values: commas and opening brackets of a request: each may become an object in memory.
+        picture: pixels of one picture; larger ones are not decoded, and have no score.
         pixels: of all pictures of a request.
+        held: bytes of all bodies that arrive or wait to be decoded.
         waiting: images taken and not yet answered, of all requests.
         waiting_pixels: theirs; a pixel takes 12 bytes.
         seconds: for a body to arrive.
@@ -57,7 +60,10 @@ class Limits:
 
     body: int = 256 * 2**20
     images: int = 256
+    values: int = 2**17
+    picture: int = 16 * 2**20
     pixels: int = LARGEST
+    held: int = 2**30
     waiting: int = 4096
     waiting_pixels: int = 512 * 2**20
     seconds: float = 60.0
@@ -91,11 +97,11 @@ def key_for(url: str) -> str | None:
     Raises:
         UserError: a second server would get it.
     """
-    key, host = key_from_environment(), _host_of(url)
+    key, host = key_from_environment(), host_of(url)
     if key is None:
         return None
     if named := os.environ.get(KEY_HOST, ""):
-        return key if host in {_host_of(f"//{one.strip()}") for one in named.split(",")} else None
+        return key if host in {host_of(f"//{one.strip()}") for one in named.split(",")} else None
     _given_to.add(host)
     if len(_given_to) > 1:
         raise UserError(f"{KEY} would be sent to {' and '.join(sorted(_given_to))}; name in {KEY_HOST} those that may have it, as in a,b")
@@ -105,9 +111,16 @@ def key_for(url: str) -> str | None:
 _given_to: set[str] = set()
 
 
-def _host_of(url: str) -> str:
-    host = urlsplit(url).hostname or ""
-    return "this machine" if is_loopback(host) else host
+THIS_MACHINE = "this machine"
+
+
+def host_of(url: str) -> str:
+    """The name or address of a URL's host, `THIS_MACHINE` for all of its own, "" where there is none."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+    return THIS_MACHINE if is_loopback(host) else host
 
 
 def is_loopback(host: str) -> bool:
@@ -138,8 +151,10 @@ def read_request(body: bytes | bytearray, rewards: Iterable[str], limits: Limits
     """The request of a body.
 
     Raises:
-        Refusal: 400 for a malformed one, 404 for an unknown reward, 413 for too many images or pixels.
+        Refusal: 400 for a malformed one, 404 for an unknown reward, 413 for too many values, images or pixels.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > limits.values:
+        raise Refusal(413, f"the body has more than {limits.values} values; send fewer images (images_per_request) or less metadata")
     try:
         said = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -158,7 +173,7 @@ def read_request(body: bytes | bytearray, rewards: Iterable[str], limits: Limits
     if len(images) > limits.images:
         raise Refusal(413, f"{len(images)} images in a request; at most {limits.images}, send fewer (images_per_request)")
     files = [_file(image, i) for i, image in enumerate(images)]
-    pixels = sum(_pixels(file) for file in files)
+    pixels = sum(_pixels(file, limits.picture) for file in files)
     if pixels > limits.pixels:
         raise Refusal(413, f"pictures of {pixels} pixels in a request; at most {limits.pixels}, send fewer (images_per_request)")
     return Asked(reward, files, [_prompt(prompt, i) for i, prompt in enumerate(prompts)], pixels)
@@ -182,21 +197,24 @@ def _prompt(prompt: Any, index: int) -> Prompt:
     return Prompt(prompt["text"], tag, metadata)
 
 
-def _pixels(file: bytes) -> int:
+def _pixels(file: bytes, most: int) -> int:
     """What decoding would yield; 0 for what `picture` won't decode."""
     try:
         with Image.open(BytesIO(file), formats=FORMATS) as header:
             pixels = header.width * header.height
     except Exception:  # Pillow's readers raise anything at all
         return 0
-    return pixels if pixels <= LARGEST else 0
+    return pixels if pixels <= most else 0
 
 
-def picture(file: bytes) -> tuple[Tensor | None, str]:
-    """The image [3, H, W] in [0, 1], or none and the reason."""
+def picture(file: bytes, most: int = LARGEST) -> tuple[Tensor | None, str]:
+    """The image [3, H, W] in [0, 1] of a file of at most so many pixels, or none and the reason."""
     try:
-        Image.open(BytesIO(file), formats=FORMATS).close()
-        return read_image(file), ""
+        with Image.open(BytesIO(file), formats=FORMATS) as header:
+            width, height = header.size
+        if width * height <= most:
+            return read_image(file), ""
+        reason = f"{width} x {height} pixels are too many, at most {most}"
     except Image.UnidentifiedImageError:
         reason = f"not one of {', '.join(FORMATS)}"
     except UserError as error:
