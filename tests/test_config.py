@@ -277,7 +277,7 @@ WRONG = [
     ("track=['wnb']", "track: must be 'wandb', 'tensorboard' or 'trackio', not 'wnb'"),
     ("track=wandb", "track: must be a valid array, not 'wandb'"),
     ("name=a/b", "name: String should match pattern"),
-    ("model=", "model.path: String should have at least 1 character, not ''"),
+    ("model=", "model.path: is empty, give it a value"),
     ("model={}", "model.path: is missing"),
     ("model=3", "model: must be an object, not 3"),
     ("rollout=5", "rollout: must be an object, not 5"),
@@ -359,3 +359,18 @@ def test_a_name_that_is_almost_a_recipe_is_answered_with_that_recipe(tmp_path):
     assert refusal("playgroud") == "recipe 'playgroud': no such recipe or file; did you mean 'playground'?"
     assert "give a .toml file or one of: " in refusal("zzz")
     assert "no such recipe or file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("item", ["rewards.foo=", "prompts=", "rewards="])
+def test_an_empty_value_is_called_empty(item):
+    with pytest.raises(UserError, match=rf"{item[:-1]}: is empty, give it a value \[command line: {item}\]"):
+        load_recipe("playground", [item])
+
+
+def test_the_example_reward_of_a_recipe_goes_where_another_one_is_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert list(load_recipe("sd35m", ["rewards.ocr=1"]).rewards) == ["ocr"]
+    assert list(load_recipe("sd35m").rewards) == ["mine"]
+    assert list(load_recipe("sd35m", ["rewards.ocr=1", "rewards.mine=other.py:f"]).rewards) == ["mine", "ocr"]
+    (tmp_path / "my_reward.py").touch()
+    assert list(load_recipe("sd35m", ["rewards.ocr=0"]).rewards) == ["mine", "ocr"]

@@ -75,6 +75,12 @@ class Rollouts:
             scores = self.world.gather_columns(scores, number)
             looks = self.world.gather(torch.cat(features).to(self.world.device), number).cpu()
             missing = self.world.gather_columns({name: value.float() for name, value in missing.items()}, number)
+        for name in (name for name, weight in self.weights.items() if weight):
+            if missing[name].any() and scores[name].isnan().all():
+                raise UserError(
+                    f"reward {name}: has no score (NaN) for any of the {int(missing[name].sum())} images of rollout {step}; "
+                    f"mend it, or give rewards.{name} the weight 0"
+                )
         try:
             total = combine(scores, self.weights, self.recipe.combine, groups)
         except ValueError as error:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from flowtilt.errors import printable
+
 
 class Display:
     """A run's progress on stderr; silent on every rank but the first."""
@@ -43,7 +45,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if not self._quiet:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=sys.stderr)
             sys.stderr.flush()
 
     def close(self) -> None:

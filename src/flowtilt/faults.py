@@ -1,28 +1,43 @@
-"""Errors of code that users bring, told in a line."""
+"""Errors of code that users bring, in one line."""
 
+import signal
 import sysconfig
 import traceback
 from pathlib import Path
 
 import flowtilt
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 from flowtilt.files import shown
 
-FAULTS = (Exception, SystemExit)
-"""What such code may raise. What ends the program has failed like any other."""
 HINT = "--debug shows the traceback"
 
 _OTHERS = [Path(flowtilt.__file__).parent, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether the code itself failed, by whatever it raised; not where a signal ends the program while the code runs."""
+    if isinstance(error, KeyboardInterrupt):
+        return False
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
+    return not any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (_words(error) or type(error).__name__).splitlines()[0]
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return printable(str(error)).strip()
+    except Exception:  # an error of the user's own may fail here, too
+        return ""
 
 
 def told(error: BaseException) -> str:
     """`ValueError: too dark, at mine.py:12`; a UserError's own words alone."""
-    words = " ".join(str(error).split())
+    words = " ".join(_words(error).split())
     if isinstance(error, UserError):
         return words
     at = place(error)

@@ -11,6 +11,7 @@ from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies, score
 from flowtilt.rewards.judging import joined, judge
 from flowtilt.threads import Background
+from flowtilt.usercode import contained
 
 PARTS = 8
 """Parts of a rollout where a reward works off the device: the last part's scores are waited for, the others are not."""
@@ -67,8 +68,7 @@ class Scoring:
             found |= judge(self._local, images, self._prompts, self._device)[0]
         found = {column: found[column] for name in self._names for column in found if column.partition("/")[0] == name}
         rewards = {**self._elsewhere, **self._local}
-        missing = {
-            name: found[name].isnan() & torch.tensor([not applies(rewards[name], prompt) for prompt in self._prompts], dtype=torch.bool)
-            for name in self._names
-        }
+        with contained("rewards"):
+            able = {name: [not applies(rewards[name], prompt) for prompt in self._prompts] for name in self._names}
+        missing = {name: found[name].isnan() & torch.tensor(able[name], dtype=torch.bool) for name in self._names}
         return found, missing

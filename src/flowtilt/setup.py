@@ -29,6 +29,7 @@ from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
 from flowtilt.sharding import Lockstep
+from flowtilt.usercode import contained
 
 
 def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Policy:
@@ -146,10 +147,11 @@ def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
     """Raises UserError at the first prompt whose images none of the rewards could judge, or a reward that judges no prompt's."""
-    for prompt in prompts:
-        why = {name: applies(reward, prompt) for name, reward in rewards.items()}
-        if all(why.values()):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
-            raise UserError(f'prompts {prompt.where or "given"}: no reward applies to "{prompt.text}" ({reasons})')
+    with contained("rewards"):
+        for prompt in prompts:
+            why = {name: applies(reward, prompt) for name, reward in rewards.items()}
+            if all(why.values()):
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+                raise UserError(f'prompts {prompt.where or "given"}: no reward applies to "{prompt.text}" ({reasons})')
     for name, why in applicable(prompts, rewards)[1].items():
         raise UserError(f"rewards.{name}: applies to none of the prompts ({why}); give it the weight 0, or prompts that it can judge")

@@ -2,22 +2,18 @@
 
 import ast
 import importlib
-import importlib.util
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flowtilt import userfiles
 from flowtilt.errors import UserError
-from flowtilt.faults import FAULTS, HINT, told
+from flowtilt.faults import HINT, is_fault, told
 from flowtilt.files import shown
-
-_homes: dict[str, Path] = {}
-"""Modules that were imported as a reward file's neighbours, and the folder they came from."""
 
 
 def absolute(source: str) -> str:
@@ -29,6 +25,12 @@ def absolute(source: str) -> str:
 def is_file(source: str) -> bool:
     """Whether a source without ":function" is a file all the same."""
     return source.endswith(".py") or Path(source).is_file()
+
+
+def is_missing_file(source: str) -> bool:
+    """Whether a source "file.py:function" names a file that is not there."""
+    place, colon, _ = source.rpartition(":")
+    return bool(colon) and "://" not in source and not Path(place).is_file()
 
 
 def without_function(path: Path) -> str:
@@ -51,7 +53,7 @@ def functions(path: Path) -> list[str]:
 
 
 def load(path: Path) -> ModuleType:
-    """The file's module, run anew; files beside it can be imported by their names while it runs.
+    """The file's module, run anew; files beside it can be imported by their names, and child processes find it by its own.
 
     Raises:
         UserError: there is no such file, or it is no Python.
@@ -59,14 +61,29 @@ def load(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise UserError(f"no file {shown(path)}")
-    spec = importlib.util.spec_from_file_location(f"flowtilt_reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"{shown(path)} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    with _neighbours(Path(os.path.abspath(path)).parent):
-        spec.loader.exec_module(module)
-    return module
+    from flowtilt.usercode import contained  # needs torch, which reading a recipe does without
+
+    with contained(f"importing {shown(path)}", slow=f"{shown(path)} to be imported"):
+        return importlib.import_module(userfiles.name_of(path))
+
+
+def module_of(reward: Any) -> str:
+    """Name of the module that a reward's or adapter's function or class is from."""
+    inner = reward.func if isinstance(reward, partial) else reward
+    return str(getattr(inner, "__module__", ""))
+
+
+def is_ours(reward: Any) -> bool:
+    """Whether flowtilt brings it, not the user."""
+    name = module_of(reward)
+    return name.startswith("flowtilt.") and not name.startswith(f"{userfiles.__name__}.")
+
+
+def search_path(reward: Any) -> list[str]:
+    """The folders in which its file looks for others."""
+    return list(getattr(sys.modules.get(module_of(reward)), userfiles.FOLDERS, ()))
 
 
 def from_file(key: str, source: str) -> Any:
@@ -85,7 +102,9 @@ def from_file(key: str, source: str) -> Any:
         module = load(Path(place))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    except FAULTS as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise UserError(f"{key}: importing {shown(place)} failed: {told(error)} ({HINT})") from error
     found = getattr(module, name, None)
     if not callable(found):
@@ -99,24 +118,3 @@ def _unknown_function(path: Path, name: str) -> str:
     near = get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}" if names else ""
     return f"no function {name!r} in {shown(path)}{hint}"
-
-
-@contextmanager
-def _neighbours(folder: Path) -> Iterator[None]:
-    """Inside, imports look in this folder first; outside, sys.path is as it was.
-
-    A module that another reward's folder has under the same name is set aside meanwhile.
-    """
-    aside = {name: sys.modules.pop(name) for name, home in _homes.items() if home != folder and name in sys.modules}
-    before = set(sys.modules)
-    importlib.invalidate_caches()
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            place = getattr(sys.modules[name], "__file__", None)
-            if place and Path(os.path.abspath(place)).is_relative_to(folder):
-                _homes.setdefault(name, folder)
-        sys.modules.update(aside)

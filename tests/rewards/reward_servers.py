@@ -11,21 +11,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import uvicorn
 
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
-from flowtilt.rewards.server import app
+from flowtilt.rewards.listening import Server
+from flowtilt.rewards.service import app
 
 
 @contextmanager
 def running(rewards, **options):
     """The address of a server in a thread, and the server; it is shut down in the end."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app(rewards, **options), http="h11", ws="none", lifespan="on", log_level="error", access_log=False, backlog=1024)
-    )
+    server = Server(app(rewards, **options), log_level="error")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     port = listener.getsockname()[1]
     thread.start()
@@ -57,12 +55,12 @@ def wait_until(true, seconds=20):
         time.sleep(0.005)
 
 
-def ask(url, body, key=None, path="/score", method="POST") -> tuple[int, Any]:
-    """Status and JSON (or text) of one request; `body` is JSON unless it is bytes."""
+def ask(url, body, key=None, path="/score", method="POST", **more) -> tuple[int, Any]:
+    """Status and JSON (or text) of one request with `more` headers; `body` is JSON unless it is bytes."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     # as urllib: a server that closes before it has read everything resets the connection
-    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Connection": "close", "Content-Type": "application/json", **more} | ({"Authorization": f"Bearer {key}"} if key else {})
     connection.request(method, path, data, headers)
     answer = connection.getresponse()
     text = answer.read().decode()

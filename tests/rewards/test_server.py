@@ -1,8 +1,11 @@
 """Every request to a reward server is answered: with scores, or with one line that says why not."""
 
+import contextlib
 import random
 import socket
+import subprocess
 import sys
+import time
 import zlib
 from io import BytesIO
 
@@ -13,10 +16,11 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from PIL import Image
-from reward_servers import ask, asking, connected, grey, judged, levels, picky, running
+from reward_servers import ask, asking, connected, grey, judged, levels, picky, running, wait_until
 
 from flowtilt.errors import UserError
 from flowtilt.pictures import to_pil, to_png
+from flowtilt.rewards import listening, wire
 from flowtilt.rewards.server import serve
 from flowtilt.rewards.wire import Limits, key_from_environment, picture
 
@@ -84,6 +88,7 @@ GOOD = asking("levels", [grey(1), grey(2)])
         (asking("levels", [grey(1)] * 9), 413, "9 images in a request; at most 8"),
         (asking("levels", [grey(1, 40)] * 3), 413, "pictures of 4800 pixels"),
         (b" " * 200_001, 413, "larger than 200000 bytes"),
+        (b"[" + b"[]," * 66_000 + b"[]]", 413, "more than 131072 values"),
     ],
 )
 def test_a_bad_request_is_refused_with_one_line(url, body, status, says):
@@ -94,7 +99,7 @@ def test_a_bad_request_is_refused_with_one_line(url, body, status, says):
 
 def test_a_body_without_a_length_is_limited_as_it_comes(url):
     with connected(url) as connection:
-        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
         chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
         for _ in range(5):
             connection.sendall(chunk)
@@ -110,8 +115,110 @@ def test_a_body_that_is_too_large_is_told_so_even_to_who_goes_on_sending():
 
 def test_a_body_that_never_ends_is_given_up():
     with running({"levels": levels}, limits=Limits(seconds=0.2)) as (url, _), connected(url) as connection:
-        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+# who asks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"])
+def test_what_a_page_may_send_without_being_asked_is_refused(url, kind):
+    status, said = ask(url, GOOD, **{"Content-Type": kind})
+    assert status == 415 and "application/json" in said["error"]
+    assert ask(url, GOOD, **{"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/score", "/health", "/metrics"])
+def test_pages_in_browsers_and_names_that_were_made_to_point_here_are_refused(path):
+    with running({"levels": levels}, local=True) as (url, _):
+        method, body = ("POST", GOOD) if path == "/score" else ("GET", None)
+        assert ask(url, body, path=path, method=method, Origin="http://evil.example")[0] == 403
+        for host in ("evil.example", "evil.example:80", "10.0.0.1", "127.0.0.1.evil.example", "["):
+            assert ask(url, body, path=path, method=method, Host=host)[0] in (400, 403)
+        for host in ("localhost:8765", "127.0.0.1", "[::1]:80"):
+            assert ask(url, body, path=path, method=method, Host=host)[0] == 200
+
+
+# connections -------------------------------------------------------------------------------------------
+
+
+def test_who_sends_no_whole_headers_is_let_go_and_who_waits_for_a_score_is_not(monkeypatch):
+    monkeypatch.setattr(listening, "IDLE", 0.3)
+
+    def slow(images, prompts):
+        time.sleep(1)
+        return levels(images, prompts)
+
+    with running({"slow": slow}) as (url, _), connected(url) as idle, connected(url) as begun, connected(url) as again:
+        begun.sendall(b"POST /score HTTP/1.1\r\nHost:")
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert again.recv(1000).startswith(b"HTTP/1.1 200")
+        again.sendall(b"GET /hea")
+        assert ask(url, asking("slow", [grey(1)]))[0] == 200
+        for connection in (idle, begun):
+            connection.settimeout(5)
+            assert connection.recv(100) == b""
+        while again.recv(1000):
+            pass
+
+
+def test_slow_bodies_keep_nobody_waiting():
+    with running({"levels": levels}) as (url, _), contextlib.ExitStack() as slow:
+        for _ in range(20):
+            connection = slow.enter_context(connected(url))
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        began = time.monotonic()
+        assert ask(url, GOOD)[0] == 200
+        assert time.monotonic() - began < 10
+
+
+def test_bodies_that_are_held_together_have_a_limit_and_one_alone_has_not():
+    with running({"levels": levels}, limits=Limits(held=5000)) as (url, _), connected(url) as other:
+        assert ask(url, asking("levels", [torch.rand(3, 64, 64)]))[0] == 200
+        head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+        other.sendall(head + b" " * 4000)
+        wait_until(lambda: ask(url, asking("levels", [torch.rand(3, 64, 64)]))[0] == 503)
+        other.close()
+        wait_until(lambda: ask(url, asking("levels", [torch.rand(3, 64, 64)]))[0] == 200)
+
+
+FULL = """
+import resource, socket, sys, threading, time
+from flowtilt.rewards import listening, wire
+from flowtilt.rewards.server import serve
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+def clients(line):
+    if line.startswith("serving"):
+        port = int(line.rpartition(":")[2].strip('"'))
+        print(port, flush=True)
+serve({"jpeg_compressibility": {}}, port=0, tell=clients)
+"""
+
+
+def test_at_the_limit_of_files_one_line_is_logged():
+    with subprocess.Popen([sys.executable, "-c", FULL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        port = int(process.stdout.readline())
+        taken = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        time.sleep(1.5)
+        for connection in taken:
+            connection.close()
+        wait_until(lambda: ask(f"http://127.0.0.1:{port}", None, path="/health", method="GET")[0] == 200)
+        process.terminate()
+        said = process.stderr.read().splitlines()
+    assert len(said) == 1 and "no more connections can be taken" in said[0] and process.returncode == 0
+
+
+def test_it_says_that_it_serves_once_it_does():
+    def told(line):
+        if line.startswith("serving"):
+            place = line.rpartition("http://")[2].strip('"')
+            socket.create_connection(place.split(":"), timeout=5).close()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve({"jpeg_compressibility": {}}, port=0, tell=told)
 
 
 # the key ---------------------------------------------------------------------------------------------
@@ -155,7 +262,8 @@ def test_a_port_in_use_and_missing_rewards_are_told_in_one_line():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "flowtilt.rewards.server")
+    for name in ("server", "listening"):
+        monkeypatch.delitem(sys.modules, f"flowtilt.rewards.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn: pip install 'flowtilt\[serve\]'"):
         import flowtilt.rewards.server  # noqa: F401
@@ -170,6 +278,14 @@ def huge_png(side):
     data[16:24] = side.to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     return bytes(data)
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch):
+    def decodes(*_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(wire, "read_image", decodes)
+    assert picture(huge_png(4097), Limits().picture) == (None, "image can't be read: 4097 x 4097 pixels are too many, at most 16777216")
 
 
 BAD = {

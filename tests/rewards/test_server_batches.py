@@ -141,7 +141,9 @@ def test_a_client_that_leaves_before_its_turn_is_not_scored():
         body = json.dumps(asking("gate", [grey(2)], ["left"])).encode()
         waiting = lambda: ask(url, None, path="/health", method="GET")[1]["waiting_images"]  # noqa: E731
         with connected(url) as connection:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            connection.sendall(
+                b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
             wait_until(lambda: waiting() == 2)
         wait_until(lambda: waiting() == 1)
         gate.open.set()

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.cli.quiet import quieten
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 
 EPILOG = """examples:
   flowtilt train playground                      the first run: a laptop's CPU, minutes
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if "--debug" in words:
             raise
-        print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"flowtilt: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from flowtilt.errors import printable
+
 
 def words(text: str) -> list[str]:
     """What stands between commas; something must."""
@@ -25,4 +27,4 @@ def count(text: str) -> int:
 
 def say(text: str) -> None:
     """Tells a person what is no result, at once."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

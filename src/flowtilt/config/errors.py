@@ -86,6 +86,8 @@ def _unknown(key: str, keys: list[str]) -> str:
 def _complaint(problem: Any) -> str:
     if problem["type"] == "missing":
         return "has too few values" if isinstance(problem["loc"][-1], int) else "is missing"
+    if problem["input"] == "" and problem["type"] != "literal_error":  # which lists what there is
+        return "is empty, give it a value"
     return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r}"
 
 

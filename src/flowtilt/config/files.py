@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from flowtilt.config.errors import explain
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
+from flowtilt.sources import is_missing_file
 
 
 def recipe_names() -> list[str]:
@@ -41,7 +42,19 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if key in ("rollout.solver", "evaluate.solver") and not origins.get(f"{table}.eta", "").startswith("command line"):
             _leave_cps(tree[table], tree[table])
         origins = _newer(origins, {key: f"command line: {item}"})
+    _drop_examples(tree, origins)
     return validate(tree, origins, str(source))
+
+
+def _drop_examples(tree: dict[str, Any], origins: dict[str, str]) -> None:
+    """Leaves out a reward file that a recipe inside the package names as an example, where it is not there and the user sets others."""
+    rewards = tree.get("rewards")
+    if not isinstance(rewards, dict) or not any(at.startswith("command line") for key, at in origins.items() if key.startswith("rewards.")):
+        return
+    packaged = {f"{name}.toml" for name in recipe_names()}
+    for name, source in list(rewards.items()):
+        if isinstance(source, str) and origins.get(f"rewards.{name}") in packaged and is_missing_file(source):
+            del rewards[name], origins[f"rewards.{name}"]
 
 
 def validate(tree: dict[str, Any], origins: dict[str, str], where: str) -> Recipe:

@@ -185,7 +185,7 @@ class Recipe(Settings):
     """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
     tags: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out."""
-    rewards: dict[str, float | str | RewardSettings] = Field(min_length=1)
+    rewards: dict[str, float | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
     combine: Literal["sum", "normalized"] = "sum"
     """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""

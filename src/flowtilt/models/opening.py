@@ -15,12 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from flowtilt.config import ModelSettings
 from flowtilt.errors import UserError
-from flowtilt.faults import FAULTS, HINT, first_line, told
+from flowtilt.faults import HINT, first_line, is_fault, told
 from flowtilt.files import digest, shown
 from flowtilt.models.base import Model
 from flowtilt.placement import stay_away
 from flowtilt.sharding import shard
-from flowtilt.sources import from_file
+from flowtilt.sources import from_file, search_path
+from flowtilt.usercode import contained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,11 +62,15 @@ def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
         raise UserError(f"model: {family.__name__} can't be built with the recipe's model settings: {error}") from None
     if not settings.adapter:
         return family(pipeline, offload=offload, **keywords)
+    what = shown(settings.adapter)
     try:
-        model = family(pipeline, offload=offload, **keywords)
+        with contained(what, path=search_path(family), slow=what):
+            model = family(pipeline, offload=offload, **keywords)
     except UserError:
         raise
-    except FAULTS as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise UserError(f"model.adapter: building {shown(settings.adapter)} failed: {told(error)} ({HINT})") from error
     asked = [*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))]
     if missing := [name for name in asked if not hasattr(model, name)]:

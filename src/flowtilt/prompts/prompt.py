@@ -1,7 +1,8 @@
 """A prompt: the caption, and what judging its images may need."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -20,3 +21,7 @@ class Prompt:
     tag: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     where: str = field(default="", compare=False)
+
+    def copy(self) -> "Prompt":
+        """An equal one that shares nothing with it that can be changed."""
+        return replace(self, metadata=deepcopy(dict(self.metadata)))

@@ -7,6 +7,7 @@ have `applies(prompt) -> str`, which says why a prompt can't be judged, or "" wh
 models may leave the device between two calls names them in `modules`, a tuple of torch.nn.Module; each call
 computes where they are at that moment. What can be back-propagated has `differentiable`: `rewards.gradient`.
 NaN means "has no score for this image". An exception is an error of the run, never a score of 0.
+A reward that is not flowtilt's own gets copies of the images and prompts, and `usercode.contained` runs it.
 """
 
 import importlib
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from flowtilt import sources
 from flowtilt.errors import UserError
-from flowtilt.faults import FAULTS, HINT, hint, told
+from flowtilt.faults import HINT, hint, is_fault, told
 from flowtilt.prompts import Prompt
+from flowtilt.rewards.answers import checked, details_of, notes_of, seed_of
+from flowtilt.usercode import contained
 
 BUILT_IN = {
     "pickscore": "flowtilt.rewards.pickscore:PickScore",
@@ -90,10 +93,13 @@ def load_reward(
     if inspect.isclass(found):
         build = cast(Callable[..., Reward], found)
         try:
-            return build(device=torch.device(device if home is None or not _names_modules(found) else home), **options)
+            with contained(f"rewards.{name}", path=sources.search_path(found), slow=f"rewards.{name} to be built"):
+                return build(device=torch.device(device if home is None or not _names_modules(found) else home), **options)
         except UserError:
             raise
-        except FAULTS as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             raise UserError(f"rewards.{name}: building {source} failed: {told(error)} ({HINT})") from error
     return partial(found, **options) if options else found
 
@@ -104,8 +110,25 @@ def _names_modules(found: type) -> bool:
 
 
 def modules_of(reward: Reward) -> tuple[nn.Module, ...]:
-    """The models of a reward that may be elsewhere between two calls."""
-    return (reward,) if isinstance(reward, nn.Module) else tuple(getattr(reward, "modules", ()))
+    """The models of a reward that may be elsewhere between two calls.
+
+    Raises:
+        UserError: its `modules` fail, or are no torch.nn.Module.
+    """
+    if isinstance(reward, nn.Module):
+        return (reward,)
+    whose = f"{type(reward).__name__}.modules"
+    try:
+        found = tuple(getattr(reward, "modules", ()))
+    except UserError:
+        raise
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise UserError(f"{whose} failed: {told(error)} ({HINT})") from error
+    if not all(isinstance(one, nn.Module) for one in found):
+        raise UserError(f"{whose}: must be a tuple of torch.nn.Module, has {', '.join(type(one).__name__ for one in found)}")
+    return found
 
 
 def find_reward(name: str, source: str) -> Any:
@@ -150,10 +173,16 @@ def applies(reward: Reward, prompt: Prompt) -> str:
         return ""
     whose = getattr(ask, "__qualname__", "applies")
     try:
-        why = ask(prompt)
+        if sources.is_ours(reward):
+            why = ask(prompt)
+        else:
+            with contained(whose, path=sources.search_path(reward)):
+                why = ask(prompt.copy())
     except UserError:
         raise
-    except FAULTS as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise UserError(f'{whose} failed: {told(error)} (prompt "{prompt.text}"; {HINT})') from error
     if not isinstance(why, str):
         raise UserError(f'{whose}: returned {why!r}, want why a prompt can\'t be judged, "" where it can (prompt "{prompt.text}")')
@@ -162,7 +191,8 @@ def applies(reward: Reward, prompt: Prompt) -> str:
 
 def applicable(prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:
     """The rewards that can judge at least one of the prompts; the others with the first prompt's reason."""
-    why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
+    with contained("rewards"):
+        why = {name: [applies(reward, prompt) for prompt in prompts] for name, reward in rewards.items()}
     able = {name: reward for name, reward in rewards.items() if not all(why[name])}
     return able, {name: why[name][0] for name in rewards if name not in able}
 
@@ -172,37 +202,27 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
     """Scores [N] fp32 on the CPU of each reward and detail, and one note an image, the first that any reward gives.
 
     Raises:
-        UserError: a reward raises, or returns another shape or an infinity; names the reward and a prompt.
+        UserError: a reward raises, or returns what is no score for each image; names the reward and a prompt.
     """
     if not prompts:
         return {name: torch.empty(0) for name in rewards}, []
     scores: dict[str, Tensor] = {}
     notes = [""] * len(prompts)
     # 8 bits would make a number of a NaN, and a judge a score of it
-    broken = ~images.flatten(1).sum(1).isfinite().cpu()
+    sums = images.flatten(1).sum(1).cpu()
+    broken = ~sums.isfinite()
     for name, reward in rewards.items():
-        before = images._version
         try:
-            output = reward(images, list(prompts))
-        except FAULTS as error:
+            with contained(f"reward {name}", seed=seed_of(name, prompts, sums), path=sources.search_path(reward), slow=f"reward {name}"):
+                ours = sources.is_ours(reward)
+                output = reward(images if ours else images.clone(), [prompt if ours else prompt.copy() for prompt in prompts])
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             more = "; ".join(part for part in (f'prompts from "{prompts[0].text}" on', hint(error)) if part)
             raise UserError(f"reward {name} failed: {told(error)} ({more}); nothing was scored") from error
-        if images._version != before:
-            raise UserError(f"reward {name}: changes the images in place, which every later reward would see; work on a copy")
         output = output if isinstance(output, RewardOutput) else RewardOutput(output)
-        for column, values in {name: output.scores, **{f"{name}/{key}": value for key, value in output.details.items()}}.items():
-            scores[column] = _checked(column, values, prompts).masked_fill(broken, torch.nan)
-        if output.notes and len(output.notes) != len(prompts):
-            raise UserError(f"reward {name}: returned {len(output.notes)} of {len(prompts)} notes, want one an image")
-        notes = [note or new for note, new in zip(notes, output.notes or notes, strict=True)]
+        for column, values in {name: output.scores, **details_of(name, output.details)}.items():
+            scores[column] = checked(column, values, prompts).masked_fill(broken, torch.nan)
+        notes = [note or new for note, new in zip(notes, notes_of(name, output.notes, len(prompts)), strict=True)]
     return scores, ["the image is not finite" if bad else note for note, bad in zip(notes, broken.tolist(), strict=True)]
-
-
-def _checked(column: str, values: Any, prompts: Sequence[Prompt]) -> Tensor:
-    if not isinstance(values, Tensor) or values.shape != (len(prompts),):
-        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(f"reward {column}: returned {got}, want a tensor of shape [{len(prompts)}]")
-    values = values.detach().float().cpu()
-    if values.isinf().any():
-        raise UserError(f'reward {column}: infinite for "{prompts[int(values.isinf().nonzero()[0])].text}"')
-    return values

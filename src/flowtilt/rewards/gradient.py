@@ -7,10 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowtilt import sources
 from flowtilt.errors import UserError
-from flowtilt.faults import FAULTS, hint, told
+from flowtilt.faults import hint, is_fault, told
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies
+from flowtilt.rewards.answers import seed_of
+from flowtilt.usercode import contained
 
 DIFFERENTIABLE = ("pickscore", "clipscore", "hpsv2", "imagereward", "playground_smooth")
 """The built-in rewards that have a gradient."""
@@ -105,17 +108,24 @@ def _to_images(
 
 def _of_one(name: str, reward: Differentiable, images: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     """Scores [N] of one reward and their gradient to the images."""
-    leaf = images.detach().requires_grad_()
+    ours = sources.is_ours(reward)
+    given = images.detach() if ours else images.detach().clone()
+    leaf = given.requires_grad_()
+    seed = seed_of(name, prompts, images.detach().flatten(1).sum(1).cpu())
     try:
-        with torch.enable_grad():
-            scores: Any = reward(leaf, prompts)
+        with torch.enable_grad(), contained(f"reward {name}", seed=seed, path=sources.search_path(reward), slow=f"reward {name}"):
+            scores: Any = reward(leaf, prompts if ours else [prompt.copy() for prompt in prompts])
         known = isinstance(scores, Tensor) and scores.requires_grad
         found = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if known else None
     except torch.OutOfMemoryError:
         raise  # what does not fit may be tried with a smaller chunk
-    except FAULTS as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         more = "; ".join(part for part in (f'prompts from "{prompts[0].text}" on', hint(error)) if part)
         raise UserError(f"reward {name} failed: {told(error)} ({more})") from error
+    if not ours and not torch.equal(leaf.detach(), images.detach()):
+        raise UserError(f"reward {name}: changes the images in place, so its gradient belongs to other images; work on a copy")
     if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"reward {name}: returned {got} where a gradient is asked for, want a tensor of shape [{len(prompts)}]")

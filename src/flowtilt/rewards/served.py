@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import BUILT_IN, RewardOutput, find_reward
-from flowtilt.rewards.wire import key_from_environment, read_answer, request
+from flowtilt.rewards.wire import KEY, KEY_HOST, key_for, key_from_environment, most_bytes, read_answer, request
 from flowtilt.threads import in_threads
 from flowtilt.web import Refused, post_json
 
@@ -49,7 +49,7 @@ class Served:
         self.timeout, self.patience = timeout, patience
         self.images_per_request, self.workers = images_per_request, workers
         self.version: dict[str, Any] = {}
-        self._key = key_from_environment()
+        self._key = key_for(self.url)
         self._away = False
         self._own = getattr(find_reward(self.reward, self.reward), "applies", None) if self.reward in BUILT_IN else None
         self._find()
@@ -79,17 +79,27 @@ class Served:
         """Asks for no scores, which proves the server, the key and the reward's name."""
         body = request(self.reward, torch.empty(0), [])
         try:
-            said = post_json(f"{self.url}/score", body, key=self._key, timeout=FIRST, patience=FIRST)
+            said = post_json(f"{self.url}/score", body, key=self._key, timeout=FIRST, patience=FIRST, most=most_bytes(0))
             _, self.version = read_answer(said, 0)
         except Refused as error:
-            raise UserError(f"rewards.{self.reward}: {error}") from None
+            unsent = error.status == 401 and not self._key and key_from_environment()
+            why = f"; {KEY} was not sent, for {KEY_HOST} does not name this server" if unsent else ""
+            raise UserError(f"rewards.{self.reward}: {error}{why}") from None
         except UserError as error:
             start = f"flowtilt serve-rewards --rewards {self.reward}"
             raise UserError(f"rewards.{self.reward}: no reward server at {self.url} ({error}); start one with: {start}") from None
 
     def _ask(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
         body = request(self.reward, images, prompts)
-        said = post_json(f"{self.url}/score", body, key=self._key, timeout=self.timeout, patience=self.patience, waiting=self._tell_once)
+        said = post_json(
+            f"{self.url}/score",
+            body,
+            key=self._key,
+            timeout=self.timeout,
+            patience=self.patience,
+            most=most_bytes(len(prompts)),
+            waiting=self._tell_once,
+        )
         if self._away:
             self._away = False
             log.warning("%s answers again", self.url)

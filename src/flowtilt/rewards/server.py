@@ -3,9 +3,8 @@
 There is no TLS: the key is sent in clear, so beyond a network of your own put a proxy or a tunnel in front.
 """
 
-import ipaddress
 import logging
-import resource
+import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -16,18 +15,15 @@ import torch
 
 from flowtilt.errors import UserError
 from flowtilt.rewards import load_reward
-from flowtilt.rewards.wire import HOST, KEY, PORT, Limits
+from flowtilt.rewards.wire import HOST, KEY, PORT, Limits, is_loopback
 
 try:
-    import uvicorn
-
+    from flowtilt.rewards.listening import Server
     from flowtilt.rewards.service import app
 except ModuleNotFoundError as error:
     raise UserError(f"serve-rewards needs {error.name}: pip install 'flowtilt[serve]'") from error
 
 log = logging.getLogger("flowtilt")
-BACKLOG = 4096
-"""Connections that the kernel keeps for us; Linux allows at most net.core.somaxconn."""
 
 
 def serve(
@@ -55,7 +51,7 @@ def serve(
     """
     if not rewards:
         raise UserError("serve-rewards: which rewards? name some, as in --rewards geneval,ocr")
-    if not key and not _is_loopback(host):
+    if not key and not is_loopback(host):
         raise UserError(f"serve-rewards: others could reach {host}: set {KEY} to a key, or leave --host at {HOST}")
     _raise_file_limit()
     with _bound(host, port) as listener:
@@ -63,22 +59,13 @@ def serve(
         for name, settings in rewards.items():
             tell(f"loading {name}")
             loaded[name] = load_reward(name, settings.get("source", name), device=device, options=settings.get("options"))
-        config = uvicorn.Config(
-            app(loaded, key=key, max_batch=max_batch, limits=limits),
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            backlog=BACKLOG,
-        )
         port = listener.getsockname()[1]
-        tell(f'serving {", ".join(loaded)}; in a recipe: rewards.{next(iter(loaded), "NAME")} = "http://{_in_url(host)}:{port}"')
+        line = f'serving {", ".join(loaded)}; in a recipe: rewards.{next(iter(loaded), "NAME")} = "http://{_in_url(host)}:{port}"'
+        server = Server(app(loaded, key=key, max_batch=max_batch, limits=limits, local=not key), lambda: tell(line))
         # uvicorn raises the signal again once it has shut down; a server that was told to stop has not failed
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except OSError as error:  # another one bound the same port and was first to listen
             raise _taken(host, port, error) from None
         finally:
@@ -93,7 +80,8 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name != "nt":  # there it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, OverflowError) as error:
         if listener:
@@ -107,15 +95,6 @@ def _taken(host: str, port: int, error: Exception) -> UserError:
     return UserError(f"serve-rewards: can't listen on {host} port {port}: {reason}; choose another with --port")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _in_url(host: str) -> str:
     if host in ("", "0.0.0.0", "::"):
         return socket.gethostname()
@@ -123,7 +102,11 @@ def _in_url(host: str) -> str:
 
 
 def _raise_file_limit() -> None:
-    """A connection takes a descriptor; the usual soft limit is 1,024."""
+    """A connection takes a descriptor; the usual soft limit is 1,024. Windows has no such limit."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

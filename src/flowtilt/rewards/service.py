@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import flowtilt
 from flowtilt.errors import UserError
@@ -27,19 +29,30 @@ from flowtilt.rewards import Reward, RewardOutput
 from flowtilt.rewards.batching import Batcher
 from flowtilt.rewards.prometheus import Metrics
 from flowtilt.rewards.versions import versions_of
-from flowtilt.rewards.wire import KEY, Limits, Refusal, answer, picture, read_request
+from flowtilt.rewards.wire import KEY, THIS_MACHINE, Limits, Refusal, answer, host_of, picture, read_request
 
 log = logging.getLogger("flowtilt")
 READERS = 8
-"""Requests that are read and decoded at a time, which bounds the memory they take; the others wait in their sockets."""
+"""Requests that are parsed and decoded at a time, which bounds the memory they take."""
 
 
 def app(
-    rewards: Mapping[str, Reward], *, key: str | None = None, max_batch: int = 32, linger: float = 0.005, limits: Limits | None = None
-) -> Starlette:
-    """The ASGI application for rewards that are loaded; its thread starts and ends with the application's lifespan."""
+    rewards: Mapping[str, Reward],
+    *,
+    key: str | None = None,
+    max_batch: int = 32,
+    linger: float = 0.005,
+    limits: Limits | None = None,
+    local: bool = False,
+) -> ASGIApp:
+    """The ASGI application for rewards that are loaded; its thread starts and ends with the application's lifespan.
+
+    Args:
+        local: answers only requests to this machine's own names. A page in a browser on this machine can reach it under a name
+            of the page's own, which it makes point here.
+    """
     service = _Service(rewards, key, max_batch, linger, limits or Limits())
-    return Starlette(
+    starlette = Starlette(
         routes=[
             Route("/score", service.post_score, methods=["POST"]),
             Route("/health", service.get_health),
@@ -47,6 +60,22 @@ def app(
         ],
         lifespan=service.lifespan,
     )
+
+    async def door(scope: Scope, receive: Receive, send: Send) -> None:
+        why = _stranger(Headers(scope=scope), local) if scope["type"] == "http" else ""
+        await (_json({"error": why}, 403) if why else starlette)(scope, receive, send)
+
+    return door
+
+
+def _stranger(headers: Headers, local: bool) -> str:
+    """Why a request is not from a program that was told this address; "" where it may be."""
+    if "origin" in headers:
+        return "pages in browsers are not served"
+    host = headers.get("host", "localhost")
+    if local and host_of(f"//{host}") != THIS_MACHINE:
+        return f"without {KEY} only this machine is served, as http://127.0.0.1 or http://localhost, not as {host[:100]!r}"
+    return ""
 
 
 class _Service:
@@ -58,7 +87,7 @@ class _Service:
         told = versions_of(rewards)
         self.versions = {name: {"flowtilt": flowtilt.__version__, "reward": name, **told[name]} for name in rewards}
         self.metrics = Metrics(rewards)
-        self.images = self.pixels = 0
+        self.images = self.pixels = self.held = 0
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -96,15 +125,21 @@ class _Service:
         if not self._knows_key(request):
             await self._discard(request.stream())
             raise Refusal(401, f"wrong or missing key; set {KEY} to the server's")
-        with ExitStack() as counted:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            await self._discard(request.stream())
+            raise Refusal(415, 'the body must be JSON, with the header "Content-Type: application/json"')
+        with ExitStack() as counted, ExitStack() as held:
+            body = await self._body(request, held)  # outside of the readers: who sends slowly keeps nobody else waiting
             async with self.readers:
-                body = await self._body(request)
                 asked = await loop.run_in_executor(self.decoders, read_request, body, self.rewards, self.limits)
                 named.append(asked.reward)
                 counted.enter_context(self._room(len(asked.files), asked.pixels))
-                decoded = await loop.run_in_executor(self.decoders, lambda files: [picture(file) for file in files], asked.files)
+                decoded = await loop.run_in_executor(
+                    self.decoders, lambda files: [picture(file, self.limits.picture) for file in files], asked.files
+                )
             reward, prompts = asked.reward, asked.prompts
             del body, asked  # the files are not needed while the images wait
+            held.close()
             images = {i: image for i, (image, _) in enumerate(decoded) if image is not None}
             notes = [note for _, note in decoded]
             del decoded
@@ -129,21 +164,34 @@ class _Service:
             self.images -= images
             self.pixels -= pixels
 
-    async def _body(self, request: Request) -> bytearray:
+    async def _body(self, request: Request, held: ExitStack) -> bytearray:
+        """All of it, counted as held until `held` is closed."""
         body, stream = bytearray(), request.stream()
+
+        def release() -> None:
+            self.held -= len(body)
+            body.clear()
+
+        held.callback(release)
         try:
             async with asyncio.timeout(self.limits.seconds):
                 async for chunk in stream:
-                    body += chunk
-                    if len(body) > self.limits.body:
+                    if len(body) + len(chunk) > self.limits.body:
+                        refusal = Refusal(413, f"the body is larger than {self.limits.body} bytes; send fewer images (images_per_request)")
                         break
+                    # an empty server takes whatever a request may be
+                    if self.held > len(body) and self.held + len(chunk) > self.limits.held:
+                        refusal = Refusal(503, f"receiving: {self.held} of at most {self.limits.held} bytes; try again later")
+                        break
+                    body += chunk
+                    self.held += len(chunk)
                 else:
                     return body
         except TimeoutError:
             raise Refusal(408, f"the body took longer than {self.limits.seconds:.0f} s") from None
-        body.clear()
+        release()
         await self._discard(stream)
-        raise Refusal(413, f"the body is larger than {self.limits.body} bytes; send fewer images (images_per_request)")
+        raise refusal
 
     async def _discard(self, stream: AsyncIterator[bytes]) -> None:
         """Reads what is left of a refused body, as much as may be sent otherwise.

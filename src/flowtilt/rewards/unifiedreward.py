@@ -12,17 +12,20 @@ import math
 import os
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import partial
 from io import BytesIO
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 from flowtilt.pictures import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
+from flowtilt.rewards.wire import host_of
 from flowtilt.threads import in_threads
 from flowtilt.web import Refused, post_json
 
@@ -58,7 +61,8 @@ def points(answer: str, *, compat: bool = False) -> float:
 class UnifiedReward:
     """Points / 5 as the score and `points` as a detail; the note of an image whose answer has none quotes it.
 
-    The server's key, where it wants one, is read from FLOWTILT_UNIFIEDREWARD_KEY: a recipe is saved with its run.
+    The server's key, where it wants one, is read from FLOWTILT_UNIFIEDREWARD_KEY: a recipe is saved with its run. It is sent
+    to the host of FLOWTILT_UNIFIEDREWARD_URL alone, where that is set.
 
     Args:
         device: not used; the model runs in the server.
@@ -107,7 +111,9 @@ class UnifiedReward:
         self.patience = patience
         self.max_missing = max_missing
         self.compat = compat
-        self._key = key or None
+        usual = os.environ.get(URL, "").strip()
+        # a recipe may name another server than the one that the key is for
+        self._key = key if key and (not usual or host_of(usual) == host_of(address)) else None
 
     def __call__(self, images: Tensor, prompts: list[Prompt]) -> RewardOutput:
         """Scores of images [N, 3, H, W]."""
@@ -134,11 +140,20 @@ class UnifiedReward:
             if error.status in (401, 403):
                 raise UserError(f"{error}; {'correct' if self._key else 'set'} {KEY}") from None
             raise
-        try:
-            content = reply["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise UserError(f"{self.address}: answers without choices[0].message.content: {_quoted(str(reply))}") from None
-        return content if isinstance(content, str) else ""
+        return content_of(self.address, reply)
+
+
+def content_of(address: str, reply: Mapping[str, Any]) -> str:
+    """The text of a chat completion; "" where it has none.
+
+    Raises:
+        UserError: it is no chat completion.
+    """
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{address}: answers without choices[0].message.content: {_quoted(str(reply)[:200])}") from None
+    return content if isinstance(content, str) else ""
 
 
 def _content(picture: Image.Image, prompt: str) -> list[dict]:
@@ -150,5 +165,5 @@ def _content(picture: Image.Image, prompt: str) -> list[dict]:
 
 
 def _quoted(answer: str) -> str:
-    text = " ".join(answer.split())
+    text = printable(" ".join(answer.split()))
     return f'"{text[:100]}{"…" if len(text) > 100 else ""}"'

@@ -9,6 +9,7 @@ from typing import Any
 from flowtilt import weights
 from flowtilt.files import digest
 from flowtilt.rewards import BUILT_IN, Reward
+from flowtilt.sources import is_ours
 
 _NAMES = {target: name for name, target in BUILT_IN.items()}
 
@@ -41,7 +42,7 @@ def _version(reward: Any) -> dict[str, Any]:
         found["reward"] = name
         if name in weights.NEEDED:
             found["weights"] = {key: _fingerprint(key) for key in weights.NEEDED[name]}
-    elif not kind.__module__.startswith("flowtilt."):
+    elif not is_ours(kind):
         code = getattr(kind if inspect.isfunction(kind) else kind.__call__, "__code__", None)
         place = Path(code.co_filename) if code else None
         if place and place.is_file():

@@ -6,18 +6,20 @@ otherwise     {"error": one line}
 """
 
 import base64
+import ipaddress
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.errors import UserError
+from flowtilt.errors import UserError, printable
 from flowtilt.pictures import LARGEST, read_image, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
@@ -26,6 +28,8 @@ HOST = "127.0.0.1"
 PORT = 8765
 KEY = "FLOWTILT_REWARD_KEY"
 """Environment variable of the key that client and server share."""
+KEY_HOST = "FLOWTILT_REWARD_HOST"
+"""Environment variable of the servers that may have the key, comma-separated names or addresses."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Of what others send; Pillow knows formats that start programs."""
 
@@ -45,7 +49,10 @@ class Limits:
     Args:
         body: bytes of a request.
         images: of a request.
+        values: commas and opening brackets of a request: each may become an object in memory.
+        picture: pixels of one picture; larger ones are not decoded, and have no score.
         pixels: of all pictures of a request.
+        held: bytes of all bodies that arrive or wait to be decoded.
         waiting: images taken and not yet answered, of all requests.
         waiting_pixels: theirs; a pixel takes 12 bytes.
         seconds: for a body to arrive.
@@ -53,7 +60,10 @@ class Limits:
 
     body: int = 256 * 2**20
     images: int = 256
+    values: int = 2**17
+    picture: int = 16 * 2**20
     pixels: int = LARGEST
+    held: int = 2**30
     waiting: int = 4096
     waiting_pixels: int = 512 * 2**20
     seconds: float = 60.0
@@ -81,6 +91,53 @@ def key_from_environment() -> str | None:
     return key or None
 
 
+def key_for(url: str) -> str | None:
+    """The key, if the server at `url` may have it: one of `FLOWTILT_REWARD_HOST`, or without that the first one that a program asks.
+
+    Raises:
+        UserError: a second server would get it.
+    """
+    key, host = key_from_environment(), host_of(url)
+    if key is None:
+        return None
+    if named := os.environ.get(KEY_HOST, ""):
+        return key if host in {host_of(f"//{one.strip()}") for one in named.split(",")} else None
+    _given_to.add(host)
+    if len(_given_to) > 1:
+        raise UserError(f"{KEY} would be sent to {' and '.join(sorted(_given_to))}; name in {KEY_HOST} those that may have it, as in a,b")
+    return key
+
+
+_given_to: set[str] = set()
+
+
+THIS_MACHINE = "this machine"
+
+
+def host_of(url: str) -> str:
+    """The name or address of a URL's host, `THIS_MACHINE` for all of its own, "" where there is none."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+    return THIS_MACHINE if is_loopback(host) else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own, which no other can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def most_bytes(images: int) -> int:
+    """Of an answer about so many images: notes and details of 16 KiB each are far more than any reward's."""
+    return 2**20 + images * 2**14
+
+
 def request(reward: str, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The body that asks for scores of images [N, 3, H, W] in [0, 1], rounded to 8 bits."""
     return {
@@ -94,8 +151,10 @@ def read_request(body: bytes | bytearray, rewards: Iterable[str], limits: Limits
     """The request of a body.
 
     Raises:
-        Refusal: 400 for a malformed one, 404 for an unknown reward, 413 for too many images or pixels.
+        Refusal: 400 for a malformed one, 404 for an unknown reward, 413 for too many values, images or pixels.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > limits.values:
+        raise Refusal(413, f"the body has more than {limits.values} values; send fewer images (images_per_request) or less metadata")
     try:
         said = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -114,7 +173,7 @@ def read_request(body: bytes | bytearray, rewards: Iterable[str], limits: Limits
     if len(images) > limits.images:
         raise Refusal(413, f"{len(images)} images in a request; at most {limits.images}, send fewer (images_per_request)")
     files = [_file(image, i) for i, image in enumerate(images)]
-    pixels = sum(_pixels(file) for file in files)
+    pixels = sum(_pixels(file, limits.picture) for file in files)
     if pixels > limits.pixels:
         raise Refusal(413, f"pictures of {pixels} pixels in a request; at most {limits.pixels}, send fewer (images_per_request)")
     return Asked(reward, files, [_prompt(prompt, i) for i, prompt in enumerate(prompts)], pixels)
@@ -138,21 +197,24 @@ def _prompt(prompt: Any, index: int) -> Prompt:
     return Prompt(prompt["text"], tag, metadata)
 
 
-def _pixels(file: bytes) -> int:
+def _pixels(file: bytes, most: int) -> int:
     """What decoding would yield; 0 for what `picture` won't decode."""
     try:
         with Image.open(BytesIO(file), formats=FORMATS) as header:
             pixels = header.width * header.height
     except Exception:  # Pillow's readers raise anything at all
         return 0
-    return pixels if pixels <= LARGEST else 0
+    return pixels if pixels <= most else 0
 
 
-def picture(file: bytes) -> tuple[Tensor | None, str]:
-    """The image [3, H, W] in [0, 1], or none and the reason."""
+def picture(file: bytes, most: int = LARGEST) -> tuple[Tensor | None, str]:
+    """The image [3, H, W] in [0, 1] of a file of at most so many pixels, or none and the reason."""
     try:
-        Image.open(BytesIO(file), formats=FORMATS).close()
-        return read_image(file), ""
+        with Image.open(BytesIO(file), formats=FORMATS) as header:
+            width, height = header.size
+        if width * height <= most:
+            return read_image(file), ""
+        reason = f"{width} x {height} pixels are too many, at most {most}"
     except Image.UnidentifiedImageError:
         reason = f"not one of {', '.join(FORMATS)}"
     except UserError as error:
@@ -182,7 +244,9 @@ def read_answer(said: Mapping[str, Any], number: int) -> tuple[RewardOutput, dic
     if not isinstance(details, dict) or not isinstance(version, dict) or not isinstance(notes, list) or len(notes) != number:
         raise UserError(f'not the answer of a reward server: needs {number} "notes", "details" and "version"')
     scores = _from_json("scores", said.get("scores"), number)
-    output = RewardOutput(scores, [str(note) for note in notes], {str(k): _from_json(k, v, number) for k, v in details.items()})
+    if bad := [name for name in details if not name or not name.isprintable()]:
+        raise UserError(f"not the answer of a reward server: {bad[0][:50]!r} is no name of a detail")
+    output = RewardOutput(scores, [printable(str(note)) for note in notes], {k: _from_json(k, v, number) for k, v in details.items()})
     return output, version
 
 
@@ -194,4 +258,7 @@ def _from_json(name: str, values: Any, number: int) -> Tensor:
     right = isinstance(values, list) and len(values) == number
     if not right or not all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values):
         raise UserError(f"not the answer of a reward server: {name!r} must be {number} numbers or nulls")
-    return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float32)
+    try:
+        return torch.tensor([float("nan") if value is None else float(value) for value in values], dtype=torch.float32)
+    except OverflowError:
+        raise UserError(f"not the answer of a reward server: {name!r} has a number that is too large") from None
