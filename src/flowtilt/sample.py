@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from flowtilt.files import write_atomic
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.opening import open_model
-from flowtilt.pictures import to_pil
+from flowtilt.pictures import SHEET, to_pil
 from flowtilt.rollout import decode, sampler_of
 from flowtilt.seeding import noise, step_noise
 from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
@@ -52,7 +53,11 @@ def sample(
     roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
     columns = [decode(stack, sampler(stack, role, start, given, len(prompts), fresh), len(prompts)) for role in roles]
     picture = BytesIO()
-    _sheet(columns).save(picture, format="PNG")
+    sheet = _sheet(columns)
+    info = PngInfo()
+    if sheet.size != columns[0].shape[:-3:-1]:  # several images, or an enlarged one
+        info.add_text(SHEET, f"{len(columns[0])} x {len(columns)}")
+    sheet.save(picture, format="PNG", pnginfo=info)
     write_atomic(output, picture.getvalue())
     return output
 
