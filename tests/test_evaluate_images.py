@@ -10,7 +10,8 @@ from PIL import Image
 
 from flowtilt import UserError
 from flowtilt.cli import main
-from flowtilt.evaluate.images import find_pairs, score_images
+from flowtilt.evaluate.images import score_images
+from flowtilt.evaluate.pairs import find_pairs
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
 from flowtilt.rewards.playground import PlaygroundPartial

@@ -175,7 +175,7 @@ def test_an_eps_named_png_starts_nothing(monkeypatch):
 
 def test_a_decoder_that_raises_anything_makes_one_image_unreadable(monkeypatch):
     monkeypatch.setattr(Image.Image, "has_transparency_data", property(lambda _: 1 // 0))
-    with pytest.raises(UserError, match="can't be read.*division"):
+    with pytest.raises(UserError, match=r"can't be read.*division"):
         read_image(to_png(torch.rand(3, 4, 4)))
 
 

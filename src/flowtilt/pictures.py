@@ -92,7 +92,7 @@ def _grey(picture: Image.Image) -> Tensor:
     """
     values = np.asarray(picture)
     transparent = picture.info.get("transparency")
-    if picture.mode.startswith("I;16") or picture.format == "PPM" and picture.mode == "I":
+    if picture.mode.startswith("I;16") or (picture.format == "PPM" and picture.mode == "I"):
         whole = 65535.0
     else:
         if not np.isfinite(values).all():

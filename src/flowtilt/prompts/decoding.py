@@ -55,11 +55,8 @@ def decode(data: bytes, path: str) -> str:
     Raises:
         UserError: it is another kind of file, or in another encoding; says which.
     """
-    for mark, encoding in MARKS:
-        if data.startswith(mark):
-            break
-    else:
-        mark, encoding = b"", "utf-8"
+    mark, encoding = next(((mark, encoding) for mark, encoding in MARKS if data.startswith(mark)), (b"", "utf-8"))
+    if not mark:
         head = data[:64]
         for signature, what in SIGNATURES:
             if head.startswith(signature) or (signature.startswith(b"<") and head.lower().startswith(signature)):

@@ -72,7 +72,9 @@ def read_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
 def _notice_doubts(path: Path, prompts: list[Prompt], plain: bool) -> None:
     """Logs captions that may not be meant as such."""
     if plain and (comments := [prompt for prompt in prompts if prompt.text.startswith(("# ", "// "))]):
-        notice(f"prompts {path}: {_lines_of(len(comments))} beginning with # or // read as captions, {_first(comments)}; there are no comments")
+        notice(
+            f"prompts {path}: {_lines_of(len(comments))} beginning with # or // read as captions, {_first(comments)}; there are no comments"
+        )
     if long := [prompt for prompt in prompts if "\n" in prompt.text]:
         notice(f"prompts {path}: {len(long)} of {len(prompts)} captions hold a line end, {_first(long)}; check the quotes if none should")
 
@@ -203,8 +205,9 @@ def _from_rows(rows: list[Row]) -> Iterator[Prompt]:
     caption = next((names.index(name) for name in CAPTIONS if name in names), None)
     if caption is None:
         has = ", ".join(header)
+        has = has if len(has) <= 200 else f"{has[:199]}…"
         raise UserError(
-            f"prompts {where}: no column {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; it has {has if len(has) <= 200 else has[:199] + '…'}; "
+            f"prompts {where}: no column {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; it has {has}; "
             "add a header, or name a file of one caption per line .txt"
         )
     tag = next((names.index(name) for name in TAGS if name in names), None)
