@@ -1,13 +1,22 @@
 """Captions: encoded once and by themselves, kept within bounds, found on disk by the next process; encoders only visit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tiny_pipelines import letters
 from torch import nn
+from transformers import T5Tokenizer
 
+from flowtilt.config import ModelSettings
 from flowtilt.models import captions
 from flowtilt.models.captions import Captions, captions_of
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.cutting import notice_cut
+from flowtilt.models.opening import open_model
 from flowtilt.placement import visiting
+from flowtilt.playground import world as playground
+from flowtilt.prompts import Prompt
 
 
 class Encoder:
@@ -85,6 +94,69 @@ def test_other_weights_or_lengths_have_another_folder(tmp_path, monkeypatch):
 
     assert folder(1.0, 128) == folder(1.0, 128)
     assert len({folder(1.0, 128), folder(2.0, 128), folder(1.0, 256)}) == 3
+
+
+def test_other_tokenizers_have_another_folder_whatever_their_last_call_left_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    encoder = nn.Linear(2, 2)
+
+    def folder(words):
+        pipeline = nn.Module()
+        pipeline.components = {"text_encoder": encoder, "tokenizer": words, "tokenizer_2": None}
+        return captions_of(pipeline, Encoder(), torch.device("cpu"), True)._folder
+
+    one, same, other = letters(), letters(), T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)], extra_ids=0)
+    same(["a cat"], truncation=True, max_length=2, padding="max_length")
+    shorter = letters()
+    shorter.model_max_length = 7
+    assert folder(one) == folder(same)
+    assert len({folder(words) for words in (one, other, shorter, None)}) == 4
+
+
+def pipeline_of(clip_tokens, t5_length=None):
+    """CLIP's part played by a tokenizer of letters, too."""
+
+    class CLIPTextModel:
+        pass
+
+    class T5EncoderModel:
+        pass
+
+    clip = letters()
+    clip.model_max_length = clip_tokens
+    parts = {"text_encoder": CLIPTextModel(), "tokenizer": clip, "text_encoder_3": None, "tokenizer_3": None}
+    if t5_length:
+        parts |= {"text_encoder_3": T5EncoderModel(), "tokenizer_3": letters()}
+    return SimpleNamespace(pipeline=SimpleNamespace(components=parts), protocol={"t5_length": t5_length or 0})
+
+
+LONG = [Prompt("a cat"), Prompt("a " + "x" * 20, where="p.txt:2"), Prompt("b " + "y" * 40, where="p.txt:3"), Prompt("b " + "y" * 40)]
+
+
+def test_captions_that_every_encoder_cuts_are_counted_and_the_first_is_named(capsys):
+    notice_cut(pipeline_of(16), LONG)
+    said = capsys.readouterr().err
+    assert said.startswith("prompts: 2 of 3 captions are longer than the text encoders read (CLIP: 16 tokens) and are cut; p.txt:2 loses")
+    lost = said.split('"')[1]
+    assert LONG[1].text.endswith(lost) and 0 < len(lost) < 20 and said.count("\n") == 1
+
+
+def test_a_caption_that_the_t5_reads_whole_is_not_cut(capsys):
+    notice_cut(pipeline_of(16, 30), LONG)
+    assert "1 of 3 captions are longer than the text encoders read (T5: 30 tokens)" in capsys.readouterr().err
+    notice_cut(pipeline_of(16, 99), LONG)
+    notice_cut(pipeline_of(99, 1), LONG)  # the playground's T5 reads nothing
+    assert capsys.readouterr().err == ""
+
+
+def test_no_caption_of_the_playground_is_cut_and_a_longer_one_is(capsys):
+    model = open_model(ModelSettings(path="playground"), torch.device("cpu"))
+    given = [*playground.prompts("train"), *playground.prompts("test")]
+    capsys.readouterr()
+    notice_cut(model, given)
+    assert "prompts:" not in capsys.readouterr().err
+    notice_cut(model, [Prompt("a red circle left of a blue square and a green cross")])
+    assert "1 of 1 captions" in capsys.readouterr().err
 
 
 def test_visiting_modules_come_home_as_they_were_also_after_an_error(monkeypatch):

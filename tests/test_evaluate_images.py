@@ -10,9 +10,11 @@ from PIL import Image
 
 from flowtilt import UserError
 from flowtilt.cli import main
-from flowtilt.evaluate.images import find_pairs, score_images
+from flowtilt.evaluate.images import save_scores, score_images
+from flowtilt.evaluate.pairs import find_pairs
 from flowtilt.pictures import to_png
 from flowtilt.prompts import Prompt
+from flowtilt.prompts.files import read_prompts
 from flowtilt.rewards.playground import PlaygroundPartial
 
 
@@ -176,3 +178,145 @@ def test_what_was_judged_before_a_judge_failed_is_kept(tmp_path):
     code, _, err = typed("score", "images", "--rewards", "mine.py:f", "-o", "out.jsonl", cwd=tmp_path).ended()
     assert code == 2 and "reward f failed" in err
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
+
+
+# tables that name their images -----------------------------------------------------------------------
+
+
+def three(folder):
+    for k in (1, 2, 10):
+        grey(folder / f"{k}.png", 20 * k)
+
+
+def found(pairs):
+    return [(p.file.name, p.prompt.text, p.index, p.copy) for p in pairs]
+
+
+NAMED = [("1.png", "red", 0, 0), ("2.png", "green", 1, 0), ("10.png", "red", 0, 1)]
+
+
+@pytest.mark.parametrize("column", ["file_name", "image", "path", "Image"])
+@pytest.mark.parametrize("place", ["", "images/", "elsewhere/on/another/machine/", "C:\\data\\"])
+@pytest.mark.parametrize("ending", [".png", ""])
+def test_a_table_pairs_by_the_names_that_it_gives(tmp_path, column, place, ending):
+    three(tmp_path / "images")
+    rows = [("10", "red"), ("1", "red"), ("2", "green")]
+    (tmp_path / "t.csv").write_text("\n".join([f"{column},prompt", *(f"{place}{name}{ending},{text}" for name, text in rows)]))
+    lines = [json.dumps({column: f"{place}{name}{ending}", "prompt": text, "label": 3}) for name, text in rows]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    for table in (tmp_path / "t.csv", tmp_path / "t.jsonl"):
+        assert found(find_pairs([tmp_path / "images"], read_prompts(table), table=table)) == NAMED
+
+
+@pytest.mark.parametrize("where", ["metadata.jsonl", "metadata.csv", "train/metadata.jsonl"])
+def test_an_imagefolder_brings_its_captions(tmp_path, where):
+    table = tmp_path / where
+    three(table.parent)
+    rows = [("10.png", "red"), ("1.png", "red"), ("2.png", "green")]
+    csv_text = "file_name,text\n" + "".join(f"{name},{text}\n" for name, text in rows)
+    json_text = "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows)
+    table.write_text(csv_text if table.suffix == ".csv" else json_text)
+    assert found(find_pairs([tmp_path], None)) == NAMED
+
+
+def test_rows_and_images_without_a_partner_are_said_and_left_out(tmp_path, capsys):
+    three(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n7.png,blue\n2.png,green\n8.png,blue\n")
+    assert found(find_pairs([tmp_path], None)) == [("2.png", "green", 0, 0)]
+    said = capsys.readouterr().err
+    assert "2 of 3 rows left out, as the image is not among those given, 7.png first" in said
+    assert "2 of 3 images left out, as no row of" in said and f"{tmp_path / '1.png'} first" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["1.png,red", "2.png,green", "./1.png,blue"], r"t\.csv:2 and .*t\.csv:4 both name .*1\.png; keep one row per image"),
+        (["7.png,red", "8.png,red"], r't\.csv:2 names the image "7\.png", which is not among the 3 images given'),
+        (["1.png,red", ",green"], r"t\.csv:3: no image in the row"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tmp_path, rows, message):
+    three(tmp_path)
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["image,prompt", *rows]))
+    with pytest.raises(UserError, match=message):
+        find_pairs([tmp_path], read_prompts(table), table=table)
+
+
+def test_a_name_that_may_be_one_of_two_images_is_refused(tmp_path):
+    three(tmp_path / "images" / "a")
+    three(tmp_path / "images" / "b")
+    table = tmp_path / "t.csv"
+    table.write_text("image,prompt\n1.png,red\n")
+    with pytest.raises(UserError, match=r"t\.csv:2: 1\.png may be .*a.1\.png or .*b.1\.png; write its path"):
+        find_pairs([tmp_path / "images"], read_prompts(table), table=table)
+    table.write_text("image,prompt\nb/1.png,red\n")
+    assert find_pairs([tmp_path / "images"], read_prompts(table), table=table)[0].file == tmp_path / "images" / "b" / "1.png"
+    with pytest.raises(UserError, match="leave --images-per-prompt out"):
+        find_pairs([tmp_path / "images"], read_prompts(table), 2, table)
+
+
+def test_what_score_wrote_pairs_its_own_images_again(tmp_path):
+    three(tmp_path)
+    table = tmp_path / "scores.csv"
+    pairs = find_pairs([tmp_path], [Prompt("red"), Prompt("green"), Prompt("blue")])
+    save_scores(table, score_images(pairs, {"brightness": brightness}))
+    again = find_pairs([tmp_path], read_prompts(table)[::-1], table=table)
+    assert [(p.file, p.prompt.text) for p in again] == [(p.file, p.prompt.text) for p in pairs]
+
+
+# a run's samples, hidden and other files -------------------------------------------------------------
+
+
+def test_a_runs_samples_bring_their_captions(tmp_path):
+    for step in (0, 2):
+        folder = tmp_path / "samples" / f"step-{step:06d}"
+        for k in range(2):
+            grey(folder / f"{k:02d}.png", 30 * k)
+        rows = [{"file": f"{k:02d}.png", "prompt": f"prompt {1 - k}", "tag": "t", "score": 1.0, "note": ""} for k in range(2)]
+        (folder / "index.json").write_text(json.dumps(rows))
+    (tmp_path / "recipe.toml").write_text("")
+    for places, steps in (([tmp_path / "samples" / "step-000002"], (2,)), ([tmp_path / "samples"], (0, 2)), ([tmp_path], (0, 2))):
+        pairs = find_pairs(places, None)
+        assert [(p.set, p.prompt.text, p.prompt.tag) for p in pairs] == [
+            (f"step-{s:06d}", f"prompt {1 - k}", "t") for s in steps for k in (0, 1)
+        ]
+    (tmp_path / "samples" / "step-000002" / "01.png").unlink()
+    with pytest.raises(UserError, match=r"step-000002 lacks 1 image of its index\.json, 01\.png first"):
+        find_pairs([tmp_path], None)
+    (tmp_path / "samples" / "step-000002" / "index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"index\.json can't be read"):
+        find_pairs([tmp_path], None)
+
+
+def test_an_index_of_another_program_is_left_alone(tmp_path):
+    three(tmp_path)
+    for content in ('{"images": 3}', "[1]", '[{"file": "../x.png", "prompt": "a"}]'):
+        (tmp_path / "index.json").write_text(content)
+        assert len(find_pairs([tmp_path], None)) == 3
+
+
+def test_every_format_is_found_hidden_folders_are_not_and_the_rest_is_said(tmp_path, capsys):
+    for name in ("1.avif", "2.gif", "3.jfif", "4.jp2", "5.PNG"):
+        grey(tmp_path / name, 9, (16, 16))
+    for name in (".ipynb_checkpoints/5-checkpoint.png", "__MACOSX/._5.png", "._5.png", "a/.thumbs/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in ("6.heic", "7.jxl", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    pairs = find_pairs([tmp_path], None)
+    assert [p.file.name for p in pairs] == ["1.avif", "2.gif", "3.jfif", "4.jp2", "5.PNG"]
+    said = capsys.readouterr().err
+    assert "2 files left out" in said and "6.heic first" in said and said.count("\n") == 1
+    assert all(record["scores"]["b"] is not None for record in score_images(pairs, {"b": brightness}))
+
+
+def test_a_contact_sheet_of_sample_has_no_score_and_is_named(tmp_path):
+    from flowtilt.sample import sample
+
+    sample(["a red circle", "a blue square"], tmp_path / "sheet.png", steps=1)
+    grey(tmp_path / "z.png", 51)
+    first, second = score_images(find_pairs([tmp_path], None), {"b": brightness})
+    assert first["scores"]["b"] is None and "contact sheet" in first["note"]
+    assert second["scores"]["b"] == pytest.approx(0.2)

@@ -1,5 +1,6 @@
 """Prompts are read whole or refused in one line, and training meets each as often as any other of its tag."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt, PromptWalk, load_prompts
+from flowtilt.prompts.decoding import visible
+from flowtilt.prompts.files import read_prompts
 
 FEW = settings(deadline=None, max_examples=25)
 
@@ -158,7 +161,11 @@ def test_a_json_list_holds_captions_or_objects(tmp_path):
 
 
 @FEW
-@given(captions=st.lists(st.text(min_size=1).filter(str.strip), min_size=1), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans())
+@given(
+    captions=st.lists(st.text(min_size=1).filter(lambda text: visible(text).strip()), min_size=1),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii=st.booleans(),
+)
 def test_any_json_list_is_read_with_the_lines_on_which_its_elements_begin(tmp_path_factory, captions, indent, ascii):
     text = json.dumps([{"prompt": caption} for caption in captions], indent=indent, ensure_ascii=ascii)
     text = text.encode("utf-8", "ignore").decode()  # no lone surrogates in a file
@@ -210,9 +217,9 @@ def test_quotes_that_enclose_no_field_are_text_in_a_tab_separated_file(tmp_path)
         ("p.json", "[]", "no prompt in the file"),
         ("p.json", '["a",\n"b"', "p.json:2: not JSON"),
         ("p.json", '["a"] "b"', "p.json:1: not JSON"),
-        ("p.json", '{"prompt": "a"}', "p.json:1: not a JSON list; a file of one object a line is named .jsonl"),
+        ("p.json", '{"prompt": "a"}', "p.json:1: not a JSON list; a file of one object per line is named .jsonl"),
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "p.json:2: not JSON"),
-        ("p.json", '["a",\n\n{"text": "b"}]', 'p.json:3: no "prompt" text'),
+        ("p.json", '["a",\n\n{"words": "b"}]', 'p.json:3: no "prompt" text'),
         ("p.json", '["a",\n" "]', 'p.json:2: no "prompt" text'),
         ("p.json", "[[1]]", 'p.json:1: no "prompt" text'),
     ],
@@ -232,6 +239,105 @@ def test_prompts_can_be_counted_although_their_metadata_is_a_dict():
     assert len({Prompt("a", "t", {"include": []}), Prompt("a", "t", {"include": []}), Prompt("b")}) == 2
 
 
+# what first users met -----------------------------------------------------------------------------------
+
+
+def texts(path):
+    return [(p.text, p.tag) for p in read_prompts(path)]
+
+
+@pytest.mark.parametrize(
+    ("data", "captions"),
+    [
+        # quotes that are inches, or never closed, swallow no rows
+        ('Prompt\tCategory\n"Macbook\tA\na 13" laptop\tB\n', [('"Macbook', "A"), ('a 13" laptop', "B")]),
+        ('Prompt\tCategory\n"Macbook\tA\nx\tB\na 13"\tC\n', [('"Macbook', "A"), ("x", "B"), ('a 13"', "C")]),
+        ('id\tprompt\n1\t"a cat\n2\ta 13"\n', [('"a cat', ""), ('a 13"', "")]),
+        ('prompt\n"a cat\na 13"\n', [('"a cat', ""), ('a 13"', "")]),
+        # a caption that is all in quotes needs none as a cell, so they are its own
+        ('Prompt\tCategory\n"Open"\tText\na cat\tAnimals\n', [('"Open"', "Text"), ("a cat", "Animals")]),
+        # what spreadsheets quote
+        ('Prompt\tCategory\r\n"a sign, ""Hi"""\tText\r\n"a cat, a dog"\tB\r\n', [('a sign, "Hi"', "Text"), ("a cat, a dog", "B")]),
+        ('"prompt"\t"tag"\n"a cat"\t"A"\n""\t""\n"a dog"\t"B"\n', [("a cat", "A"), ("a dog", "B")]),
+        ('prompt\ttag\n"two\nlines"\tA\n', [("two\nlines", "A")]),
+    ],
+)
+def test_quotes_enclose_the_cells_of_a_tab_separated_file_only_where_it_shows_that_they_do(tmp_path, data, captions):
+    assert texts(written(tmp_path, data, "p.tsv")) == captions
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("p.csv", 'tag, prompt\nx, "a sign, STOP"\ny, a cat\n'),
+        ("p.csv", 'tag;prompt\nx;"a sign, STOP"\ny;a cat\n'),
+        ("p.csv", "tag\tprompt\nx\ta sign, STOP\ny\ta cat\n".encode("utf-16")),
+        ("p.tsv", "tag\tprompt\rx\ta sign, STOP\ry\ta cat\r"),
+        ("p.csv", '\ufeff\ufefftag,prompt\nx,"a sign,\u200b STOP"\ny,a\x00 cat\n'),
+        (
+            "p.jsonl",
+            '{"tag": "x", "caption": "a sign, STOP"}\r\n{"tag": "y", "caption": "a \\u200bcat"}\r\n'.encode("utf-16-be").join(
+                [b"\xfe\xff", b""]
+            ),
+        ),
+        ("p.ndjson", '{"tag": "x", "text": "a sign, STOP"}\n{"tag": "y", "text": "a cat"}\n\x00\x00\x00'),
+        ("p.json", '[{"category": 1, "tag": "x", "prompt": "a sign, STOP"},\n{"tag": "y", "prompt": "a cat\ufeff"}]'.encode("utf-32")),
+    ],
+)
+def test_what_programs_write_in_other_ways_reads_the_same(tmp_path, name, data):
+    assert texts(written(tmp_path, data, name)) == [("a sign, STOP", "x"), ("a cat", "y")]
+
+
+def test_invisible_characters_go_and_joiners_inside_other_scripts_stay():
+    assert visible("\u200ba\ufeff \u00adcat\x00\u202e\u200d") == "a cat"
+    assert visible("a\tb\nc") == "a\tb\nc"
+    family, persian = "\U0001f468\u200d\U0001f469", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    assert visible(family) == family and visible(persian) == persian
+
+
+def test_what_is_left_out_is_said_once_with_how_many(tmp_path, capsys):
+    path = written(tmp_path, "a cat\n# note\na cat\n\u200ba cat\u200b\n")
+    for _ in range(2):
+        assert [p.text for p in load_prompts(path)] == ["a cat", "# note"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix(f"prompts {path}: ") for line in said] == [
+        "invisible characters removed from 1 line, line 4 first",
+        "1 line beginning with # or // read as captions, line 2 first; there are no comments",
+        "2 of 4 captions repeat an earlier one and are left out, line 3 first",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt.gz", gzip.compress(b"a cat"), "gzip-compressed; unpack it"),
+        ("p.csv", gzip.compress(b"prompt\na cat"), "gzip-compressed; unpack it"),
+        ("p.parquet", b"PAR1\x15\x04\x15", "a Parquet file; pandas"),
+        ("p.xlsx", b"PK\x03\x04\x14", "an Excel workbook"),
+        ("p.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        ("p.txt", b"<!DOCTYPE html>\n<html>", "an HTML page"),
+        ("p.txt", "a cat\na dog\n".encode("utf-16-le"), "looks like UTF-16 (little endian) without a byte order mark"),
+        ("p.txt", b"\xff\xfea\x00\x00", "byte 4 is not UTF-16-LE"),
+        ("p.txt", '{"prompt": "a cat"}\n', "p.txt:1: a JSON object in a text file; name the file .jsonl"),
+        ("p.csv", "a cat on a mat\na dog\n", "add a header, or name a file of one caption per line .txt"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b", "n": ' + "9" * 5000 + "}\n",
+            "p.jsonl:2: JSON that can't be read (an integer of too many",
+        ),
+        ("p.jsonl", '{"prompt": "a"}\n' + "[" * 100_000 + "\n", "p.jsonl:2: JSON that can't be read (nested too deeply)"),
+        ("p.json", "[" * 100_000, "JSON that can't be read (nested too deeply)"),
+        ("p.json", "[" + "9" * 5000 + "]", "JSON that can't be read (an integer of too many"),
+        ("p.jsonl", '{"prompt": "a", "x": "\\ud83d"}\n', "p.jsonl:1: half of a surrogate pair"),
+        ("p.jsonl", '{"prompt": "a", "tag": "\\ud83d"}\n', "p.jsonl:1: half of a surrogate pair"),
+        ("p.jsonl", '{"prompt": "a", "tag": ["b"]}\n', 'p.jsonl:1: "tag" must be text'),
+        ("p.jsonl", '{"prompt": "\\u200b"}\n', 'p.jsonl:1: no "prompt" text'),
+    ],
+)
+def test_what_a_file_is_instead_is_said_in_one_line(tmp_path, name, data, message):
+    test_a_file_that_holds_no_prompts_is_refused_in_one_line_that_says_where(tmp_path, name, data, message)
+
+
 # turns -----------------------------------------------------------------------------------------------------
 
 MIXED = [Prompt(f"{tag}{k}", tag) for tag, number in (("a", 5), ("b", 2), ("c", 9)) for k in range(number)]
@@ -249,6 +355,11 @@ def test_turns_keep_each_tags_own_walk():
     mixed = [p.text for p in PromptWalk(MIXED, 3, {"a": 4}).draw(0, 18) if p.tag == "a"]
     assert mixed == alone
     assert PromptWalk(MIXED, 3, {"a": 1, "b": 1}).draw(5, 20) == PromptWalk(MIXED, 3).draw(5, 20)
+
+
+def test_any_number_of_turns_costs_no_memory():
+    drawn = PromptWalk(MIXED, 0, {"a": 10**30}).draw(10**30 - 2, 4)
+    assert [p.tag for p in drawn] == ["a", "a", "b", "c"]
 
 
 def test_turns_of_a_tag_that_is_not_there_are_refused_unless_they_are_none():

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from flowtilt.files import write_atomic
 from flowtilt.lora.stacked import leading, read_stack
+from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import open_model
-from flowtilt.pictures import to_pil
+from flowtilt.pictures import SHEET, to_pil
+from flowtilt.prompts import Prompt
 from flowtilt.rollout import decode, sampler_of
 from flowtilt.seeding import noise, step_noise
 from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
@@ -45,6 +48,7 @@ def sample(
     sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
     settings = model_settings(model, recipe)
     stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), added)
+    notice_cut(stack.model, [Prompt(text) for text in prompts])
     places = [(0 if same_noise else k,) for k in range(len(prompts))]
     start = noise(seed, "sample", places, stack.model.latent_shape).to(stack.model.device)
     fresh = step_noise(seed, "sample", places, stack.model.latent_shape)
@@ -52,7 +56,11 @@ def sample(
     roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
     columns = [decode(stack, sampler(stack, role, start, given, len(prompts), fresh), len(prompts)) for role in roles]
     picture = BytesIO()
-    _sheet(columns).save(picture, format="PNG")
+    sheet = _sheet(columns)
+    info = PngInfo()
+    if sheet.size != columns[0].shape[:-3:-1]:  # several images, or an enlarged one
+        info.add_text(SHEET, f"{len(columns[0])} x {len(columns)}")
+    sheet.save(picture, format="PNG", pnginfo=info)
     write_atomic(output, picture.getvalue())
     return output
 

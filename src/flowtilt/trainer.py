@@ -30,6 +30,7 @@ from flowtilt.lora import Lora, fingerprint
 from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
 from flowtilt.memory import MicroBatch
+from flowtilt.models.cutting import notice_cut
 from flowtilt.phases import Phases
 from flowtilt.prompts import PromptWalk
 from flowtilt.reinforce import Reinforcement
@@ -80,6 +81,7 @@ class Trainer:
         self.parents = list(map(fingerprint, self.below))  # each reads through all of its weights
         self.fake_parents = [fingerprint(self.fake_below)] if self.fake_below else []
         self.policy = build_policy(recipe, self.world, self.below)
+        notice_cut(self.policy.model, [*self.prompts, *self.test_prompts])
         if self.fake_below:
             check(self.fake_below, shapes_of(self.policy.model.network))
         try_rewards(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flowtilt.errors import UserError
 from flowtilt.rewards.geneval import judge, kept
+from flowtilt.rewards.geneval.metadata import parse
 from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.rewards.geneval.rules import need_color, relations
 
@@ -379,3 +380,19 @@ def test_a_fault_is_named_in_one_line(detections, metadata, says):
     with pytest.raises(UserError) as caught:
         judge(detections, metadata)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [10**400, 1001, 0, -1, 1e400, float("nan"), "2"])
+def test_a_count_that_no_image_can_show_is_refused_in_one_line(count):
+    with pytest.raises(UserError, match=r"include\[0\]\.count: .* it is a whole number from 1 to 1000") as caught:
+        parse({"tag": "counting", "include": [{"class": "dog", "count": count}]})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_numbers_of_thousands_of_digits_and_deep_lists_are_refused_in_one_line():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (10**5000, deep):
+        with pytest.raises(UserError, match=r"count: this (int|list) will not do"):
+            parse({"tag": "counting", "include": [{"class": "dog", "count": value}]})

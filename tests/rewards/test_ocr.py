@@ -19,6 +19,7 @@ from flowtilt.pictures import from_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput, load_reward, ocr, score
 from flowtilt.rewards.ocr import OCR, levenshtein, plain, target, text_score
+from flowtilt.rewards.reading_order import reading_order
 
 GOLDEN = [
     case
@@ -120,6 +121,101 @@ def test_the_target_is_the_first_text_in_double_quotes(prompt, wanted):
     assert target(prompt) == wanted
     assert math.isnan(text_score("anything", prompt)) == (wanted is None)
     assert bool(OCR.applies(Prompt(prompt))) == (wanted is None)
+
+
+PUBLISHED = [
+    (
+        'A realistic photograph of a modern highway scene with a billboard displaying the text "Gas Next Exit 2 Miles" against a sky.',
+        "Gas Next Exit 2 Miles",
+    ),
+    ('A mountain summit with a wooden signpost clearly marked "Elevation 8000 Feet", surrounded by rocky terrain.', "Elevation 8000 Feet"),
+    ('A runway with a sleek, modern backdrop displaying "Spring Collection 2024". Models walk confidently.', "Spring Collection 2024"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "wanted"), PUBLISHED)
+def test_prompts_as_published_have_the_target_that_flow_grpo_takes(prompt, wanted):
+    assert target(prompt) == wanted == prompt.split('"')[1]
+
+
+@given(st.text(st.sampled_from("ab5 .,'-")), st.text(st.sampled_from("ab5 .,'-")), st.text(st.sampled_from("ab5 .,'-")))
+def test_two_quotes_that_are_no_inches_enclose_the_target_whatever_stands_beside_them(before, wanted, after):
+    prompt = f'{before}"{wanted}"{after}'
+    if plain(wanted) and not before.rstrip().endswith("5"):
+        assert target(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ('a 5" nail beside a sign "HELLO"', "HELLO"),
+        ('a sign "HELLO" beside a 5" nail', "HELLO"),
+        ('a 24" x 36" poster that says "SALE"', "SALE"),
+        ('a 12"x18" poster that says "SALE"', "SALE"),
+        ('a man of 5\'10" with a sign "VOTE"', "VOTE"),
+        ('a 3½" disk labelled "BACKUP 1"', "BACKUP 1"),
+        ('a 5 " nail beside "HELLO"', "HELLO"),
+        ("a 5” nail beside a sign “HELLO”", "HELLO"),
+        ('a 27" screen with "READY" beside a 13" screen with "GO"', "READY"),
+        ('a sign "12" PIZZA"', '12" PIZZA'),
+        ('a sign "NASA 2049" above', "NASA 2049"),
+        ('a 5" by 7" card', None),
+        (r"a sign \"HELLO\" above", "HELLO"),
+        (r"a sign \\\"HELLO\\\" above", "HELLO"),
+        ('a sign ""HELLO"" above', "HELLO"),
+        ("a sign &quot;HELLO&quot; above", "HELLO"),
+        ('a sign “HELLO" above', "HELLO"),
+        ("une enseigne « OUVERT »", " OUVERT "),
+        ("the baker's sign \"Joe's\"", "Joe's"),
+        ('"" and "Two"', "Two"),
+    ],
+)
+def test_inches_and_escapes_are_no_quotes_of_the_target(prompt, wanted):
+    assert target(prompt) == wanted
+
+
+# reading order ---------------------------------------------------------------------------------------
+
+
+def box(x, y, width, height=40.0, degrees=0.0):
+    """Corners of a box of the text's own coordinates, turned about the picture's middle."""
+    corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
+    turn = math.radians(degrees)
+    return [
+        (256 + (a - 256) * math.cos(turn) - (b - 256) * math.sin(turn), 256 + (a - 256) * math.sin(turn) + (b - 256) * math.cos(turn))
+        for a, b in corners
+    ]
+
+
+PAGE = [(30, 100, 150), (220, 100, 60), (330, 100, 150), (30, 150, 100), (150, 150, 300), (60, 200, 380)]
+
+
+@pytest.mark.parametrize("degrees", [-35, -20, -8, 0, 8, 20, 35])
+@given(order=st.permutations(range(len(PAGE))))
+def test_lines_are_read_one_by_one_whatever_their_slope(degrees, order):
+    found = reading_order([box(*PAGE[k], degrees=degrees) for k in order])
+    assert [order[k] for k in found] == list(range(len(PAGE)))
+
+
+@pytest.mark.parametrize("rise", [-30, -10, 10, 30])
+def test_words_beside_one_another_are_read_from_the_left_though_not_level(rise):
+    words = [box(20 + 160 * k, 250 - rise * k, 120) for k in range(3)]
+    assert reading_order(words) == [0, 1, 2] and reading_order(words[::-1]) == [2, 1, 0]
+
+
+def test_words_above_one_another_are_read_from_the_top():
+    assert reading_order([box(100, 245, 200), box(140, 200, 120)]) == [1, 0]
+    assert reading_order([]) == []
+
+
+def test_words_on_a_slope_are_read_in_their_order(reader):
+    picture = Image.new("RGB", (512, 512), "white")
+    letters = ImageFont.load_default(40)
+    for x, y, word in ((30, 220, "HELLO"), (290, 190, "WORLD")):
+        ImageDraw.Draw(picture).text((x, y), word, font=letters, fill="black")
+    turned = picture.rotate(10, fillcolor="white", resample=Image.Resampling.BICUBIC)
+    images = torch.stack([from_pil(picture), from_pil(turned)])
+    assert output(reader, images, [Prompt('"Hello World"')] * 2).scores.tolist() == [1, 1]
 
 
 # what the engine can know ----------------------------------------------------------------------------

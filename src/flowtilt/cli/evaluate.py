@@ -43,8 +43,10 @@ def add(commands: Any) -> None:
     evaluate.set_defaults(call=_evaluate)
 
     score = commands.add_parser("score", help="judge images that are there already")
-    score.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, folders, or a folder in GenEval's layout")
-    score.add_argument("--prompts", help="set or file, one prompt an image, in the order of the images' names")
+    score.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGES", help="files, folders, a run's samples, or a folder in GenEval's layout"
+    )
+    score.add_argument("--prompts", help="set or file: one prompt per image in the order of the names, or a table that names its images")
     score.add_argument("--rewards", type=words, required=True, help=REWARDS)
     score.add_argument("--images-per-prompt", type=count, default=1, metavar="N", help="consecutive images of each prompt (1)")
     score.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
@@ -99,7 +101,8 @@ def _score(args: argparse.Namespace) -> int:
         raise UserError(f"score: -o {args.output}: give a .jsonl or .csv file")
     import torch
 
-    from flowtilt.evaluate.images import find_pairs, judge_images, save_scores, with_columns
+    from flowtilt.evaluate.images import judge_images, save_scores, with_columns
+    from flowtilt.evaluate.pairs import find_pairs
     from flowtilt.evaluate.results import results_of
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
@@ -107,10 +110,9 @@ def _score(args: argparse.Namespace) -> int:
     from flowtilt.rewards.named import load_named, parse, with_compat
     from flowtilt.setup import load_prompts
 
-    prompts = None
-    if args.prompts:  # a caption that stands twice belongs to two images
-        prompts = read_prompts(args.prompts) if is_path(args.prompts) else load_prompts(args.prompts)
-    pairs = find_pairs(args.images, prompts, args.images_per_prompt)
+    file = Path(args.prompts) if args.prompts and is_path(args.prompts) else None
+    prompts = read_prompts(file) if file else load_prompts(args.prompts) if args.prompts else None  # read_prompts keeps repeated captions
+    pairs = find_pairs(args.images, prompts, args.images_per_prompt, file)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = parse(args.rewards)
     rewards, left_out = load_named([with_compat(one) for one in named] if args.compat else named, device=device)

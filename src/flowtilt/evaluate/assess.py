@@ -17,6 +17,7 @@ from flowtilt.lora import Lora
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Model
+from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import fingerprint, open_model
 from flowtilt.placement import home
 from flowtilt.prompts import Prompt
@@ -82,6 +83,7 @@ def assess(
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)
     stack = Stack(open_model(settings, world.device), added)
+    notice_cut(stack.model, [prompt for members in loaded.values() for prompt in members])
     variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
     seed = seed if seed is not None else recipe.seed if recipe else 0
     chosen = {"images": images, "images_per_prompt": None if images else images_per_prompt or 1, "seed": seed, "variants": list(variants)}

@@ -2,9 +2,8 @@
 
 import csv
 import json
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,124 +12,16 @@ import torch
 from torch import Tensor
 
 from flowtilt.errors import UserError
-from flowtilt.evaluate.folder import image_path
+from flowtilt.evaluate.gather import Pair
 from flowtilt.evaluate.progress import progress
-from flowtilt.files import read_lines, write_atomic
+from flowtilt.files import write_atomic
 from flowtilt.pictures import LARGEST, read_image
-from flowtilt.prompts import Prompt
-from flowtilt.prompts.files import read_prompts
-from flowtilt.report.numbers import counted
 from flowtilt.rewards import PAPER, Reward, score
 from flowtilt.rewards.versions import built_in_name
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 READ_PROMPTS = (*PAPER, "playground", "playground_strict", "playground_partial", "playground_smooth")
 PROMPT_FREE = ("aesthetic",)
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image file, its prompt, which prompt that is of which set, which image of it, and who drew it."""
-
-    file: Path
-    prompt: Prompt
-    index: int
-    copy: int
-    set: str = "images"
-    variant: str = "tuned"
-
-
-def find_pairs(places: Sequence[Path], prompts: Sequence[Prompt] | None, images_per_prompt: int = 1) -> list[Pair]:
-    """Images with their prompts.
-
-    Args:
-        places: image files, folders of them (in the order of their names, numbers counting as numbers), one
-            folder in GenEval's layout (00000/metadata.jsonl beside 00000/samples/), or one that
-            `flowtilt evaluate --save-images` wrote; the last two know their prompts.
-        prompts: one for each `images_per_prompt` consecutive images; none where the folder knows them.
-
-    Raises:
-        UserError: a place is not there or has no image, there are not as many as the prompts ask for, or a folder that
-            knows its prompts is not whole, or is given beside other places or prompts.
-    """
-    for place in places:
-        if not place.exists():
-            raise UserError(f"score: no file or folder {place}")
-    evaluations = [place for place in places if _is_evaluation(place)]
-    if evaluations and (len(places) > 1 or prompts is not None):
-        raise UserError(f"score: {evaluations[0]} is an evaluation, which knows its prompts; give it alone and without --prompts")
-    if prompts is None and len(places) == 1:
-        known = _evaluation_layout(places[0]) if evaluations else _geneval_layout(places[0])
-        if known:
-            return known
-    files = sorted((place for place in places if place.is_file()), key=_by_number)
-    files += [file for place in places if not place.is_file() for file in _images(place)]
-    if prompts is None:
-        return [Pair(file, Prompt(""), k, 0) for k, file in enumerate(files)]
-    if len(files) != len(prompts) * images_per_prompt:
-        per = f" x {counted(images_per_prompt, 'image')} of each" if images_per_prompt > 1 else ""
-        have = f"{counted(len(files), 'image')} but {counted(len(prompts), 'prompt')}{per}"
-        raise UserError(f"score: {have}; --images-per-prompt says how many belong to each")
-    return [Pair(file, prompts[k // images_per_prompt], k // images_per_prompt, k % images_per_prompt) for k, file in enumerate(files)]
-
-
-def _is_evaluation(place: Path) -> bool:
-    return (place / "protocol.json").is_file()
-
-
-def _images(place: Path) -> list[Path]:
-    """Those of a folder and its subfolders, without the small pictures of evaluations among them."""
-    small = {protocol.parent / "pictures" for protocol in place.rglob("protocol.json")}
-    found = [file for file in place.rglob("*") if file.suffix.lower() in ENDINGS and not small.intersection(file.parents)]
-    if not found:
-        raise UserError(f"score: no images in {place}; they end in {', '.join(ENDINGS)}")
-    return sorted(found, key=_by_number)
-
-
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """2.png before 10.png."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def _geneval_layout(folder: Path) -> list[Pair]:
-    """Images and prompts of GenEval's folders; none where no folder has a metadata.jsonl.
-
-    Raises:
-        UserError: some lack it, or their images: the mean over the others would pass for the benchmark's.
-    """
-    folders = sorted((place for place in folder.glob("*") if (place / "metadata.jsonl").is_file()), key=_by_number)
-    samples = {place: [file for file in (place / "samples").glob("*") if file.suffix.lower() in ENDINGS] for place in folders}
-    if not folders:
-        return []
-    nameless = sorted((place.parent for place in folder.glob("*/samples") if place.parent not in samples), key=_by_number)
-    empty = [place for place, files in samples.items() if not files]
-    for lacking, what in ((nameless, "metadata.jsonl"), (empty, "images in samples/")):
-        if lacking:
-            number = f"{len(lacking)} of {counted(len(folders) + len(nameless), 'folder')}"
-            raise UserError(f"score: {number} in GenEval's layout lack {what}, {lacking[0]} first; complete them or move them away")
-    prompts = {place: read_prompts(place / "metadata.jsonl")[0] for place in folders}
-    return [
-        Pair(file, prompts[place], index, copy)
-        for index, place in enumerate(folders)
-        for copy, file in enumerate(sorted(samples[place], key=_by_number))
-    ]
-
-
-def _evaluation_layout(folder: Path) -> list[Pair]:
-    if not (folder / "results.json").is_file():
-        raise UserError(f"score: {folder} is an evaluation that has not ended; the same `flowtilt evaluate` goes on with it")
-    found = []
-    for record in read_lines(folder / "scores.jsonl"):
-        file = image_path(folder, record["set"], record["variant"], record["index"], record["copy"])
-        if not file.is_file():
-            raise UserError(
-                f"score: {folder} is an evaluation without all its images; "
-                "the same `flowtilt evaluate` with --save-images draws them once more"
-            )
-        prompt = Prompt(record["prompt"], record["tag"], record.get("metadata", {}))
-        found.append(Pair(file, prompt, record["index"], record["copy"], record["set"], record["variant"]))
-    return found
 
 
 def score_images(pairs: Sequence[Pair], rewards: Mapping[str, Reward], *, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
@@ -175,7 +66,7 @@ def _reads_prompts(reward: Reward) -> bool:
 
 def _record(pair: Pair, scores: dict[str, float | None], note: str) -> dict[str, Any]:
     return {
-        "image": str(pair.file),
+        "image": os.fsencode(pair.file).decode(errors="backslashreplace"),
         "set": pair.set,
         "variant": pair.variant,
         "prompt": pair.prompt.text,

@@ -1,6 +1,7 @@
 """Captions: each distinct one is encoded once, by itself, and kept in memory and, where asked, on disk."""
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -118,10 +119,23 @@ def captions_of(
         said: what else decides an embedding.
     """
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
-    folder = (
-        cache_folder("FLOWTILT_CAPTIONS", "captions") / _fingerprint(encoders, device.type, torch.__version__, *said) if offload else None
-    )
-    return Captions(encode, encoders, device, folder)
+    if not offload:
+        return Captions(encode, encoders, device)
+    tokenizers = [_tokenizer(one) for name, one in pipeline.components.items() if name.startswith("tokenizer") and one is not None]
+    name = _fingerprint(encoders, device.type, torch.__version__, *said, *tokenizers)
+    return Captions(encode, encoders, device, cache_folder("FLOWTILT_CAPTIONS", "captions") / name)
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """What decides a caption's tokens: the vocabulary, rules and special tokens, not what the last call left set."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
+    else:
+        model = getattr(tokenizer, "sp_model", None)
+        rules = {"vocab": sorted(tokenizer.get_vocab().items()), "model": model.serialized_model_proto().hex() if model else ""}
+    told = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(encoders: Iterable[nn.Module], *said: object) -> str:

@@ -1,7 +1,9 @@
 """Prompts, the files and published sets they come from, and the order in which training meets them."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -43,12 +45,13 @@ class PromptWalk:
         """The prompts at `position` … `position + count - 1`; distinct where the tags' passes allow it."""
         tags = list(dict.fromkeys(p.tag for p in self.prompts))
         by_tag = [[p for p in self.prompts if p.tag == tag] for tag in tags]
-        slots = [number for number, tag in enumerate(tags) for _ in range(self.turns.get(tag, 1))]
+        turns = [self.turns.get(tag, 1) for tag in tags]
+        ends = list(accumulate(turns))
         drawn = []
         for k in range(position, position + count):
-            done, slot = divmod(k, len(slots))
-            number = slots[slot]
-            turn = done * slots.count(number) + slot - slots.index(number)
+            done, slot = divmod(k, ends[-1])
+            number = bisect_right(ends, slot)
+            turn = done * turns[number] + slot - (ends[number] - turns[number])
             cycle, place = divmod(turn, len(by_tag[number]))
             order = torch.randperm(len(by_tag[number]), generator=generator(self.seed, "prompts", number, cycle))
             drawn.append(by_tag[number][int(order[place])])

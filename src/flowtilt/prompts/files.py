@@ -3,54 +3,88 @@
 The suffix names the format. Each reader yields prompts in the file's order, each with its file and line.
 """
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
+from flowtilt.notices import notice
+from flowtilt.prompts.decoding import decode, visible
 from flowtilt.prompts.prompt import Prompt
+from flowtilt.prompts.tables import Row, read_rows
 
 CAPTIONS = ("prompt", "caption", "prompts", "text")
-"""Columns of a table that may hold the caption, the first that it has; upper or lower case. DrawBench's is "Prompts"."""
+"""Columns of a table, or keys of its first JSON object, that may hold the caption, the first that it has. DrawBench's is "Prompts"."""
 TAGS = ("tag", "category")
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
+"""What may part the cells of a table, by suffix; the first with which the header has a caption. Excel writes semicolons and tabs, too."""
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
+def load_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
     """Reads prompts from a file.
 
-    - .jsonl: one object a line with "prompt" and, where it has one, "tag"; GenEval's metadata, GenEval 2's questions.
+    - .jsonl, .ndjson: one object per line with "prompt" (see `CAPTIONS`) and perhaps "tag"; GenEval's metadata, GenEval 2's questions.
     - .json: a list of captions, or of such objects.
     - .csv, .tsv: a table with a header; see `CAPTIONS` and `TAGS`.
-    - anything else: text, one caption a line.
+    - anything else: text, one caption per line.
 
-    All that is neither caption nor tag becomes metadata. Blank lines are skipped, surrounding spaces removed.
-    A caption that occurs again is dropped with all that stands beside it: images are grouped by their caption.
+    All that is neither caption nor tag becomes metadata. Blank lines are skipped, surrounding spaces and invisible characters
+    removed. A caption that occurs again is left out with everything beside it: images are grouped by their caption.
+
+    Args:
+        quiet: do not log what was left out.
 
     Raises:
-        UserError: the file is missing, empty, not UTF-8, or a line of it has no caption; names the line.
+        UserError: the file is missing, empty, not text, or a line of it has no caption; names the line.
     """
     found: dict[str, Prompt] = {}
-    for prompt in read_prompts(path):
-        found.setdefault(prompt.text, prompt)
+    prompts = read_prompts(path, quiet=quiet)
+    repeated = [prompt for prompt in prompts if found.setdefault(prompt.text, prompt) is not prompt]
+    if repeated and not quiet:
+        notice(f"prompts {path}: {len(repeated)} of {len(prompts)} captions repeat an earlier one and are left out, {_first(repeated)}")
     return list(found.values())
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
     """As `load_prompts`, with repeated captions: one prompt for each line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"prompts {path}: {error.strerror}; give a text, .csv, .tsv, .jsonl or .json file") from None
-    found = list(READERS.get(path.suffix.lower(), _text)(text, str(path)))
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"prompts {str(path)!r}: {error}; give a text, .csv, .tsv, .jsonl or .json file") from None
+    lines = decode(data, str(path)).split("\n")
+    cleaned = [visible(line) for line in lines]
+    reader = READERS.get(path.suffix.lower(), _text)
+    found = list(reader("\n".join(cleaned), str(path)))
     if not found:
-        raise UserError(f"prompts {path}: no prompt in the file; write one a line")
+        raise UserError(f"prompts {path}: no prompt in the file; write one per line")
+    if not quiet:
+        altered = [number for number, (line, clean) in enumerate(zip(lines, cleaned, strict=True), 1) if line != clean]
+        if altered:
+            notice(f"prompts {path}: invisible characters removed from {_lines_of(len(altered))}, line {altered[0]} first")
+        _notice_doubts(path, found, plain=reader is _text)
     return found
+
+
+def _notice_doubts(path: Path, prompts: list[Prompt], plain: bool) -> None:
+    """Logs captions that may not be meant as such."""
+    if plain and (comments := [prompt for prompt in prompts if prompt.text.startswith(("# ", "// "))]):
+        notice(
+            f"prompts {path}: {_lines_of(len(comments))} beginning with # or // read as captions, {_first(comments)}; there are no comments"
+        )
+    if long := [prompt for prompt in prompts if "\n" in prompt.text]:
+        notice(f"prompts {path}: {len(long)} of {len(prompts)} captions hold a line end, {_first(long)}; check the quotes if none should")
+
+
+def _lines_of(number: int) -> str:
+    return f"{number} line" if number == 1 else f"{number} lines"
+
+
+def _first(prompts: list[Prompt]) -> str:
+    return f"line {prompts[0].where.rpartition(':')[2]} first"
 
 
 def _lines(text: str, path: str) -> Iterator[tuple[str, str]]:
@@ -60,35 +94,53 @@ def _lines(text: str, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _text(text: str, path: str) -> Iterator[Prompt]:
-    return (Prompt(line, where=where) for line, where in _lines(text, path))
+    for k, (line, where) in enumerate(_lines(text, path)):
+        if k == 0 and line.startswith("{") and _is_record(line):
+            raise UserError(f"prompts {where}: a JSON object in a text file; name the file .jsonl")
+        yield Prompt(line, where=where)
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(text: str, path: str) -> Iterator[Prompt]:
+    key = ""
     for line, where in _lines(text, path):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"prompts {where}: not JSON ({error.msg}); write one object a line") from None
-        yield _from_record(record, where, 'write {"prompt": "…"} on each line')
+            raise UserError(f"prompts {where}: not JSON ({error.msg}); write one object per line") from None
+        except (ValueError, RecursionError) as error:
+            raise _unusual(where, error) from None
+        key = key or _caption_key(record)
+        yield _from_record(record, key, where, 'write {"prompt": "…"} on each line')
 
 
 def _json_list(text: str, path: str) -> Iterator[Prompt]:
+    key = ""
     for record, number in _elements(text, path):
         where = f"{path}:{number}"
-        if isinstance(record, str) and record.strip():
-            yield Prompt(record.strip(), where=where)
+        if isinstance(record, str) and visible(record).strip():
+            yield _prompt(record, where)
         else:
-            yield _from_record(record, where, 'each element is a caption or {"prompt": "…"}')
+            key = key or _caption_key(record)
+            yield _from_record(record, key, where, 'each element is a caption or {"prompt": "…"}')
 
 
 def _elements(text: str, path: str) -> Iterator[tuple[Any, int]]:
-    """The elements of a JSON list, each with the line on which it begins, which json.loads does not tell."""
+    """The elements of a JSON list, each with the line on which it begins, which json.loads does not give."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"prompts {path}:{error.lineno}: not JSON ({error.msg}); a file of one object a line is named .jsonl") from None
+        raise UserError(f"prompts {path}:{error.lineno}: not JSON ({error.msg}); a file of one object per line is named .jsonl") from None
+    except (ValueError, RecursionError) as error:
+        raise _unusual(path, error) from None
     if not isinstance(whole, list):
-        raise UserError(f"prompts {path}:1: not a JSON list; a file of one object a line is named .jsonl")
+        raise UserError(f"prompts {path}:1: not a JSON list; a file of one object per line is named .jsonl")
     decoder, at, line = json.JSONDecoder(), text.index("["), 1 + text.count("\n", 0, text.index("["))
     for record in whole:
         start = at + 1
@@ -100,54 +152,66 @@ def _elements(text: str, path: str) -> Iterator[tuple[Any, int]]:
         line += text.count("\n", start, at)
 
 
-def _from_record(record: Any, where: str, hint: str) -> Prompt:
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise UserError(f'prompts {where}: no "prompt" text; {hint}')
-    if any("\ud800" <= letter <= "\udfff" for letter in record["prompt"]):
-        raise UserError(f"prompts {where}: half of a surrogate pair in the prompt; write the character whole")
-    rest = {key: value for key, value in record.items() if key not in ("prompt", "tag")}
+def _unusual(where: str, error: Exception) -> UserError:
+    """The error of JSON that is well formed and can't be read: deep nesting, an integer of thousands of digits."""
+    why = "nested too deeply" if isinstance(error, RecursionError) else "an integer of too many digits"
+    return UserError(f"prompts {where}: JSON that can't be read ({why}); write text or a smaller number")
+
+
+def _caption_key(record: Any) -> str:
+    return next((key for key in CAPTIONS if isinstance(record, dict) and isinstance(record.get(key), str)), "prompt")
+
+
+def _from_record(record: Any, key: str, where: str, hint: str) -> Prompt:
+    if not isinstance(record, dict) or not isinstance(record.get(key), str) or not visible(record[key]).strip():
+        raise UserError(f'prompts {where}: no "{key}" text; {hint}')
+    rest = {name: value for name, value in record.items() if name not in (key, "tag")}
     tag = record.get("tag")
-    return Prompt(record["prompt"].strip(), "" if tag is None else str(tag), rest, where)
-
-
-def _csv(text: str, path: str) -> Iterator[Prompt]:
-    return _from_rows(_rows(text, path), path)
-
-
-def _tsv(text: str, path: str) -> Iterator[Prompt]:
-    """Quotes enclose fields if the whole file reads so; else they are text, as in PartiPrompts' `"G I G G L E" painted in …`."""
+    if isinstance(tag, dict | list):
+        raise UserError(f'prompts {where}: "tag" must be text')
     try:
-        rows = list(_rows(text, path, delimiter="\t"))
-    except UserError:
-        rows = list(_rows(text, path, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return _from_rows(iter(rows), path)
+        json.dumps(rest, ensure_ascii=False).encode()  # it is kept beside images and sent to reward servers
+    except UnicodeEncodeError:
+        raise UserError(f"prompts {where}: half of a surrogate pair; write the character whole") from None
+    except (ValueError, RecursionError) as error:
+        raise _unusual(where, error) from None
+    return _prompt(record[key], where, "" if tag is None else str(tag), rest)
 
 
-def _rows(text: str, path: str, **dialect: Any) -> Iterator[tuple[list[str], str]]:
-    """The rows that hold anything, each with the place where it begins."""
-    reader = csv.reader(StringIO(text, newline=""), strict=True, **dialect)
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"prompts {where}: not a readable row ({error}); check its quotes") from None
-        if row is None:
-            return
-        if any(cell.strip() for cell in row):
-            yield [cell.strip() for cell in row], where
+def _prompt(caption: str, where: str, tag: str = "", rest: Mapping[str, Any] | None = None) -> Prompt:
+    """A prompt from JSON, whose escapes can spell what the file itself does not hold."""
+    if any("\ud800" <= letter <= "\udfff" for letter in caption + tag):
+        raise UserError(f"prompts {where}: half of a surrogate pair in the prompt; write the character whole")
+    return Prompt(visible(caption).strip(), visible(tag).strip(), rest or {}, where)
 
 
-def _from_rows(rows: Iterator[tuple[list[str], str]], path: str) -> Iterator[Prompt]:
-    header, where = next(rows, ([], ""))
-    if not header:
+def _table(text: str, path: str) -> Iterator[Prompt]:
+    return _from_rows(read_rows(text, path, _delimiter(text, DELIMITERS[Path(path).suffix.lower()])))
+
+
+def _delimiter(text: str, known: str) -> str:
+    header = next((line for line in text.split("\n") if line.strip()), "")
+    for delimiter in known:
+        if any(cell.strip(' "').lower() in CAPTIONS for cell in header.split(delimiter)):
+            return delimiter
+    return known[0]
+
+
+def _from_rows(rows: list[Row]) -> Iterator[Prompt]:
+    if not rows:
         return
+    header, where = rows[0]
     names = [name.lower() for name in header]
     caption = next((names.index(name) for name in CAPTIONS if name in names), None)
     if caption is None:
-        raise UserError(f"prompts {where}: no column {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; it has {', '.join(header)}")
+        has = ", ".join(header)
+        has = has if len(has) <= 200 else f"{has[:199]}…"
+        raise UserError(
+            f"prompts {where}: no column {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; it has {has}; "
+            "add a header, or name a file of one caption per line .txt"
+        )
     tag = next((names.index(name) for name in TAGS if name in names), None)
-    for row, where in rows:
+    for row, where in rows[1:]:
         if len(row) > len(header):
             raise UserError(f"prompts {where}: {len(row)} cells under {len(header)} columns; quote a caption that holds the separator")
         cells = row + [""] * (len(header) - len(row))
@@ -159,4 +223,10 @@ def _from_rows(rows: Iterator[tuple[list[str], str]], path: str) -> Iterator[Pro
         yield Prompt(cells[caption], "" if tag is None else cells[tag], rest, where)
 
 
-READERS: dict[str, Callable[[str, str], Iterator[Prompt]]] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".tsv": _tsv}
+READERS: dict[str, Callable[[str, str], Iterator[Prompt]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".csv": _table,
+    ".tsv": _table,
+}

@@ -127,7 +127,7 @@ def load(source: str | Path) -> list[Prompt]:
         raise UserError(f"prompts {text!r}: no such set ({hint}); a file is given as ./{text}")
     found: dict[str, Prompt] = {}
     for file, path in zip(SETS[text].sources, download(text), strict=True):
-        for prompt in load_prompts(path):
+        for prompt in load_prompts(path, quiet=True):  # what is published is as it is
             found.setdefault(prompt.text, replace(prompt, tag=file.tag) if file.tag else prompt)
     return list(found.values())
 

@@ -1,7 +1,7 @@
 """OCR: how much of the text that a prompt asks for can be read in the image.
 
 The rule is flow_grpo's and DiffusionNFT's: with the text between the prompt's first two double quotes as the
-target, spaces removed and lower case on both sides,
+target (the first that are no inches; see `quotes`), spaces removed and lower case on both sides,
 
     reward = 1                                              where the target occurs in what was read
              1 - min(Levenshtein(read, target), L) / L      elsewhere, L the target's length
@@ -13,7 +13,6 @@ Chinese and Japanese; not Cyrillic, Arabic, Hebrew, Korean or Indic ones, not Vi
 
 import math
 import os
-import re
 import sys
 import threading
 import unicodedata
@@ -32,6 +31,8 @@ from flowtilt.errors import UserError
 from flowtilt.pictures import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
+from flowtilt.rewards.quotes import quoted
+from flowtilt.rewards.reading_order import reading_order
 
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 NO_TARGET = 'no text in double quotes: write what the image should show as in: a sign that says "Hello"'
@@ -43,9 +44,8 @@ ALIKE = str.maketrans("‘’‚‛ʼ“”„‟‐‑–—−⁄", "'''''\"\"
 
 
 def target(prompt: str) -> str | None:
-    """The text that a prompt asks for: in the first pair of ASCII double quotes, else of typographic ones; None without one."""
-    found = re.search(r'"([^"]*)"', prompt) or re.search(r"[“”„‟]([^“”„‟]*)[“”„‟]", prompt)
-    return found[1] if found and plain(found[1]) else None
+    """The text that a prompt asks for: the first that is in double quotes, which are not inches; None without one."""
+    return next((part for part in quoted(prompt) if plain(part)), None)
 
 
 def text_score(read: str, prompt: str, *, compat: bool = False) -> float:
@@ -151,8 +151,9 @@ class OCR:
         return self.applies(prompt)
 
     def _read(self, picture: Image.Image) -> str:
-        """The lines, joined by spaces, which do not count."""
-        return " ".join(self._reader.engine(_not_too_oblong(picture)).txts or ())
+        """The words in reading order, joined by spaces, which do not count."""
+        found = self._reader.engine(_not_too_oblong(picture))
+        return "" if found.txts is None else " ".join(found.txts[k] for k in reading_order(found.boxes))
 
 
 def _not_too_oblong(picture: Image.Image) -> Image.Image:

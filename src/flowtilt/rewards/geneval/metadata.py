@@ -11,6 +11,9 @@ from typing import Any
 from flowtilt.errors import UserError
 from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS, TAGS
 
+MOST_OBJECTS = 1000
+"""Objects of a class that a prompt may ask for; no detector finds as many."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -69,8 +72,8 @@ def _entry(entry: Any, place: str, entries: int) -> Entry:
         raise wrong(place, entry, '{"class": …, "count": …}')
     name = name_among(CLASSES, entry.get("class"), f"{place}.class")
     count: Any = entry.get("count")
-    if not _whole(count) or count < 1:
-        raise wrong(f"{place}.count", count, "a whole number of at least 1")
+    if not _whole(count) or not 1 <= count <= MOST_OBJECTS:
+        raise wrong(f"{place}.count", count, f"a whole number from 1 to {MOST_OBJECTS}")
     color = entry.get("color")
     if color is not None:
         color = name_among(COLORS, color, f"{place}.color")
@@ -87,12 +90,12 @@ def _entry(entry: Any, place: str, entries: int) -> Entry:
 
 
 def _order(include: Sequence[Entry]) -> tuple[int, ...]:
-    order: list[int] = []
+    order: dict[int, None] = {}
     while len(order) < len(include):
         ready = [i for i, entry in enumerate(include) if i not in order and (entry.position is None or entry.position[1] in order)]
         if not ready:
             raise UserError("include: positions point in a circle; each must lead to an entry without one")
-        order += ready
+        order |= dict.fromkeys(ready)
     return tuple(order)
 
 
@@ -118,7 +121,10 @@ def wrong(place: str, value: Any, wanted: str) -> UserError:
 
 def real(value: Any) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _whole(value: Any) -> bool:
@@ -126,5 +132,8 @@ def _whole(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr, skipkeys=True)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr, skipkeys=True)
+    except (ValueError, RecursionError):  # thousands of digits or of levels
+        return f"this {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "…"

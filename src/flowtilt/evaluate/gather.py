@@ -1,0 +1,82 @@
+"""Image files of a folder, in the order of their names."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowtilt.errors import UserError
+from flowtilt.notices import notice
+from flowtilt.pictures import ENDINGS
+from flowtilt.prompts import Prompt
+from flowtilt.report.numbers import counted
+
+TEXTS = (
+    ".csv",
+    ".html",
+    ".json",
+    ".jsonl",
+    ".log",
+    ".md",
+    ".parquet",
+    ".py",
+    ".safetensors",
+    ".toml",
+    ".tsv",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".yml",
+)
+"""Endings of files that lie beside images and that nobody expects to be scored."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file, its prompt, which prompt that is of which set, which image of it, and who drew it."""
+
+    file: Path
+    prompt: Prompt
+    index: int
+    copy: int
+    set: str = "images"
+    variant: str = "tuned"
+
+
+def by_number(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts 2.png before 10.png."""
+    return [(int(part), "") if part.isdecimal() and len(part) < 1000 else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def images_in(place: Path) -> list[Path]:
+    """The images of a folder and its subfolders, without hidden ones and the small pictures of evaluations; logs what else is left out.
+
+    Raises:
+        UserError: there are none.
+    """
+    small = {protocol.parent / "pictures" for protocol in place.rglob("protocol.json")}
+    files = [file for file in place.rglob("*") if not hidden(file, place) and not small.intersection(file.parents) and file.is_file()]
+    found = sorted((file for file in files if file.suffix.lower() in ENDINGS), key=by_number)
+    others = sorted((file for file in files if file.suffix.lower() not in (*ENDINGS, *TEXTS)), key=by_number)
+    if others:
+        notice(f"score: {place}: {counted(len(others), 'file')} left out, by their names no images that can be read, {others[0]} first")
+    if not found:
+        raise UserError(f"score: no images in {place}; they end in {', '.join(ENDINGS)}")
+    return found
+
+
+def hidden(file: Path, place: Path) -> bool:
+    """Whether a file of a folder, or a folder between them, is hidden, as .ipynb_checkpoints is, or is macOS's beside an archive."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(place).parts)
+
+
+def grouped(rows: Iterable[tuple[Path, Prompt]], pair: Callable[..., Pair] = Pair) -> list[Pair]:
+    """Pairs in which equal captions are one prompt."""
+    indices: dict[str, int] = {}
+    copies: dict[str, int] = {}
+    found = []
+    for file, prompt in rows:
+        index = indices.setdefault(prompt.text, len(indices))
+        copies[prompt.text] = copies.get(prompt.text, -1) + 1
+        found.append(pair(file, prompt, index, copies[prompt.text]))
+    return found
