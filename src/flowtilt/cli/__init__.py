@@ -1,12 +1,12 @@
 """The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from flowtilt import signals, torchrun
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.cli.quiet import quieten
 from flowtilt.errors import UserError
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 @contextmanager
 def _all_ranks() -> Iterator[None]:
     """Under torchrun, the processes as one: where one fails, all end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if torchrun.place().size == 1:
         yield
         return
     from flowtilt.lifeline import together
@@ -73,8 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         args = parser().parse_args(words)
-        with _all_ranks():
-            return args.call(args)
+        with signals.handled() as ending:
+            with _all_ranks():
+                status = args.call(args)
+            ending.over()
+            return status
     except UserError as error:
         if "--debug" in words:
             raise
@@ -82,8 +85,4 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return torchrun.interrupted_status()
