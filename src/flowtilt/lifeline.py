@@ -52,7 +52,7 @@ def together() -> Iterator[None]:
         world.barrier()
     except BaseException as error:
         if not line.first_to_fail(error):
-            _end(2 if isinstance(error, UserError) else torchrun.interrupted_status() if isinstance(error, KeyboardInterrupt) else 1)
+            _end(2 if isinstance(error, UserError) else line.status)
         if isinstance(error, UserError):
             raise UserError(f"rank {world.rank}: {error}") from error
         if isinstance(error, Exception):
@@ -68,6 +68,8 @@ class Lifeline:
     def __init__(self, world: World):
         self._rank, self._patience = world.rank, attention.PATIENCE
         self._culprit: int | None = None
+        self.status = 1
+        """With which this rank ends where another one was the first to."""
         self._news, self._left = threading.Event(), False
         self._hub: threading.Thread | None = None
         port, token = world.first(lambda: self._open_hub(world.size))
@@ -135,13 +137,14 @@ class Lifeline:
             return
         culprit = _read(self._connection, 4)
         self._culprit = int.from_bytes(culprit) if culprit else 0
+        self.status = torchrun.interrupted_status() if said == INTERRUPTED else 1
         self._news.set()
         if self._culprit == self._rank:
             return
         if not culprit and self._speaks_for_hub():
             _say(_gone(0))
         time.sleep(GRACE)
-        _end(torchrun.interrupted_status() if said == INTERRUPTED else 1)
+        _end(self.status)
 
     def _speaks_for_hub(self) -> bool:
         """Whether this rank says what happened to the hub's; few do, since ranks hear of each other through the hub alone."""

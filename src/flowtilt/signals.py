@@ -46,6 +46,8 @@ class Ending:
     def __init__(self) -> None:
         self.last_words: Callable[[], None] = lambda: None
         """Called before a process is ended by force."""
+        self.status = 130
+        """The exit status of what was interrupted."""
         self.pair: tuple[socket.socket, socket.socket] | None = None
         """Through which Python tells the thread of signals."""
         self._work: Work | None = None
@@ -115,7 +117,7 @@ class Ending:
         if not self._over:
             write("flowtilt: interrupted\n")
         self.last_words()
-        os._exit(torchrun.interrupted_status())
+        os._exit(self.status)
 
 
 def write(text: str) -> None:

@@ -56,5 +56,8 @@ def may_restart() -> bool:
 
 
 def interrupted_status() -> int:
-    """The exit status of what was interrupted: 130, or 0 where torchrun would take it for a failure and start it anew."""
+    """The exit status of a job that was interrupted: 130, or 0 where torchrun would take that for a failure and start it anew.
+
+    A rank that goes before it has joined the others has 130 always, by which torchrun learns to end them.
+    """
     return 0 if may_restart() else 130

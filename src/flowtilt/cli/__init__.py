@@ -56,33 +56,35 @@ def parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _all_ranks() -> Iterator[None]:
+def _all_ranks(ending: signals.Ending) -> Iterator[None]:
     """Under torchrun, the processes as one: where one fails, all end."""
     if torchrun.place().size == 1:
+        ending.status = torchrun.interrupted_status()
         yield
         return
     from flowtilt.lifeline import together
 
     quieten()
     with together():
+        ending.status = torchrun.interrupted_status()
         yield
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
     words = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser().parse_args(words)
-        with signals.handled() as ending:
-            with _all_ranks():
+    with signals.handled() as ending:
+        try:
+            args = parser().parse_args(words)
+            with _all_ranks(ending):
                 status = args.call(args)
-            ending.over()
-            return status
-    except UserError as error:
-        if "--debug" in words:
-            raise
-        print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)
-        return torchrun.interrupted_status()
+        except UserError as error:
+            if "--debug" in words:
+                raise
+            print(f"flowtilt: {' '.join(str(error).split())}", file=sys.stderr)
+            status = 2
+        except KeyboardInterrupt as interrupt:
+            print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)
+            status = ending.status
+        ending.over()
+        return status
