@@ -68,6 +68,16 @@ class Ending:
         finally:
             self._work, self._told_at = before, None
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, an error that a library made of the KeyboardInterrupt is one again."""
+        try:
+            yield
+        except Exception as error:
+            if self._raised:
+                raise KeyboardInterrupt from error
+            raise
+
     def over(self) -> None:
         """The command has ended: signals change nothing any more, unless its exit hangs."""
         self._over = True

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     with signals.handled() as ending:
         try:
             args = parser().parse_args(words)
-            with _all_ranks(ending):
+            with _all_ranks(ending), ending.whole():
                 status = args.call(args)
         except UserError as error:
             if "--debug" in words:
