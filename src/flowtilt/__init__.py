@@ -7,22 +7,32 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowtilt.config import Recipe, load_recipe
-from flowtilt.errors import UserError
+from flowtilt.openmp import wait_asleep
 
 if TYPE_CHECKING:
+    from flowtilt.config import Recipe, load_recipe
+    from flowtilt.errors import UserError
     from flowtilt.prompts import Prompt
     from flowtilt.rewards import RewardOutput
     from flowtilt.trainer import Trainer
 
+wait_asleep()  # while torch is not loaded yet
+
 __version__ = "0.1.0"
 __all__ = ["Prompt", "Recipe", "RewardOutput", "Trainer", "UserError", "load_recipe"]
 
-_NEEDS_TORCH = {"Prompt": "flowtilt.prompts", "RewardOutput": "flowtilt.rewards", "Trainer": "flowtilt.trainer"}
+_FROM = {
+    "Prompt": "flowtilt.prompts",
+    "Recipe": "flowtilt.config",
+    "RewardOutput": "flowtilt.rewards",
+    "Trainer": "flowtilt.trainer",
+    "UserError": "flowtilt.errors",
+    "load_recipe": "flowtilt.config",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # the command line reads recipes without waiting for torch
-    if name in _NEEDS_TORCH:
-        return getattr(import_module(_NEEDS_TORCH[name]), name)
+    # the command line takes signals before it waits for imports, and reads recipes without torch
+    if name in _FROM:
+        return getattr(import_module(_FROM[name]), name)
     raise AttributeError(f"module 'flowtilt' has no attribute {name!r}")

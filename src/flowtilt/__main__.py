@@ -1,8 +1,24 @@
-"""`python -m flowtilt`, which torchrun needs."""
+"""The command `flowtilt`, also as `python -m flowtilt`, which torchrun needs."""
 
 import sys
 
-from flowtilt.cli import main
+from flowtilt import signals
+
+
+def main() -> int:
+    """Runs the command that was typed; returns its exit status."""
+    signals.install()  # before the imports: they take a second, in which a signal may come
+    try:
+        from flowtilt import cli, output
+
+        output.make_robust()
+        return output.closed(cli.main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        signals.write("flowtilt: interrupted\n")
+        return 130
+    finally:
+        signals.current().over()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,8 @@ A collective waits for every rank, and the one that raised or was killed never c
 group's timeout, or until torchrun ends them, and then complain of lost connections. So each rank holds one TCP
 connection to a hub, a thread of the first rank. A rank that fails says so there; when it is killed, the system closes its connection.
 The hub names the first that failed to all, that one says why, and the others end without a word.
+
+A rank that hangs may come back, so nobody ends. Each rank reports to the hub every few seconds; `attention` says which one to name.
 """
 
 import os
@@ -16,12 +18,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from flowtilt import distributed
+from flowtilt import attention, distributed, signals, torchrun
+from flowtilt.attention import BUSY, IN_MESSAGE, REPORTS, STUCK
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 
-FAILED, WELL = b"f", b"w"
-"""What a rank says in the end."""
+FAILED, INTERRUPTED, WELL = b"f", b"i", b"w"
+"""What a rank says in the end; the hub passes on the first two, with the rank."""
+HERE = b"."
+"""What the hub says now and then."""
 MOMENT = 2.0
 """Seconds within which a rank hears why a collective of its own broke."""
 GRACE = 3.0
@@ -35,14 +40,19 @@ def together() -> Iterator[None]:
     Raises:
         UserError: this rank's, if it was the first to fail; its message then names the rank.
     """
-    world = distributed.start()
-    line = Lifeline(world)
+    ending, store = signals.current(), distributed.meet()
+    with ending.deferred() as asked:  # a rank that went now could tell nobody
+        world = distributed.start(store)
+        line = Lifeline(world)
+        ending.last_words = line.say_interrupted
     try:
+        if asked.interrupted:
+            raise KeyboardInterrupt
         yield
         world.barrier()
     except BaseException as error:
         if not line.first_to_fail(error):
-            _end(2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
+            _end(2 if isinstance(error, UserError) else line.status)
         if isinstance(error, UserError):
             raise UserError(f"rank {world.rank}: {error}") from error
         if isinstance(error, Exception):
@@ -56,8 +66,10 @@ class Lifeline:
     """This rank's connection to the hub, and on the first rank the hub."""
 
     def __init__(self, world: World):
-        self._rank = world.rank
+        self._rank, self._patience = world.rank, attention.PATIENCE
         self._culprit: int | None = None
+        self.status = 1
+        """With which this rank ends where another one was the first to."""
         self._news, self._left = threading.Event(), False
         self._hub: threading.Thread | None = None
         port, token = world.first(lambda: self._open_hub(world.size))
@@ -77,7 +89,7 @@ class Lifeline:
         both = socket.has_dualstack_ipv6()
         server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
         token = secrets.token_hex(8)
-        self._hub = threading.Thread(target=_serve, args=(server, token.encode(), size), daemon=True)
+        self._hub = threading.Thread(target=_serve, args=(server, token.encode(), size, self._patience), daemon=True)
         self._hub.start()
         return server.getsockname()[1], token
 
@@ -87,9 +99,14 @@ class Lifeline:
             self._news.wait(MOMENT)
         if not self._news.is_set():
             with suppress(OSError):
-                self._connection.sendall(FAILED)
+                self._connection.sendall(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
             self._news.wait(MOMENT)
         return self._culprit in (None, self._rank)
+
+    def say_interrupted(self) -> None:
+        """Tells the others that this process ends because it was asked to."""
+        with suppress(OSError):
+            self._connection.sendall(INTERRUPTED)
 
     def leave(self) -> None:
         """All is well, on all ranks."""
@@ -98,28 +115,50 @@ class Lifeline:
         if self._hub:
             self._hub.join()
 
+    def _report(self) -> None:
+        since = World.in_message_since
+        state = BUSY if since is None else STUCK if time.monotonic() - since > self._patience else IN_MESSAGE
+        with suppress(OSError):
+            self._connection.sendall(state)
+
     def _listen(self) -> None:
-        said = _read(self._connection, 4)
+        hub, said = attention.Attention(self._patience), HERE
+        selector = selectors.DefaultSelector()
+        selector.register(self._connection, selectors.EVENT_READ)
+        while said == HERE:
+            if self._speaks_for_hub():
+                for line in hub.unusual(time.monotonic()):
+                    _say(line)
+            self._report()
+            if selector.select(self._patience / REPORTS):
+                said = _read(self._connection, 1)
+                hub.heard(0, BUSY, time.monotonic())
         if self._left:
             return
-        self._culprit = int.from_bytes(said) if said else 0
+        culprit = _read(self._connection, 4)
+        self._culprit = int.from_bytes(culprit) if culprit else 0
+        self.status = torchrun.interrupted_status() if said == INTERRUPTED else 1
         self._news.set()
         if self._culprit == self._rank:
             return
-        if not said and (self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"):
-            _say(_gone(0))  # with the hub, so that nobody else says it
+        if not culprit and self._speaks_for_hub():
+            _say(_gone(0))
         time.sleep(GRACE)
-        _end(1)
+        _end(self.status)
+
+    def _speaks_for_hub(self) -> bool:
+        """Whether this rank says what happened to the hub's; few do, since ranks hear of each other through the hub alone."""
+        return self._rank == 1 or (self._rank > 0 and os.environ.get("LOCAL_RANK") == "0")
 
 
-def _serve(server: socket.socket, token: bytes, size: int) -> None:
+def _serve(server: socket.socket, token: bytes, size: int, patience: float) -> None:
     """The hub: takes the connections of `size` ranks, and tells all of them which was the first to fail."""
     ranks: dict[socket.socket, int] = {}
-    well = 0
+    well, watch, beat = 0, attention.Attention(patience), time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(server, selectors.EVENT_READ)
         while well < size:
-            for key, _ in selector.select():
+            for key, _ in selector.select(patience / REPORTS):
                 if key.fileobj is server:
                     connection, _ = server.accept()
                     if (rank := _hello(connection, token)) is not None:
@@ -128,17 +167,31 @@ def _serve(server: socket.socket, token: bytes, size: int) -> None:
                     continue
                 connection = next(one for one in ranks if one is key.fileobj)
                 said = _read(connection, 1)
+                if said in (BUSY, IN_MESSAGE, STUCK):
+                    watch.heard(ranks[connection], said, time.monotonic())
+                    continue
                 selector.unregister(connection)
+                watch.forget(ranks[connection])
                 if said == WELL:
                     well += 1
                     continue
-                if said != FAILED:
+                if said not in (FAILED, INTERRUPTED):
                     _say(_gone(ranks[connection]))
+                news = (INTERRUPTED if said == INTERRUPTED else FAILED) + ranks[connection].to_bytes(4)
                 # the first rank comes last: it may end at the news, and the hub with it
                 for one in sorted(ranks, key=lambda one: -ranks[one]):
+                    one.settimeout(MOMENT)  # one that hangs may have read nothing for hours
                     with suppress(OSError):
-                        one.sendall(ranks[connection].to_bytes(4))
+                        one.sendall(news)
                 return
+            now = time.monotonic()
+            for line in watch.unusual(now):
+                _say(line)
+            if now - beat > patience / REPORTS:
+                beat = now
+                for one in ranks:
+                    with suppress(OSError):
+                        one.send(HERE, getattr(socket, "MSG_DONTWAIT", 0))
 
 
 def _hello(connection: socket.socket, token: bytes) -> int | None:
@@ -160,11 +213,12 @@ def _gone(rank: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"flowtilt: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    signals.write(f"flowtilt: {' '.join(line.split())}\n")
 
 
 def _end(status: int) -> None:
     """At once: nothing at an orderly exit may wait for a rank that is no more, and any instant is good for a run to be killed at."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)

@@ -6,10 +6,12 @@ So the first rank invents a name for this start, and all meet under it:
 
     rank r:  call/r   = a token of this process          rank 0:  answer/r = that token, the name
     rank r:  heard/r  = the name, once the answer is to its own token
+    rank r:  left/r   = its token, when it is interrupted before that
 
 What an earlier start has left has another token or another name, and is passed over.
 """
 
+import os
 import secrets
 import time
 from datetime import timedelta
@@ -28,9 +30,19 @@ def meet(rank: int, size: int, wait: timedelta = WAIT) -> dist.Store:
     Raises:
         UserError: not all ranks came.
     """
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=wait)))
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=wait)))
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank}: can't meet the other ranks at {where} ({str(error).splitlines()[0]})") from error
     own, end = secrets.token_hex(8), time.monotonic() + wait.total_seconds()
-    name = _lead(store, own, size, end) if rank == 0 else _follow(store, own, rank, end)
+    try:
+        name = _lead(store, own, size, end) if rank == 0 else _follow(store, own, rank, end)
+    except KeyboardInterrupt:
+        store.set(f"left/{rank}", own)
+        raise
+    except dist.DistError as error:
+        raise UserError(f"rank {rank}: the first rank is gone; look at its output") from error
     return dist.PrefixStore(name, store)
 
 
@@ -40,6 +52,8 @@ def _lead(store: dist.Store, name: str, size: int, end: float) -> str:
         for rank in missing:
             if call := _read(store, f"call/{rank}"):
                 store.set(f"answer/{rank}", f"{call} {name}")
+                if _read(store, f"left/{rank}") == call:
+                    raise KeyboardInterrupt(f" together with rank {rank}")
         missing = [rank for rank in missing if _read(store, f"heard/{rank}") != name]
         if missing:
             _pause(end, f"{len(missing)} of {size} ranks did not come, rank {missing[0]} first")

@@ -117,6 +117,7 @@ def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) 
         "images": found.images,
         "by_tag": found.by_tag,
         "rewards": found.rewards,
+        "stds": found.stds,
         "missing": found.missing,
         "seconds": seconds,
     }

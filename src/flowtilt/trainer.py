@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,12 +32,14 @@ from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
 from flowtilt.memory import MicroBatch
 from flowtilt.models.cutting import notice_cut
+from flowtilt.pace import Pace
 from flowtilt.phases import Phases
 from flowtilt.prompts import PromptWalk
 from flowtilt.reinforce import Reinforcement
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import sampler_of
+from flowtilt.sameness import digests
 from flowtilt.setup import build_objective, build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
 from flowtilt.tracking import Sink, check_installed, open_sinks
 
@@ -76,6 +79,7 @@ class Trainer:
         # a distillation only measures
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
+        self.world.agree(digests({"prompts": self.prompts, "evaluate.prompts": self.test_prompts}))
         self.below = self._beneath(resume)
         self.fake_below = fake_beneath(recipe, resume)
         self.parents = list(map(fingerprint, self.below))  # each reads through all of its weights
@@ -101,6 +105,9 @@ class Trainer:
         self.clock, self.guards = Clock(), Guards(recipe)
         self.interrupted = False
         """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
+        self.unsaved = False
+        """Whether there is more than the newest checkpoint has; where not, the run may be ended at any instant and loses nothing."""
+        self.pace = Pace()
         self.stopped_by: str | None = None
         """The guard's message that ended the run."""
         self.run_folder = self._open(resume)
@@ -172,26 +179,30 @@ class Trainer:
         sinks = open_sinks(self.recipe.track, self.run_folder, self.recipe.model_dump(mode="json")) if main else []
         try:
             if self.clock.step == 0:
-                self._evaluate(display)
                 self.save()
-            elif self.clock.step == self.recipe.steps and self._evaluated() != self.clock.step:
-                self._evaluate(display)
-            while self.clock.step < self.recipe.steps and not self.stopped_by:
-                self._log(self._step(), display, sinks)
-                every = self.recipe.evaluate.every
-                last = self.clock.step == self.recipe.steps
-                if last or (every and self.clock.step % every == 0):
+            # checkpoints come before the evaluation that is due with them, which a kill may have kept from being made
+            if self._evaluation_due():
+                if record := self.world.first(self._evaluated):
+                    self._remember(record)
+                else:
                     self._evaluate(display)
-                self.interrupted = self.world.any(self.interrupted)
-                if last or self.interrupted or self.stopped_by or self.clock.step % self.recipe.checkpoint.every == 0:
+            stopping = False
+            while self.clock.step < self.recipe.steps and not self.stopped_by and not stopping:
+                self.unsaved = True
+                self._log(self._step(), display, sinks)
+                stopping = self.world.any(self.interrupted)
+                due = self._evaluation_due()
+                if due or stopping or self.stopped_by or self.clock.step % self.recipe.checkpoint.every == 0:
                     self.save()
-                if self.interrupted:
-                    break
+                    self.unsaved = False
+                    stopping = self.world.any(self.interrupted)
+                if due and not stopping:
+                    self._evaluate(display)
         finally:
             display.close()
             for sink in sinks:
                 sink.close()
-        return self._finish() if self.clock.step == self.recipe.steps else None
+        return self._finish() if self.clock.step == self.recipe.steps and not stopping else None
 
     # one step ---------------------------------------------------------------------------------------
 
@@ -224,6 +235,8 @@ class Trainer:
             for sink in sinks:
                 sink.log(self.clock.step, metrics)
             display.step(self.clock.step, metrics)
+            if slower := self.pace.slower(metrics):
+                display.say(slower)
         if self.recipe.guards != "off":
             self._warn(self.guards.check(metrics), display)
 
@@ -259,6 +272,11 @@ class Trainer:
             write_report(self.run_folder)
             display.evaluation(self.clock.step, found.score, found.by_tag)
 
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Guards learn of an evaluation that was made after the checkpoint from which the run goes on."""
+        if self.recipe.guards != "off" and "stds" in record:
+            self.guards.check_evaluation(record["rewards"], record["stds"], record["images"])
+
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as a LoRA that diffusers loads."""
         if self.world.rank == 0:
@@ -293,9 +311,15 @@ class Trainer:
         for role, update in self.method.updates.items():
             update.load(found.state["optimizer_steps"][role], found.tensors[_optimizer_of(role)])
 
-    def _evaluated(self) -> int:
-        """The rollout after which the newest evaluation was made."""
-        return max((record["step"] for record in read_lines(self.run_folder / "evaluations.jsonl")), default=-1)
+    def _evaluation_due(self) -> bool:
+        """Whether an evaluation belongs to the rollouts done so far: to none, to all, or to every so many."""
+        step, every = self.clock.step, self.recipe.evaluate.every
+        return step in (0, self.recipe.steps) or bool(every and step % every == 0)
+
+    def _evaluated(self) -> dict[str, Any] | None:
+        """The line of the evaluation after the rollouts done so far; none where it was not made."""
+        records = read_lines(self.run_folder / "evaluations.jsonl")
+        return next((record for record in records if record["step"] == self.clock.step), None)
 
     def _finish(self) -> dict[str, object]:
         """summary.json, and the report once more with it."""

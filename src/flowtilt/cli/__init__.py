@@ -1,12 +1,12 @@
 """The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from flowtilt import signals, torchrun
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.cli.quiet import quieten
 from flowtilt.errors import UserError, printable
@@ -56,33 +56,38 @@ def parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _all_ranks() -> Iterator[None]:
+def _all_ranks(ending: signals.Ending) -> Iterator[None]:
     """Under torchrun, the processes as one: where one fails, all end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if torchrun.place().size == 1:
+        ending.status = torchrun.interrupted_status()
         yield
         return
     from flowtilt.lifeline import together
 
     quieten()
     with together():
+        ending.status = torchrun.interrupted_status()
         yield
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
     words = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser().parse_args(words)
-        with _all_ranks():
-            return args.call(args)
-    except UserError as error:
-        if "--debug" in words:
-            raise
-        print(f"flowtilt: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)
-        return 130
+    with signals.handled() as ending:
+        try:
+            args = parser().parse_args(words)
+            with _all_ranks(ending), ending.whole():
+                status = args.call(args)
+        except UserError as error:
+            if "--debug" in words:
+                raise
+            print(f"flowtilt: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            status = 2
+        except KeyboardInterrupt as interrupt:
+            print(f"flowtilt: interrupted{interrupt}", file=sys.stderr)
+            status = ending.status
+        ending.over()
+        return status
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from flowtilt import signals, torchrun
 from flowtilt.cli.quiet import quieten
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.errors import UserError
@@ -67,32 +65,29 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(f"train: which recipe? one of {', '.join(recipe_names())}, a .toml file, or --resume RUN")
 
     from flowtilt import distributed, runs
+    from flowtilt.sameness import facts
     from flowtilt.trainer import Trainer
 
     world, resume = distributed.start(), args.resume
+    world.agree({"--resume": str(resume or ""), **facts(recipe)})
     if not resume and (resume := runs.of_job(recipe, world)):
         recipe = runs.open_run(resume, [], recipe)
     trainer = Trainer(recipe, resume, world)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if trainer.interrupted:  # the second time, at once
-            raise KeyboardInterrupt
-        trainer.interrupted = True
-        if trainer.world.rank == 0:
-            print("\nstopping after this rollout; once more to stop at once", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    summary = trainer.run()
+    folder = trainer.run_folder
+    signals.current().protect(trainer, tell=world.rank == 0)
+    try:
+        summary = trainer.run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; go on from the last checkpoint with: flowtilt train --resume {folder}") from None
+    signals.current().over()
     if trainer.world.rank:
         return 0
-    folder = trainer.run_folder
     if summary is None:
         why = f"stopped by a guard: {trainer.stopped_by}" if trainer.stopped_by else "interrupted"
         print(f"{why}\nsaved after {trainer.clock.step} of {recipe.steps} rollouts; go on with: flowtilt train --resume {folder}")
-        if distributed.may_restart():  # it was meant to stop, and torchrun starts what failed again
-            return 0
-        return 3 if trainer.stopped_by else 130
+        if trainer.stopped_by:  # it was meant to stop, and torchrun starts what failed again
+            return 0 if torchrun.may_restart() else 3
+        return torchrun.interrupted_status()
     report(recipe, summary, folder)
     return 0
 
