@@ -5,13 +5,13 @@ the micro-batch, the number of processes, or how often the run was interrupted.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from flowtilt import checkpoint, distributed, runs
+from flowtilt import checkpoint, distributed, runs, tracking
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, recipe_names, to_toml
 from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
@@ -36,7 +36,6 @@ from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import sampler_of
 from flowtilt.setup import build_objective, build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
-from flowtilt.tracking import Sink, check_installed, open_sinks
 
 
 @dataclass
@@ -61,9 +60,10 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, resume: Path | None = None, world: distributed.World | None = None):
-        check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
+        tracking.check(recipe.track, quiet=self.world.rank > 0)
+        self.trackers = tracking.Trackers()
         images = recipe.rollout.images()
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
@@ -166,7 +166,8 @@ class Trainer:
         """
         main = self.world.rank == 0
         display = Display(self.recipe.steps, self.clock.step, quiet=not main)
-        sinks = open_sinks(self.recipe.track, self.run_folder, self.recipe.model_dump(mode="json")) if main else []
+        if main:
+            self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, display.say)
         try:
             if self.clock.step == 0:
                 self._evaluate(display)
@@ -174,7 +175,7 @@ class Trainer:
             elif self.clock.step == self.recipe.steps and self._evaluated() != self.clock.step:
                 self._evaluate(display)
             while self.clock.step < self.recipe.steps and not self.stopped_by:
-                self._log(self._step(), display, sinks)
+                self._log(self._step(), display)
                 every = self.recipe.evaluate.every
                 last = self.clock.step == self.recipe.steps
                 if last or (every and self.clock.step % every == 0):
@@ -184,11 +185,10 @@ class Trainer:
                     self.save()
                 if self.interrupted:
                     break
+            return self._finish() if self.clock.step == self.recipe.steps else None
         finally:
             display.close()
-            for sink in sinks:
-                sink.close()
-        return self._finish() if self.clock.step == self.recipe.steps else None
+            self.trackers.close()
 
     # one step ---------------------------------------------------------------------------------------
 
@@ -214,12 +214,11 @@ class Trainer:
 
     # what a run leaves behind --------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, float], display: Display, sinks: Sequence[Sink]) -> None:
+    def _log(self, metrics: dict[str, float], display: Display) -> None:
         """One line of metrics.jsonl, the trackers, the display, and the guards."""
         if self.world.rank == 0:
             append_line(self.run_folder / "metrics.jsonl", {"step": self.clock.step, **metrics})
-            for sink in sinks:
-                sink.log(self.clock.step, metrics)
+            self.trackers.log(self.clock.step, metrics)
             display.step(self.clock.step, metrics)
         if self.recipe.guards != "off":
             self._warn(self.guards.check(metrics), display)
@@ -228,6 +227,7 @@ class Trainer:
         """What guards say, on every rank alike; they may end the run."""
         if self.recipe.guards == "stop" and fired:
             self.stopped_by = next(iter(fired.values()))
+        self.trackers.guards(self.clock.step, fired)
         for name, message in fired.items() if self.world.rank == 0 else ():
             append_line(self.run_folder / "guards.jsonl", {"step": self.clock.step, "guard": name, "message": message})
             display.say(f"guard {name}, rollout {self.clock.step}: {message}")
@@ -253,6 +253,7 @@ class Trainer:
             self._warn(self.guards.check_evaluation(found.rewards, found.stds, found.images), display)
         if self.world.rank == 0:
             runs.save_evaluation(self.run_folder, self.clock.step, self.clock.seconds, found)
+            self.trackers.evaluation(self.clock.step, found)
             write_report(self.run_folder)
             display.evaluation(self.clock.step, found.score, found.by_tag)
 
@@ -309,6 +310,7 @@ class Trainer:
             # once more: a kill may have come between the last checkpoint and its LoRA
             self._write_loras()
             write_json(self.run_folder / "summary.json", summary)
+            self.trackers.summary(self.clock.step, summary)
             write_report(self.run_folder)
         self.world.barrier()
         return summary
