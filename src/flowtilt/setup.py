@@ -22,15 +22,13 @@ from flowtilt.objectives.grpo import GRPO
 from flowtilt.objectives.nft import NFT
 from flowtilt.objectives.ram import RAM
 from flowtilt.placement import home
+from flowtilt.playground import PROMPTS
 from flowtilt.playground import world as playground
 from flowtilt.policy import Policy
 from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
 from flowtilt.sharding import Lockstep
-
-PLAYGROUND = ("playground", "playground-search")
-"""Sets that bring prompts to train on and others to judge by."""
 
 
 def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Policy:
@@ -112,7 +110,7 @@ def training_prompts(recipe: Recipe) -> list[Prompt]:
 
 def evaluation_prompts(recipe: Recipe, training: list[Prompt]) -> list[Prompt]:
     """The prompts to evaluate on: the recipe's own, else the playground's other split, else the training prompts."""
-    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts in PLAYGROUND else None)
+    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts in PROMPTS else None)
     return load_prompts(source, "test") if source else training
 
 
