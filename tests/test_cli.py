@@ -3,13 +3,18 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from commands import typed
 from conftest import QUICK
 from PIL import Image
 
+import flowtilt
 from flowtilt.cli import main, parser
+from flowtilt.config import recipe_names
+from flowtilt.environment import is_older
+from flowtilt.prompts.sets import SETS
 
 
 def wait_for(path, command):
@@ -59,7 +64,11 @@ def test_words_may_come_before_and_after_options():
         (["sample", "a red circle", "--steps", "0"], "--steps"),
         (["sample", "a red circle", "--steps", "x"], "--steps"),
         (["plan", "--gpu", "h200"], "required: recipe (see"),
-        (["dance"], "dance"),
+        (["dance"], "there is no 'dance'; choose from train, sample"),
+        (["trian", "playground"], "did you mean 'train'?"),
+        (["--debg", "train"], "--debg"),
+        (["prompts", "genval"], "did you mean 'geneval'?"),
+        (["export", "run", "--to", "difusers", "-o", "x"], "did you mean 'diffusers'?"),
         ([], "COMMAND"),
     ],
 )
@@ -163,6 +172,52 @@ def test_help_recipes_keys_and_doctor_are_readable(capsys):
     assert "objective.beta" in listed and "rollout.images_per_prompt" in listed
     assert main(["doctor"]) == 0
     assert "ok      torch" in capsys.readouterr().out
+
+
+def test_without_a_command_all_of_them_are_shown(capsys):
+    assert main([]) == 2
+    assert "serve-rewards" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package_and_of_its_citation(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"flowtilt {flowtilt.__version__}\n"
+    root = Path(__file__).parent.parent
+    assert f"\nversion: {flowtilt.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert 'dynamic = ["version"]' in (root / "pyproject.toml").read_text()
+
+
+def test_lists_are_in_columns_and_complete(capsys):
+    for command, names in (("recipes", recipe_names()), ("prompts", [*SETS, "playground", "playground-search"])):
+        assert main([command]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert sorted(line.split()[0] for line in lines) == sorted(names)
+        starts = {len(line) - len(line.split(maxsplit=1)[1]) for line in lines}
+        assert len(starts) == 1 and starts.pop() >= max(map(len, names)) + 2
+
+
+def test_doctor_says_which_package_is_too_old(capsys, monkeypatch):
+    monkeypatch.setattr("flowtilt.environment.requires", lambda name: ["torch>=2.11", "peft>=99.1", 'rapidocr>=3; extra == "rewards"'])
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("OLD     peft") and "needs 99.1 or newer - pip install 'peft>=99.1'" in line for line in lines)
+    assert any(line.startswith("ok      torch") and line.endswith("(needs 2.11 or newer)") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("installed", "floor", "older"),
+    [
+        ("2.13.0+cpu", "2.11", False),
+        ("2.9.1", "2.11", True),
+        ("2.11", "2.11.0", False),
+        ("3", "2.99", False),
+        ("0.21.0rc1", "0.21", False),
+        ("4.99.9", "5", True),
+    ],
+)
+def test_versions_are_compared_by_their_numbers(installed, floor, older):
+    assert is_older(installed, floor) is older
 
 
 def test_reading_a_recipe_needs_no_torch():

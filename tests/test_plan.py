@@ -142,6 +142,12 @@ def test_rewards_that_are_not_counted_are_named():
     assert "an image and core" in found.beside["ocr"]
 
 
+def test_the_playground_is_planned_for_a_gpu_only_where_one_is_named(capsys):
+    said = typed(capsys, "playground", "steps=3")
+    assert said.count("\n") == 1 and "needs no GPU" in said and "h100 at" not in said
+    assert typed(capsys, "playground", "steps=3", "--gpu", "h100").startswith("playground on 1 x h100")
+
+
 def test_the_command_prints_a_table_or_json(capsys):
     said = typed(capsys, "playground", "steps=3", "--gpus", "2", "--gpu", "4090")
     assert said.startswith("playground on 2 x 4090 of 24 GiB") and "playground: 3 rollouts of 18 x 8 images = " in said

@@ -86,6 +86,23 @@ def test_levels_are_those_of_our_sampler_and_given_ones_are_not_shifted_again():
     assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
+def test_levels_may_be_given_as_timesteps_as_the_parent_takes_them():
+    scheduler = CPSScheduler(shift=3.0)
+    scheduler.set_timesteps(timesteps=[1000, 900.0, 500])
+    assert scheduler.timesteps.tolist() == [1000.0, 900.0, 500.0]
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.9, 0.5, 0.0]))
+    scheduler.set_timesteps(sigmas=[1.0, 0.5], timesteps=[1000.0, 400.0], num_inference_steps=2)
+    assert scheduler.sigmas.tolist() == [1.0, 0.5, 0.0] and scheduler.timesteps.tolist() == [1000.0, 400.0]
+
+
+def test_it_and_its_parent_are_made_from_each_others_configuration():
+    scheduler = CPSScheduler(shift=3.0, eta=0.5)
+    assert set(scheduler.compatibles) == {CPSScheduler, FlowMatchEulerDiscreteScheduler}
+    for kind in scheduler.compatibles:
+        other = kind.from_config(scheduler.config)
+        assert other.config.shift == 3.0 and CPSScheduler.from_config(other.config).eta == 0.5
+
+
 def test_dynamic_shifting_takes_its_shift_from_mu():
     for kind, mu in (("exponential", 1.0986123), ("linear", 3.0)):
         scheduler = CPSScheduler(use_dynamic_shifting=True, time_shift_type=kind)
@@ -153,6 +170,50 @@ def test_one_generator_repeats_a_call_and_the_argument_of_a_step_comes_first(pip
         scheduler.step(START, 0.0, START, generator=[torch.Generator()] * 3)
 
 
+def test_without_a_generator_of_its_own_the_pipelines_seeds_make_images_reproducible(pipeline):
+    cps(pipeline, 0.9)
+
+    def images(texts, *seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
+        return pipeline(texts, generator=generators, **options).images
+
+    found = images(TEXTS, 1, 2)
+    torch.randn(5)  # torch's global generator has no part in it
+    assert torch.equal(images(TEXTS, 1, 2), found)
+    alone = torch.cat([images(TEXTS[:1], 1), images(TEXTS[1:], 2)])
+    torch.testing.assert_close(alone, found, atol=5e-5, rtol=0)
+    other = images(TEXTS, 1, 3)
+    torch.testing.assert_close(other[0], found[0], atol=5e-5, rtol=0)
+    assert (other[1] - found[1]).abs().max() > 0.05
+
+
+def test_noise_that_comes_from_the_first_latents_is_new_at_every_step_and_has_their_bits_in_any_precision():
+    def noises(start, batch=slice(None)):
+        scheduler = CPSScheduler(shift=3.0, eta=1.0)
+        scheduler.set_timesteps(4)
+        x, found = start[batch], []
+        for s_next in (0.9, 0.75, 0.5):
+            v = x.float()  # so that the predicted data are x (1 - s), known exactly
+            s = float(scheduler.sigmas[len(found)])
+            x = scheduler.step(v, 0.0, x).prev_sample
+            found.append((x - (1 - s_next) * (1 - s) * v) / s_next)
+        return torch.stack(found)
+
+    z = noises(START)
+    flat = z.flatten()
+    assert abs(float(flat.mean())) < 0.05 and abs(float(flat.std()) - 1) < 0.05
+    assert (z[0] - z[1]).abs().max() > 1 and (z[:, 0] - z[:, 1]).abs().max() > 1
+    torch.testing.assert_close(noises(START, slice(1, 2)), z[:, 1:], atol=1e-5, rtol=0)
+    half = START.bfloat16()
+    torch.testing.assert_close(noises(half), noises(half.float()), atol=1e-5, rtol=0)
+    scheduler = CPSScheduler()
+    scheduler.set_timesteps(4)
+    scheduler.step(START, 0.0, START)
+    with pytest.raises(ValueError, match="2 first latents for 1 images"):
+        scheduler.step(START[:1], 0.0, START[:1])
+
+
 def test_half_precision_is_rounded_once():
     scheduler = CPSScheduler(shift=3.0)
     x, v = START.bfloat16(), START.flip(0).bfloat16()
@@ -196,12 +257,15 @@ def test_other_samplers_settings_are_refused(made, said):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "give num_inference_steps or sigmas"),
+        ({}, "give num_inference_steps, sigmas or timesteps"),
         ({"sigmas": [1.0, 0.5, 0.0]}, "without the last 0"),
         ({"sigmas": [0.5, 0.9]}, "must fall"),
         ({"sigmas": [1.2, 0.9]}, "must fall"),
         ({"sigmas": []}, "must fall"),
         ({"sigmas": [1.0, 0.5], "num_inference_steps": 4}, "2 sigmas for num_inference_steps = 4"),
+        ({"timesteps": [500.0, 900.0]}, "timesteps must fall within"),
+        ({"timesteps": [1000.0], "num_inference_steps": 4}, "1 timesteps for num_inference_steps = 4"),
+        ({"timesteps": [1000.0], "sigmas": [1.0, 0.5]}, "2 sigmas for 1 timesteps"),
     ],
 )
 def test_levels_that_are_none_are_refused(given, said):

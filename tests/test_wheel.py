@@ -1,8 +1,10 @@
 """What pip installs from a built wheel: the whole library with the playground's weights inside."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,11 +15,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+def built(tmp_path_factory):
+    """The folder of a source distribution and a wheel."""
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--sdist", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("*.whl"))
 
 
 def test_the_wheel_is_small_and_holds_weights_recipes_and_the_reports_style(wheel):
@@ -30,6 +38,7 @@ def test_the_wheel_is_small_and_holds_weights_recipes_and_the_reports_style(whee
         "report/page.js",
         "report/evaluation.css",
         "report/compare.css",
+        "py.typed",
     ):
         assert f"flowtilt/{inside}" in names
     assert sum(name.endswith(".safetensors") for name in names) == 5
@@ -50,3 +59,16 @@ def test_the_first_run_works_from_the_wheel_alone(wheel, tmp_path):
     assert (tmp_path / "runs" / "playground" / "report.html").is_file()
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert all(line.startswith(("after ", "1/1")) for line in lines), lines  # no library greets
+
+
+def test_the_source_distribution_has_every_file_of_the_repository(built):
+    """Above all those that its own tests and pages read."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {".ci/run", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "README.md", "constraints.txt"} <= names
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            path = (page.parent / target).resolve()
+            assert path.is_dir() or str(path.relative_to(ROOT)) in names, target
+    named = re.search(r"sdist\]\ninclude = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)
+    assert named and all((ROOT / name).exists() for name in re.findall(r'"(.*?)"', named[1]))

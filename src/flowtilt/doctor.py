@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Collection
 
-from flowtilt.environment import PACKAGES, processor, versions
+from flowtilt.environment import PACKAGES, floors, is_older, processor, versions
 from flowtilt.errors import UserError
 from flowtilt.playground import pipeline_path
 from flowtilt.rewards import BUILT_IN
@@ -15,9 +15,7 @@ def diagnose(but: Collection[str] = ()) -> list[str]:
     """Lines for a person, from the machine upward, without the rewards that are looked at more closely anyway."""
     import torch
 
-    lines = []
-    for package, found in versions(PACKAGES).items():
-        lines.append(f"{'ok     ' if found else 'MISSING'} {package} {found or f'- pip install {package}'}")
+    lines = [_package(package, found, floors().get(package)) for package, found in versions(PACKAGES).items()]
     lines.append(f"ok      cpu: {processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores used by torch")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -32,10 +30,28 @@ def diagnose(but: Collection[str] = ()) -> list[str]:
         else "MISSING playground weights - reinstall flowtilt, or python -m flowtilt.playground.pretrain"
     )
     lines += [_reward(name) for name in BUILT_IN if name not in but]
-    for name in TRACKERS:
-        found = importlib.util.find_spec(name) is not None
-        lines.append(f"ok      tracker {name}" if found else f"note    tracker {name}: not installed - pip install 'flowtilt[track]'")
+    lines += [_tracker(name) for name in TRACKERS]
     return lines
+
+
+def _package(name: str, found: str | None, floor: str | None) -> str:
+    """Whether a package is there, and new enough."""
+    wanted = f"'{name}>={floor}'" if floor else name
+    if found is None:
+        return f"MISSING {name} - pip install {wanted}"
+    if floor and is_older(found, floor):
+        return f"OLD     {name} {found}, but flowtilt needs {floor} or newer - pip install {wanted}"
+    return f"ok      {name} {found}" + (f" (needs {floor} or newer)" if floor else "")
+
+
+def _tracker(name: str) -> str:
+    """Whether what a recipe's `track` may name is there, and new enough."""
+    found, floor = versions((name,))[name], floors().get(name)
+    if importlib.util.find_spec(name) is None:
+        return f"note    tracker {name}: not installed - pip install 'flowtilt[track]'"
+    if found and floor and is_older(found, floor):
+        return f"OLD     tracker {name}: {found}, but flowtilt needs {floor} or newer - pip install 'flowtilt[track]'"
+    return f"ok      tracker {name}"
 
 
 def _reward(name: str) -> str:

@@ -2,14 +2,15 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("flowtilt", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pydantic", "pillow")
+PACKAGES = ("flowtilt", "torch", "diffusers", "transformers", "peft", "huggingface_hub", "safetensors", "numpy", "pydantic", "pillow")
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
@@ -23,6 +24,27 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def floors() -> dict[str, str]:
+    """The lowest version that flowtilt and its extras ask for of each package; {} where flowtilt is not installed."""
+    try:
+        stated = requires("flowtilt") or []
+    except PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)\s*>=\s*([\d.]+)", text) for text in stated)
+    return {match[1].lower().replace("-", "_"): match[2] for match in found if match}
+
+
+def is_older(installed: str, floor: str) -> bool:
+    """Whether a version is below another, by their numbers alone."""
+
+    def numbers(text: str) -> list[int]:
+        release = re.match(r"[\d.]*", text)
+        return [int(part) for part in (release[0] if release else "").split(".") if part]
+
+    ours, least = numbers(installed), numbers(floor)
+    return ours + [0] * (len(least) - len(ours)) < least
 
 
 def processor() -> str:

@@ -1,5 +1,6 @@
-"""Few stochastic steps in plain diffusers: a scheduler that draws as `rollout.Sampler` does with "cps"."""
+"""Few stochastic steps in plain diffusers: a scheduler that samples as `rollout.Sampler` does with "cps"."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowtilt.flow import sigma_schedule
+from flowtilt.seeding import noise
 from flowtilt.solvers import sde_step
 
 # a saved pipeline names this module, and diffusers looks among its names for the kind of thing that it is to load
@@ -27,9 +29,9 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
     computed in fp32. The last step gives x0_hat. `pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)`.
 
     Attributes:
-        generator: where z comes from in a pipeline, since pipelines hand their own `generator` to the first noise
-            alone: one for the batch, or a list with one an image, which then does not depend on its batch. None
-            takes torch's global one.
+        generator: the source of z: one for the batch, or a list with one per image, which makes an image independent
+            of its batch. None, the default, derives z from the image's first latents. A pipeline uses its own
+            `generator` for these latents only, so equal generators give equal images, in any batch.
 
     Args:
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len,
@@ -91,41 +93,55 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         self.eta = eta
         self.num_inference_steps: int | None = None
         self.generator: torch.Generator | Sequence[torch.Generator] | None = None
+        self._seeds: list[int] | None = None
 
-    # both methods without the parent's options that are refused here or do nothing
-    def set_timesteps(  # pyright: ignore[reportIncompatibleMethodOverride]
+    @classmethod
+    def _get_compatibles(cls) -> list[Any]:
+        # diffusers looks up names in its own module, where this class is not
+        return [cls, FlowMatchEulerDiscreteScheduler]
+
+    def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Chooses the noise levels.
+        """Sets the noise levels.
 
         Args:
             num_inference_steps: how many, at the shifted levels of our own evaluations.
-            sigmas: instead, the levels themselves, falling from at most 1, without the last 0: taken as they are, not
-                shifted once more.
+            sigmas: instead, the levels themselves, falling from at most 1, without the last 0. They are not shifted again.
             mu: with dynamic shifting, which depends on the resolution: the shift is e^mu, or mu itself if it is "linear".
+            timesteps: instead, the levels times `num_train_timesteps`; beside `sigmas`, what the network is given for them.
 
         Raises:
-            ValueError: neither or both in disagreement, levels that do not fall, or no mu where one is needed.
+            ValueError: no levels or numbers that disagree, levels that do not fall, or no mu where one is needed.
         """
-        if sigmas is None:
+        scale = self.config["num_train_timesteps"]
+        given = sigmas if sigmas is not None else None if timesteps is None else [float(t) / scale for t in timesteps]
+        if given is None:
             if num_inference_steps is None:
-                raise ValueError("CPSScheduler: give num_inference_steps or sigmas")
+                raise ValueError("CPSScheduler: give num_inference_steps, sigmas or timesteps")
             levels = sigma_schedule(num_inference_steps, self._shift_of(mu))
         else:
-            levels = torch.tensor([*map(float, sigmas), 0.0], dtype=torch.float32)
-            if num_inference_steps not in (None, len(sigmas)):
-                raise ValueError(f"CPSScheduler: {len(sigmas)} sigmas for num_inference_steps = {num_inference_steps}")
+            kind = "timesteps" if sigmas is None else "sigmas"
+            levels = torch.tensor([*map(float, given), 0.0], dtype=torch.float32)
+            if num_inference_steps not in (None, len(given)):
+                raise ValueError(f"CPSScheduler: {len(given)} {kind} for num_inference_steps = {num_inference_steps}")
+            if timesteps is not None and len(timesteps) != len(given):
+                raise ValueError(f"CPSScheduler: {len(given)} sigmas for {len(timesteps)} timesteps")
             if len(levels) < 2 or not all(a > b for a, b in pairwise(levels.tolist())) or levels[0] > 1:
-                raise ValueError(f"CPSScheduler: sigmas must fall within (0, 1], without the last 0, not {list(sigmas)}")
+                most = f"(0, {scale}]" if sigmas is None else "(0, 1]"
+                raise ValueError(f"CPSScheduler: {kind} must fall within {most}, without the last 0, not {list(sigmas or timesteps or [])}")
         self.num_inference_steps = len(levels) - 1
         self.sigmas = levels  # on the CPU, where reading one waits for no device
-        self.timesteps = (levels[:-1] * self.config["num_train_timesteps"]).to(device)
+        told = levels[:-1] * scale if timesteps is None else torch.tensor([*map(float, timesteps)], dtype=torch.float32)
+        self.timesteps = told.to(device)
         self._step_index = None
         self._begin_index = None
+        self._seeds = None
 
     def _shift_of(self, mu: float | None) -> float:
         """The k of k t / (1 + (k - 1) t)."""
@@ -135,6 +151,7 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError("CPSScheduler: use_dynamic_shifting needs mu")
         return mu if self.config["time_shift_type"] == "linear" else math.exp(mu)
 
+    # without the parent's options that are refused here or do nothing
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model_output: Tensor,
@@ -150,13 +167,13 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
             model_output: v [N, ...].
             timestep: not read.
             sample: x [N, ...].
-            generator: as the attribute, and before it.
+            generator: as the attribute, which it overrides.
 
         Returns:
             x' [N, ...] in the dtype of v, alone in a tuple or as `.prev_sample`.
 
         Raises:
-            ValueError: more steps than were set, or not one generator an image.
+            ValueError: more steps than were set, or not one generator per image.
         """
         j = (self._begin_index or 0) if self._step_index is None else self._step_index
         if self.num_inference_steps is None or j >= self.num_inference_steps:
@@ -164,16 +181,25 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         s, s_next = self.sigmas[j : j + 2].tolist()
         x, v = sample.float(), model_output.float()
         certain = s_next == 0 or self.eta == 0
-        z = torch.zeros_like(x) if certain else _fresh(x, self.generator if generator is None else generator)
+        z = torch.zeros_like(x) if certain else self._noise(x, j, self.generator if generator is None else generator)
         x_next: Any = sde_step(x, v, s, s_next, z, "cps", self.eta)[0].to(model_output.dtype)  # diffusers says FloatTensor
         self._step_index = j + 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
+    def _noise(self, x: Tensor, j: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+        """Standard normal noise [N, ...] fp32 of step j."""
+        if generator is None:
+            self._seeds = self._seeds or [_digest(latents) for latents in x]
+        elif isinstance(generator, torch.Generator):
+            return randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        sources, what = (self._seeds or [], "first latents") if generator is None else (generator, "generators")
+        if len(sources) != len(x):
+            raise ValueError(f"CPSScheduler: {len(sources)} {what} for {len(x)} images")
+        if generator is None:
+            return torch.cat([noise(seed, "cps", [(j,)], x.shape[1:]) for seed in self._seeds or []]).to(x.device)
+        return randn_tensor(x.shape, generator=list(generator), device=x.device, dtype=torch.float32)
 
-def _fresh(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Standard normal noise [N, ...] fp32."""
-    if isinstance(generator, Sequence):
-        if len(generator) != len(like):
-            raise ValueError(f"CPSScheduler: {len(generator)} generators for {len(like)} images")
-        generator = list(generator)
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+
+def _digest(latents: Tensor) -> int:
+    """A number that depends on every bit of these values, whatever their device."""
+    return int.from_bytes(hashlib.sha256(latents.detach().float().cpu().contiguous().numpy().tobytes()).digest()[:8], "big")

@@ -5,14 +5,14 @@ the micro-batch, the number of processes, or how often the run was interrupted.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowtilt import checkpoint, distributed, runs
+from flowtilt import checkpoint, distributed, runs, tracking
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, recipe_names, to_toml
 from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
@@ -41,7 +41,6 @@ from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import sampler_of
 from flowtilt.sameness import digests
 from flowtilt.setup import build_objective, build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
-from flowtilt.tracking import Sink, check_installed, open_sinks
 
 
 @dataclass
@@ -66,9 +65,10 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, resume: Path | None = None, world: distributed.World | None = None):
-        check_installed(recipe.track)
         self.recipe = recipe
         self.world = world or distributed.start()
+        tracking.check(recipe.track, quiet=self.world.rank > 0)
+        self.trackers = tracking.Trackers()
         images = recipe.rollout.images()
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
@@ -176,7 +176,8 @@ class Trainer:
         """
         main = self.world.rank == 0
         display = Display(self.recipe.steps, self.clock.step, not main, score_name_of(self.recipe))
-        sinks = open_sinks(self.recipe.track, self.run_folder, self.recipe.model_dump(mode="json")) if main else []
+        if main:
+            self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, display.say)
         try:
             if self.clock.step == 0:
                 self.save()
@@ -189,7 +190,7 @@ class Trainer:
             stopping = False
             while self.clock.step < self.recipe.steps and not self.stopped_by and not stopping:
                 self.unsaved = True
-                self._log(self._step(), display, sinks)
+                self._log(self._step(), display)
                 stopping = self.world.any(self.interrupted)
                 due = self._evaluation_due()
                 if due or stopping or self.stopped_by or self.clock.step % self.recipe.checkpoint.every == 0:
@@ -198,11 +199,10 @@ class Trainer:
                     stopping = self.world.any(self.interrupted)
                 if due and not stopping:
                     self._evaluate(display)
+            return self._finish() if self.clock.step == self.recipe.steps and not stopping else None
         finally:
             display.close()
-            for sink in sinks:
-                sink.close()
-        return self._finish() if self.clock.step == self.recipe.steps and not stopping else None
+            self.trackers.close()
 
     # one step ---------------------------------------------------------------------------------------
 
@@ -228,12 +228,11 @@ class Trainer:
 
     # what a run leaves behind --------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, float], display: Display, sinks: Sequence[Sink]) -> None:
+    def _log(self, metrics: dict[str, float], display: Display) -> None:
         """One line of metrics.jsonl, the trackers, the display, and the guards."""
         if self.world.rank == 0:
             append_line(self.run_folder / "metrics.jsonl", {"step": self.clock.step, **metrics})
-            for sink in sinks:
-                sink.log(self.clock.step, metrics)
+            self.trackers.log(self.clock.step, metrics)
             display.step(self.clock.step, metrics)
             if slower := self.pace.slower(metrics):
                 display.say(slower)
@@ -244,6 +243,7 @@ class Trainer:
         """What guards say, on every rank alike; they may end the run."""
         if self.recipe.guards == "stop" and fired:
             self.stopped_by = next(iter(fired.values()))
+        self.trackers.guards(self.clock.step, fired)
         for name, message in fired.items() if self.world.rank == 0 else ():
             append_line(self.run_folder / "guards.jsonl", {"step": self.clock.step, "guard": name, "message": message})
             display.say(f"guard {name}, rollout {self.clock.step}: {message}")
@@ -269,6 +269,7 @@ class Trainer:
             self._warn(self.guards.check_evaluation(found.rewards, found.stds, found.images), display)
         if self.world.rank == 0:
             runs.save_evaluation(self.run_folder, self.clock.step, self.clock.seconds, found)
+            self.trackers.evaluation(self.clock.step, found)
             write_report(self.run_folder)
             display.evaluation(self.clock.step, found.score, found.by_tag)
 
@@ -336,6 +337,7 @@ class Trainer:
             # once more: a kill may have come between the last checkpoint and its LoRA
             self._write_loras()
             write_json(self.run_folder / "summary.json", summary)
+            self.trackers.summary(self.clock.step, summary)
             write_report(self.run_folder)
         self.world.barrier()
         return summary

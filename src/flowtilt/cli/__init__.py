@@ -4,8 +4,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
+import flowtilt
 from flowtilt import signals, torchrun
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.cli.quiet import quieten
@@ -36,6 +38,14 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._mixing = False
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        near = get_close_matches(str(value), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        raise argparse.ArgumentError(action, f"there is no {str(value)!r}; {hint}")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
@@ -48,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"flowtilt {flowtilt.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (train, plan, compare, evaluate, rewards, export):
@@ -73,6 +84,8 @@ def _all_ranks(ending: signals.Ending) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 for bad input, 3 when a guard stopped the run, 130 when interrupted."""
     words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser().print_help()
     with signals.handled() as ending:
         try:
             args = parser().parse_args(words)

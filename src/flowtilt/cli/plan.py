@@ -14,8 +14,8 @@ def add(commands: Any) -> None:
     plan = commands.add_parser("plan", help="say what a recipe will ask of a machine: memory, work, hours; needs neither weights nor a GPU")
     plan.add_argument("recipe", help="name (`flowtilt recipes` lists them) or .toml file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe")
-    plan.add_argument("--gpu", default="h100", help="its published peak counts: h100, h200, a100, l40s, 4090, 3090 (%(default)s)")
-    plan.add_argument("--gpus", type=count, default=1, metavar="N", help="how many (%(default)s)")
+    plan.add_argument("--gpu", help="its published peak counts: h100, h200, a100, l40s, 4090, 3090 (h100)")
+    plan.add_argument("--gpus", type=count, metavar="N", help="how many (1)")
     plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each (the GPU's own)")
     plan.add_argument("--utilisation", type=float, metavar="SHARE", help="of the peak (0.24 as measured, 0.37 with model.compile)")
     plan.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, hours")
@@ -25,11 +25,14 @@ def add(commands: Any) -> None:
 def _plan(args: argparse.Namespace) -> int:
     quieten()
     recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.model.path == "playground" and not args.json and (args.gpu, args.gpus, args.gpu_memory, args.utilisation) == (None,) * 4:
+        print(f"{recipe.name}: needs no GPU; it runs on a CPU in minutes (docs/playground.md). To plan it for a GPU, name one: --gpu h100")
+        return 0
     from flowtilt.plan import Machine, make_plan
     from flowtilt.plan.machine import REACHED
     from flowtilt.plan.text import table
 
     utilisation = REACHED[recipe.model.compile] if args.utilisation is None else args.utilisation
-    found = make_plan(recipe, Machine(args.gpu, args.gpus, args.gpu_memory, utilisation))
+    found = make_plan(recipe, Machine(args.gpu or "h100", args.gpus or 1, args.gpu_memory, utilisation))
     print(json.dumps(found.as_json(), indent=2) if args.json else table(found))
     return 0

@@ -78,10 +78,13 @@ def _download(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> int:
+    from flowtilt.playground import PROMPTS
     from flowtilt.prompts import geneval, sets
 
     if args.kind is None:
-        print("\n".join(f"{name:16} {found.about}" for name, found in sets.SETS.items()))
+        listed = {**PROMPTS, **{name: found.about for name, found in sets.SETS.items()}}
+        width = max(map(len, listed))
+        print("\n".join(f"{name:{width}}  {about}" for name, about in listed.items()))
         return 0
     excluded = {prompt.text for source in args.exclude for prompt in sets.load(source)}
     written = geneval.to_lines(geneval.generate(args.n, args.seed, excluded))

@@ -134,11 +134,12 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
+    width = max(map(len, recipe_names()))
     for name in recipe_names():
         recipe = load_recipe(name)
         rewards = ", ".join(recipe.rewards)
         r = recipe.rollout
-        print(f"{name:20} {recipe.model.path}: {rewards}; {recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images")
+        print(f"{name:{width}}  {recipe.model.path}: {rewards}; {recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images")
     return 0
 
 
