@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowtilt import runs
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
-from flowtilt.files import read_lines, whole_folder
+from flowtilt.files import whole_folder
 from flowtilt.lora import Lora, join
 from flowtilt.lora.fit import check
 from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
@@ -97,7 +98,7 @@ def write_fake(policy: Policy, run: Path, parents: Sequence[str]) -> None:
 
 def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     """The card of a run after `step` rollouts, with its first and newest scores."""
-    scores = [record["score"] for record in read_lines(run / "evaluations.jsonl")] or [float("nan")]
+    before, after = ("not measured" if score is None else f"{score:.3f}" for score in runs.scores(run))
     m = recipe.model
     revision = f", revision={m.revision!r}" if m.revision else ""
     device, dtype = ("cpu", "float32") if m.dtype == "float32" else ("cuda", "bfloat16" if m.dtype == "auto" else m.dtype)
@@ -119,8 +120,8 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         prompts=recipe.rollout.prompts,
         images=recipe.rollout.images_per_prompt,
         seed=recipe.seed,
-        before=f"{scores[0]:.3f}",
-        after=f"{scores[-1]:.3f}",
+        before=before,
+        after=after,
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
@@ -141,7 +142,7 @@ def _added(folders: Sequence[Path]) -> str:
     return "\n".join([*lines, f"pipe.set_adapters({json.dumps(names)}, {[1] * len(names)})"])
 
 
-def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | None = None) -> str:
+def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: str | None = None) -> str:
     """Writes one LoRA, or several joined exactly, into a new folder; returns a line that says how it is loaded.
 
     What a LoRA was trained on top of is joined with it, so that what is written needs the base alone.
@@ -154,7 +155,7 @@ def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | 
     Raises:
         UserError: nothing to read, no base to merge into or another one than the LoRA's, a target that is taken, or no space.
     """
-    loras = read_stack(places)
+    loras, output = read_stack(places), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"export: {output} is there already; choose a new folder with -o")
     recipe = recipe_of(leading(loras))

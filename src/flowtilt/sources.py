@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,14 @@ def absolute(source: str) -> str:
     """The same source for a program that runs in another folder; names and addresses as they are."""
     place, colon, name = source.rpartition(":")
     return f"{os.path.abspath(place)}:{name}" if colon and "://" not in source else source
+
+
+def neighbours(files: Iterable[str]) -> list[Path]:
+    """The modules that reward files have imported from their own folders, installed packages left out."""
+    homes = {Path(os.path.abspath(file)).parent for file in files}
+    found = {getattr(sys.modules.get(name), "__file__", None) for name, home in _homes.items() if home in homes}
+    places = sorted(Path(os.path.abspath(place)) for place in found if place)
+    return [place for place in places if not {"site-packages", "dist-packages"} & set(place.parts)]
 
 
 def is_file(source: str) -> bool:

@@ -2,10 +2,7 @@
 
 import argparse
 import json
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flowtilt.cli.quiet import quieten
@@ -22,6 +19,7 @@ def add(commands: Any) -> None:
     )
     train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
     train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
+    train.add_argument("--changed", action="store_true", help="resume although prompts, reward files or the model have changed")
     train.set_defaults(call=_train)
 
     sample = commands.add_parser("sample", help="draw prompts, base and tuned side by side from the same noise")
@@ -71,17 +69,7 @@ def _train(args: argparse.Namespace) -> int:
     world, resume = distributed.start(), args.resume
     if not resume and (resume := runs.of_job(recipe, world)):
         recipe = runs.open_run(resume, [], recipe)
-    trainer = Trainer(recipe, resume, world)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if trainer.interrupted:  # the second time, at once
-            raise KeyboardInterrupt
-        trainer.interrupted = True
-        if trainer.world.rank == 0:
-            print("\nstopping after this rollout; once more to stop at once", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    trainer = Trainer(recipe, resume, world, changed=args.changed)
     summary = trainer.run()
     if trainer.world.rank:
         return 0
@@ -98,8 +86,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     """The last lines of a run."""
-    score = summary["score"]
-    print(f"score {score['before']:.3f} -> {score['after']:.3f}   ({summary['protocol']})")
+    before, after = ("not measured" if value is None else f"{value:.3f}" for value in summary["score"].values())
+    print(f"score {before} -> {after}   ({summary['protocol']})")
     print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
     print(f"lora    {folder / 'lora'}\nreport  {folder / 'report.html'}")
 

@@ -5,7 +5,6 @@ There is no TLS: the key is sent in clear, so beyond a network of your own put a
 
 import ipaddress
 import logging
-import resource
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -124,6 +123,10 @@ def _in_url(host: str) -> str:
 
 def _raise_file_limit() -> None:
     """A connection takes a descriptor; the usual soft limit is 1,024."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, which has no such limit
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
