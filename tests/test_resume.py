@@ -13,7 +13,7 @@ from ranks import forked
 
 from flowtilt import Trainer, UserError, checkpoint, files
 from flowtilt.files import read_lines
-from flowtilt.locks import LOCK
+from flowtilt.locks import FILES
 from flowtilt.policy import ROLES
 from flowtilt.runs import open_run
 
@@ -32,7 +32,7 @@ def contents(run):
 
 
 def temporaries(folder):
-    return [path for path in folder.rglob(".*") if path.name != LOCK]
+    return [path for path in folder.rglob(".*") if path.name not in FILES]
 
 
 def train(folder, resume):
