@@ -142,6 +142,7 @@ def test_a_resumed_run_needs_leave_to_go_on_with_other_prompts(tmp_path, monkeyp
     shutil.rmtree(tmp_path / "lora")
     monkeypatch.chdir(tmp_path / "two")
     (tmp_path / "one" / "p.txt").write_text("a green circle\na green square\na green cross\n")
+    capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "run"), "steps=2"]) == 2
     said = capsys.readouterr().err
     assert "prompts" in said and "has changed" in said and said.count("\n") == 1

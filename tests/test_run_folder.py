@@ -31,7 +31,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
     return {name: path.read_bytes() if path.is_file() else None for name, path in found.items()}
 
 
-def refused(function, *args, match=""):
+def refused(function, *args, match=None):
     """That it raises a UserError of one line; returns the line."""
     with pytest.raises(UserError, match=match) as caught:
         function(*args)
@@ -151,7 +151,7 @@ def test_a_resumed_run_removes_its_own_leftovers_and_nothing_else(tmp_path):
     (folder / ".report.html.123.tmp").write_text("half")
     (folder / "checkpoints" / ".step-000002.123.tmp").mkdir()
     (folder / "samples" / ".step-000002.123.old").mkdir()
-    (folder / ".holder.json.7.tmp").write_text("")
+    (folder / "..holder.json.7.tmp").write_text("")
     runs.resume(folder).release()
     assert content(folder) == {**before, "samples/step-000002": None}
 

@@ -18,6 +18,8 @@ from flowtilt.files import shown
 
 _homes: dict[str, Path] = {}
 """Modules that were imported as a reward file's neighbours, and the folder they came from."""
+_imported: dict[Path, set[Path]] = {}
+"""The files of such modules, by that folder."""
 
 
 def absolute(source: str) -> str:
@@ -28,10 +30,8 @@ def absolute(source: str) -> str:
 
 def neighbours(files: Iterable[str]) -> list[Path]:
     """The modules that reward files have imported from their own folders, installed packages left out."""
-    homes = {Path(os.path.abspath(file)).parent for file in files}
-    found = {getattr(sys.modules.get(name), "__file__", None) for name, home in _homes.items() if home in homes}
-    places = sorted(Path(os.path.abspath(place)) for place in found if place)
-    return [place for place in places if not {"site-packages", "dist-packages"} & set(place.parts)]
+    found = {place for file in files for place in _imported.get(Path(os.path.abspath(file)).parent, ())}
+    return sorted(place for place in found if not {"site-packages", "dist-packages"} & set(place.parts))
 
 
 def is_file(source: str) -> bool:
@@ -127,4 +127,5 @@ def _neighbours(folder: Path) -> Iterator[None]:
             place = getattr(sys.modules[name], "__file__", None)
             if place and Path(os.path.abspath(place)).is_relative_to(folder):
                 _homes.setdefault(name, folder)
+                _imported.setdefault(folder, set()).add(Path(os.path.abspath(place)))
         sys.modules.update(aside)
