@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from conftest import quick
+from holders import held_by
 
 from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
-from flowtilt.distributed import World
 from flowtilt.evaluate import each, spread
 from flowtilt.evaluate.assess import assess
-from flowtilt.evaluate.folder import held
 from flowtilt.files import read_lines
 from flowtilt.playground import world
 from flowtilt.prompts import Prompt
@@ -116,7 +115,7 @@ def test_a_changed_judge_or_prompt_is_another_protocol(tmp_path, changed):
 
 def test_two_evaluations_do_not_work_in_one_folder(tmp_path):
     assess(tmp_path / "e", **FEW)
-    with held(tmp_path / "e", World(0, 1, torch.device("cpu"))), pytest.raises(UserError, match="another evaluation is at work there"):
+    with held_by("an evaluation", tmp_path / "e"), pytest.raises(UserError, match="held by an evaluation, process"):
         assess(tmp_path / "e", **FEW)
 
 

@@ -360,3 +360,28 @@ def test_the_command(learnt, tmp_path, capsys):
     one = read_lora(learnt)
     for name, (a, b) in twice.layers.items():
         torch.testing.assert_close(b @ a, 3 * one.layers[name][1] @ one.layers[name][0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft", "generator_ema"])
+def test_equal_weights_give_equal_files_with_the_permissions_of_others(random_base, tmp_path, to):
+    lora = random_lora(shapes_of(plain(random_base).transformer), rank=2, alpha=3.0)
+    to_diffusers(lora, tmp_path / "lora")
+    written = []
+    for name in ("one", "two", "three", "four"):
+        export([tmp_path / "lora"], tmp_path / name, to, model=str(random_base))
+        written.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+        assert len({file.stat().st_mode for file in (tmp_path / name).iterdir()}) == 1
+    assert all(files == written[0] for files in written)
+    if to == "peft":  # a set's order would be another one in another process
+        targets = json.loads(written[0]["adapter_config.json"])["target_modules"]
+        assert targets == sorted(targets)
+
+
+def test_a_runs_lora_is_the_same_file_whenever_it_is_written(finished, tmp_path):
+    trainer = Trainer(quick(tmp_path / "run"))
+    files = []
+    for name in ("one", "two", "three", "four"):
+        trainer.policy.save_lora(str(tmp_path / name))
+        files.append((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    trainer.close()

@@ -1,14 +1,25 @@
 """Whatever fails while a file or folder is written, the old one is still there, whole, and nothing else is."""
 
+import ast
+import errno
 import hashlib
 import json
 import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+import flowtilt
+from flowtilt.cli import main
 from flowtilt.errors import UserError
 from flowtilt.files import append_line, digest, disk_errors, read_lines, whole_folder, write_atomic, write_json
+from flowtilt.pictures import to_png
+from flowtilt.tensors import save_file
 
 
 def full_disk(*_, **__):
@@ -200,3 +211,98 @@ def test_a_line_that_cannot_be_appended_is_refused_in_one_line(tmp_path, monkeyp
 def test_the_digest_is_sha_256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 10000)
     assert digest(tmp_path / "file") == hashlib.sha256(b"abc" * 10000).hexdigest()
+
+
+# what is no plain file, and file systems that lack something ----------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_folder_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkeypatch, number):
+    def folders_fail(file):
+        if stat.S_ISDIR(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", folders_fail)
+    write_atomic(tmp_path / "file", "new")
+    with whole_folder(tmp_path / "step-1") as temporary:
+        (temporary / "sub").mkdir()
+    assert names(tmp_path) == ["file", "step-1"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(28, "free some"), (errno.EDQUOT, "free some"), (5, "choose"), (13, "permissions")])
+def test_only_a_full_disk_is_to_be_emptied(tmp_path, number, said):
+    with pytest.raises(UserError, match=said) as caught, disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert ("free" in str(caught.value)) == ("free" in said)
+
+
+def test_a_link_stays_and_the_file_behind_it_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    for target in ("there/file", "there/new"):
+        (tmp_path / "there" / "file").write_text("old")
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        write_atomic(tmp_path / "link", "new")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / target).read_text() == "new"
+    assert names(tmp_path) == ["link", "there"] and names(tmp_path / "there") == ["file", "new"]
+    (tmp_path / "linked").symlink_to("there")
+    with whole_folder(tmp_path / "linked") as temporary:
+        (temporary / "inside").touch()
+    assert (tmp_path / "linked").is_symlink() and names(tmp_path / "there") == ["inside"]
+
+
+def test_a_fifo_and_a_device_are_written_to(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "fifo").read_bytes()))
+    reader.start()
+    write_atomic(tmp_path / "fifo", b"through")
+    reader.join()
+    assert read == [b"through"] and stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_atomic(tmp_path / "null", "gone")
+    assert (tmp_path / "null").is_symlink() and stat.S_ISCHR(os.stat("/dev/null").st_mode) and names(tmp_path) == ["fifo", "null"]
+
+
+def test_scores_go_into_a_fifo_at_once(tmp_path):
+    """A first, empty writing would end its reader."""
+    (tmp_path / "0.png").write_bytes(to_png(torch.rand(3, 8, 8)))
+    os.mkfifo(tmp_path / "s.jsonl")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "s.jsonl").read_text()))
+    reader.start()
+    assert main(["score", str(tmp_path / "0.png"), "--rewards", "jpeg_compressibility", "-o", str(tmp_path / "s.jsonl")]) == 0
+    reader.join()
+    assert json.loads(read[0])["scores"]["jpeg_compressibility"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_have_the_permissions_of_other_files(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        save_file({"w": torch.zeros(3)}, tmp_path / "w.safetensors", {"b": "ü", "a": "1"})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == mode and names(tmp_path) == ["w.safetensors"]
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], torch.zeros(3))
+    with safe_open(tmp_path / "w.safetensors", "pt") as opened:
+        assert opened.metadata() == {"a": "1", "b": "ü"}
+
+
+def test_equal_tensors_give_equal_files(tmp_path):
+    """safetensors orders what is beside the tensors anew each time."""
+    tensors = {"b": torch.arange(4.0), "a": torch.arange(3)}
+    written = set()
+    for _ in range(8):
+        save_file(tensors, tmp_path / "w.safetensors", {str(k): "x" for k in range(6)})
+        written.add((tmp_path / "w.safetensors").read_bytes())
+    assert len(written) == 1
+
+
+def test_no_module_needs_what_windows_lacks_to_be_imported():
+    """`cli.train` and the like are imported there; what only a POSIX system has is asked for where it is used."""
+    for file in Path(flowtilt.__file__).parent.rglob("*.py"):
+        tree = ast.parse(file.read_bytes())
+        found = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+        found += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not {"fcntl", "resource", "pwd", "grp", "termios", "pty", "syslog"} & set(found), file

@@ -146,13 +146,14 @@ def test_a_restart_finds_its_own_run_and_no_other(tmp_path, monkeypatch):
     assert runs.of_job(recipe, world) is None
     own = runs.create(recipe)
     runs.create(recipe.model_copy(update={"name": "other"}))
-    assert str(own) == "runs/playground-2" and runs.of_job(recipe, world) is None
+    assert str(own.folder) == "runs/playground-2" and runs.of_job(recipe, world) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert runs.of_job(recipe, world) == own
+    assert runs.of_job(recipe, world) == own.folder
     # a start that was refused never takes over what was there
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "43")
-    theirs = recipe.model_copy(update={"run": str(own)})
+    theirs = recipe.model_copy(update={"run": str(own.folder)})
     assert runs.of_job(theirs, world) is None
+    own.release()
     with pytest.raises(UserError, match="not empty"):
         runs.create(theirs)
 
@@ -164,4 +165,4 @@ def test_a_start_that_was_killed_before_its_recipe_was_written_leaves_a_folder_t
     (tmp_path / "run" / "recipe.toml").unlink()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert runs.of_job(recipe, distributed.start()) is None
-    assert runs.create(recipe) == tmp_path / "run"
+    assert runs.create(recipe).folder == tmp_path / "run"

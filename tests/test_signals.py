@@ -51,8 +51,14 @@ def check_ended(done):
 
 def test_two_ranks_stop_at_one_rollout_whoever_is_signalled_and_the_run_goes_on_to_the_same_bits(tmp_path):
     """Each start of a job gets the next signal at a random instant, on one rank, on the other or on both; twice where both."""
-    rng, run, words = random.Random(1), tmp_path / "run", [*QUICK, two_blocks(), *LIGHT, "steps=8", "evaluate.every=3", "checkpoint.every=50"]
-    whole = ended(start(2, main, ["train", "playground", *words, f"run={tmp_path / 'whole'}"], folder=tmp_path / "ranks"), tmp_path / "ranks", 120)
+    rng, run, words = (
+        random.Random(1),
+        tmp_path / "run",
+        [*QUICK, two_blocks(), *LIGHT, "steps=8", "evaluate.every=3", "checkpoint.every=50"],
+    )
+    whole = ended(
+        start(2, main, ["train", "playground", *words, f"run={tmp_path / 'whole'}"], folder=tmp_path / "ranks"), tmp_path / "ranks", 120
+    )
     assert whole.codes == [0, 0], whole.stderr[-3000:]
     last = read_lines(tmp_path / "whole" / "metrics.jsonl")[-1]["seconds"]
     interrupted = 0

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from flowtilt import runs
 from flowtilt.config import Recipe
-from flowtilt.files import read_lines
 from flowtilt.lora.stacked import kept
 from flowtilt.policy import Policy
 
@@ -72,7 +72,7 @@ LICENSES = {
 
 def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     """The card of a run after `step` rollouts, with its first and newest scores."""
-    scores = [record["score"] for record in read_lines(run / "evaluations.jsonl")] or [float("nan")]
+    before, after = ("not measured" if score is None else f"{score:.3f}" for score in runs.scores(run))
     m = recipe.model
     revision = f", revision={m.revision!r}" if m.revision else ""
     device, dtype = ("cpu", "float32") if m.dtype == "float32" else ("cuda", "bfloat16" if m.dtype == "auto" else m.dtype)
@@ -94,8 +94,8 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         prompts=recipe.rollout.prompts,
         images=recipe.rollout.images_per_prompt,
         seed=recipe.seed,
-        before=f"{scores[0]:.3f}",
-        after=f"{scores[-1]:.3f}",
+        before=before,
+        after=after,
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",

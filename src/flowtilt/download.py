@@ -1,6 +1,5 @@
 """Downloads that can be trusted: they go on where they were cut off, and a file appears only when its checksum is right."""
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -17,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flowtilt.errors import UserError
-from flowtilt.files import digest, fsync_folder
+from flowtilt.files import digest, disk_errors, fsync_folder
 from flowtilt.web import AGAIN
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
@@ -44,7 +43,7 @@ def fetch(url: str, path: Path, *, sha256: str = "", git_blob: str = "", size: i
     if path.exists():
         return _checked(path, sha256=sha256, git_blob=git_blob, size=size)
     part = path.with_name(path.name + ".part")
-    with _writing(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(part) as file:
         if path.exists():  # another process has fetched it meanwhile
@@ -59,7 +58,7 @@ def fetch(url: str, path: Path, *, sha256: str = "", git_blob: str = "", size: i
         if problem:
             part.unlink()
             raise UserError(f"{url}: wrong content: {problem}; it was removed, try again or report it")
-        with _writing(path):
+        with disk_errors(path):
             os.fsync(file)
             part.replace(path)
             fsync_folder(path.parent)
@@ -137,21 +136,15 @@ def _checked(path: Path, **expected: Any) -> Path:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}; free some space or choose another folder") from error
-
-
-@contextmanager
 def _alone(part: Path) -> Iterator[FileIO]:
     """The partial file, at its end, under a lock that the system takes back from a killed process."""
     while True:
-        with _writing(part):
+        with disk_errors(part):
             file = part.open("ab", buffering=0)  # nothing is left to flush when the disk is full
         with file:
-            with suppress(OSError):  # a file system without locks; the checksum is still there
+            with suppress(OSError, ModuleNotFoundError):  # a file system without locks, or Windows; the checksum is still there
+                import fcntl
+
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, part):
                 continue  # whoever had the lock has renamed or removed it
@@ -220,7 +213,7 @@ def _receive(url: str, file: FileIO, size: int | None, bar: tqdm) -> bool:
         bar.total, bar.n, bar.initial = total or size, at, at
         while block := memoryview(answer.read1(1 << 18)):
             while block:
-                with _writing(Path(str(file.name))):
+                with disk_errors(Path(str(file.name))):
                     block = block[file.write(block) :]
             bar.update(file.tell() - bar.n)
             if size is not None and file.tell() > size:

@@ -46,7 +46,7 @@ def write_fake(policy: Policy, run: Path, parents: Sequence[str]) -> None:
         add_parents(temporary / DIFFUSERS, parents)
 
 
-def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | None = None) -> str:
+def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: str | None = None) -> str:
     """Writes one LoRA, or several joined exactly, into a new folder; returns a line that says how it is loaded.
 
     What a LoRA was trained on top of is joined with it, so that what is written needs the base alone.
@@ -59,7 +59,7 @@ def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | 
     Raises:
         UserError: nothing to read, no base to merge into or another one than the LoRA's, a target that is taken, or no space.
     """
-    loras = read_stack(places)
+    loras, output = read_stack(places), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"export: {output} is there already; choose a new folder with -o")
     recipe = recipe_of(leading(loras))

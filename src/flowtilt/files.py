@@ -1,34 +1,51 @@
-"""Writing so that nothing is lost: a file is either the old one or the whole new one."""
+"""Files that survive a crash: a file is either the old one or the whole new one."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
 
+_FULL = {number for name in ("ENOSPC", "EDQUOT") if (number := getattr(errno, name, None))}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+"""What systems answer that can't sync a folder: CIFS, VirtualBox, Windows."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)", re.DOTALL)
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes to a temporary file beside `path`, fsyncs, renames. The old file survives any failure.
 
+    A symbolic link stays, and the file that it leads to is replaced. Devices and FIFOs are written to.
+
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = data.encode() if isinstance(data, str) else data
+    if is_stream(path):
+        with disk_errors(path), path.open("wb") as file:
+            file.write(content)
+        return
+    target = _behind_link(path)
+    temporary = _beside(target, "tmp")
     try:
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            fsync_folder(path.parent)
+            temporary.replace(target)
+            fsync_folder(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -46,8 +63,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or cannot be written; what was at `path` is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    older = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path = _behind_link(path)
+    temporary, older = _beside(path, "tmp"), _beside(path, "old")
     try:
         with disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -68,46 +85,135 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(older, ignore_errors=True)
 
 
-def clean(folder: Path) -> None:
-    """Puts right what a kill in the midst of a write can leave: an old folder set aside comes back, temporary ones go."""
-    for aside in folder.glob(".*.old"):
-        whole = folder / aside.name.removeprefix(".").rsplit(".", 2)[0]
-        if whole.exists():
-            shutil.rmtree(aside)
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _behind_link(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def is_stream(path: Path) -> bool:
+    """Whether this is no file that another can replace: a device, a FIFO, a socket, an open descriptor."""
+    if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def made_by(name: str, kinds: str = "tmp|old") -> str | None:
+    """The file or folder of which `name` is what a killed `write_atomic` or `whole_folder` leaves; none for any other name."""
+    match = _TEMPORARY.fullmatch(name)
+    return match["name"] if match and match["kind"] in kinds.split("|") else None
+
+
+def clean(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Repairs what a kill in the middle of a write leaves: an old folder set aside comes back, temporary ones are deleted.
+
+    Args:
+        ours: whether flowtilt makes a file or folder of this name there; all others are left alone.
+    """
+    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = made_by(place.name)
+        if name is None or not ours(name) or place.is_symlink():
+            continue
+        if made_by(place.name, "old") and not (folder / name).exists():
+            place.replace(folder / name)
         else:
-            aside.replace(whole)
-    for temporary in folder.glob(".*.tmp"):
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError, or safetensors' own of the same cause, into one line."""
+    """Turns an OSError while writing, or safetensors' own of the same cause, into one line."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"can't write {path}: {reason}; free some space or choose another folder") from error
+            raise UserError(f"can't write {path}: {reason}; {_remedy(error)}") from error
         raise
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a file that can't be written."""
+    number = getattr(error, "errno", None)
+    if number in _FULL or "No space left" in str(error):
+        return "free some space or choose another folder"
+    if number in (errno.EACCES, errno.EPERM):
+        return "change its permissions or choose another folder"
+    return "choose another folder"
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError while reading into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't read {error.filename or path}: {error.strerror or error}; nothing was changed") from error
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends one JSON object, NaN and infinity as null; a kill can leave a torn last line, which `read_lines` drops."""
     plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-    with disk_errors(path), path.open("a") as file:
+    with disk_errors(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(plain) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a lines file, without a torn last one; [] where there is no file."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().split(b"\n"):
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+    """The JSON objects of a lines file; [] where there is no file. Warns once of damaged lines before the last good one."""
+    found, damaged = parse_lines(path)
+    if damaged:
+        number = f"line {damaged[0]} is" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]}, are"
+        warnings.warn(f"{path}: {number} damaged and left out", stacklevel=2)
     return found
+
+
+def parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects of a lines file, and the numbers of its damaged lines; a torn tail counts as no line."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    found: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    tail: list[int] = []
+    for number, line in enumerate(lines, 1):
+        plain = line.strip(b"\0 \t\r")  # a crash of the machine leaves NUL bytes where data had not reached the disk
+        if not plain:
+            continue
+        try:
+            record = json.loads(plain.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            tail.append(number)
+            continue
+        found.append(record)
+        damaged += tail
+        tail = []
+    return found, damaged
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Replaces a lines file; what was damaged in it is kept beside it, in a file of its name and ".damaged"."""
+    if parse_lines(path)[1]:
+        set_aside(path, copy=True)
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def set_aside(path: Path, copy: bool = False) -> Path:
+    """Renames a damaged file or folder to its name and ".damaged", numbered if that is taken, or copies it there."""
+    aside, number = path.with_name(f"{path.name}.damaged"), 2
+    while aside.exists():
+        aside, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
+    with disk_errors(aside):
+        shutil.copy(path, aside) if copy else path.replace(aside)
+    return aside
 
 
 def shown(path: str | Path) -> str:
@@ -130,13 +236,19 @@ def digest(path: Path) -> str:
 
 
 def fsync_file(path: Path) -> None:
-    with path.open("rb") as file:
+    # Windows syncs what is open for writing alone
+    with path.open("r+b" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Makes renames in a folder last, where the file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

@@ -9,6 +9,7 @@ precision, which is what diffusers computes with the same LoRA.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from flowtilt.lora import Lora, join
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.seeding import generator
+from flowtilt.tensors import settle
 
 ROLES: tuple[str, ...] = ("current", "old", "ema")
 """What every policy has; see `Policy.add_role`."""
@@ -273,3 +275,5 @@ class Policy:
         """Writes a role as `pytorch_lora_weights.safetensors` with its alpha; plain diffusers loads it."""
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
         self.model.save_lora(folder, self.state(role), config)
+        for file in Path(folder).glob("*.safetensors"):
+            settle(file)

@@ -22,7 +22,7 @@ from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
 
 def sample(
     prompts: Sequence[str],
-    output: Path,
+    output: Path | str,
     *,
     model: str | None = None,
     loras: Sequence[Path] = (),
@@ -42,7 +42,7 @@ def sample(
     Raises:
         UserError: a model or LoRA that can't be loaded, an eta that the solver does not have, or a file that can't be written.
     """
-    added = read_stack(loras)
+    added, output = read_stack(loras), Path(output)
     recipe = recipe_of(leading(added)) if added else None
     e = recipe.evaluate if recipe else default_evaluation(model)
     sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)

@@ -32,8 +32,11 @@ from flowtilt.sharding import Lockstep
 from flowtilt.usercode import contained
 
 
-def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Policy:
+def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start: bool = True) -> Policy:
     """The recipe's model with fresh adapters on top of `below`, spread over the ranks where the recipe says so and there are several.
+
+    Args:
+        start: begin with the weights of `lora.init`; a run that goes on has its own.
 
     Raises:
         UserError: a LoRA belongs to another base, or has layers that are not trained.
@@ -45,7 +48,7 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = ()) -> Po
     for lora in below:
         check(lora, shapes)
     policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, below=below)
-    if recipe.lora.init:
+    if start and recipe.lora.init:
         load_lora(policy, read_onto(recipe.lora.init, below))
     if sharded:
         Lockstep(policy, world)

@@ -43,7 +43,8 @@ class _Deferred:
 class Ending:
     """What signals do to this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, force: bool = True) -> None:
+        self._may_force = force
         self.last_words: Callable[[], None] = lambda: None
         """Called before a process is ended by force."""
         self.status = 130
@@ -117,7 +118,7 @@ class Ending:
                 again = signal.SIGINT in ours and now - first > AGAIN
                 if not end and (again or not self._work or not self._work.unsaved):
                     end = now + FORCE
-            if end and now > end:
+            if end and now > end and self._may_force:
                 self._force()
             if parent and os.getppid() != parent:  # torchrun is gone, killed or by a signal that it doesn't pass on
                 parent = None
@@ -145,22 +146,26 @@ def current() -> Ending:
 
 
 @contextmanager
-def handled() -> Iterator[Ending]:
-    """Inside, signals end the command as above; inside of another `handled`, or outside of the main thread, nothing changes."""
+def handled(force: bool = True) -> Iterator[Ending]:
+    """Inside, signals end the command as above; inside of another `handled`, or outside of the main thread, nothing changes.
+
+    Args:
+        force: whether a process that does not end by itself is ended; false for one that is not only ours, such as a notebook's.
+    """
     if _current or threading.current_thread() is not threading.main_thread():
         yield current()
         return
-    release = install()
+    release = install(force)
     try:
         yield current()
     finally:
         release()
 
 
-def install() -> Callable[[], None]:
+def install(force: bool = True) -> Callable[[], None]:
     """As `handled`, until the result is called."""
     global _current
-    ending = _current = Ending()
+    ending = _current = Ending(force)
     reader, writer = ending.pair = socket.socketpair()  # open for as long as signals come
     writer.setblocking(False)
     before: dict[int, Any] = {number: signal.getsignal(number) for number in NUMBERS}

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,12 @@ def absolute(source: str) -> str:
     """The same source for a program that runs in another folder; names and addresses as they are."""
     place, colon, name = source.rpartition(":")
     return f"{os.path.abspath(place)}:{name}" if colon and "://" not in source else source
+
+
+def neighbours(files: Iterable[str]) -> list[Path]:
+    """The modules that reward files have imported from their own folders, installed packages left out."""
+    found = {place for file in files for place in userfiles.imported.get(Path(os.path.abspath(file)).parent, ())}
+    return sorted(place for place in found if not {"site-packages", "dist-packages"} & set(place.parts))
 
 
 def is_file(source: str) -> bool:

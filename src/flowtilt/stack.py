@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flowtilt.config import EvaluateSettings, ModelSettings, Recipe, load_recipe
+from flowtilt.inputs import found_again
 from flowtilt.lora import Lora, join
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, linear_layers, shapes_of
@@ -20,7 +21,7 @@ from flowtilt.models.conditioning import Conditioning
 def recipe_of(place: Path) -> Recipe | None:
     """The recipe of the run that a LoRA lies in, none for one from elsewhere."""
     run = run_of(place)
-    return load_recipe(run / "recipe.toml") if run else None
+    return found_again(load_recipe(run / "recipe.toml"), run) if run else None
 
 
 def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:

@@ -22,7 +22,7 @@ from PIL import Image
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
-from flowtilt.faults import FAULTS, first_line
+from flowtilt.faults import first_line
 from flowtilt.files import write_json
 from flowtilt.pictures import to_pil
 
@@ -175,7 +175,7 @@ class Trackers:
     def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FAULTS as error:
+        except (Exception, SystemExit) as error:  # wandb ends the program where it can't ask
             self._sinks.pop(name, None)
             self._warn(f"track: {name} failed, so the run goes on without it: {type(error).__name__}: {first_line(error)}")
 
@@ -196,7 +196,7 @@ def check(names: Sequence[str], quiet: bool = False) -> None:
         try:
             if not _may_log_in(importlib.import_module("wandb")):
                 print("track: wandb has no login, so it logs offline; `wandb login` before a run, `wandb sync` after it", file=sys.stderr)
-        except FAULTS:
+        except (Exception, SystemExit):
             pass  # what is wrong with it is said when the run opens it
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flowtilt import checkpoint, distributed, runs, tracking
+from flowtilt import checkpoint, distributed, inputs, runs, signals, tracking
 from flowtilt.compiling import compile_blocks
 from flowtilt.config import Recipe, recipe_names, to_toml
 from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
@@ -22,7 +22,7 @@ from flowtilt.environment import describe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
 from flowtilt.export import write_fake, write_lora
-from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
+from flowtilt.files import append_line, write_atomic, write_json
 from flowtilt.guards import Guards
 from flowtilt.held_out import score_name_of
 from flowtilt.hybrid import Hybrid
@@ -39,6 +39,7 @@ from flowtilt.reinforce import Reinforcement
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.rollout import sampler_of
+from flowtilt.run_folder import RunFolder
 from flowtilt.sameness import digests
 from flowtilt.setup import build_objective, build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
 
@@ -53,22 +54,41 @@ class Clock:
 
 
 class Trainer:
-    """A run from its recipe.
+    """A run from its recipe. It holds the run's folder, so that nobody else writes there, until `run` has ended or `close`.
 
     Args:
         recipe: what to do.
         resume: the folder of a run to go on with; none starts a new one.
         world: the processes; none asks torchrun's environment.
+        changed: go on although prompt files, reward files or the model have changed since the run began.
 
     Raises:
-        UserError: anything of the recipe that can't be loaded or used, before anything is written.
+        UserError: anything of the recipe that can't be loaded or used, before anything is written; another process
+            holds the run.
     """
 
-    def __init__(self, recipe: Recipe, resume: Path | None = None, world: distributed.World | None = None):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, resume: Path | str | None = None, world: distributed.World | None = None, changed: bool = False):
         self.world = world or distributed.start()
         tracking.check(recipe.track, quiet=self.world.rank > 0)
         self.trackers = tracking.Trackers()
+        self._folder, self._failed = RunFolder(self.world), False
+        folder = None if resume is None else Path(resume)
+        try:
+            if folder:
+                self._folder.resume(folder)
+            self._prepare(inputs.found_again(recipe, folder) if folder else inputs.whole(recipe), folder, changed)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets others write to the run's folder. `run` does so when it ends."""
+        self._folder.close()
+
+    def _prepare(self, recipe: Recipe, resume: Path | None, changed: bool) -> None:
+        """Loads all that the recipe names, and makes or finds the folder."""
+        self.recipe = recipe
+        self._accepted = self._folder.compare(recipe, changed) if resume else []
         images = recipe.rollout.images()
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
@@ -84,7 +104,9 @@ class Trainer:
         self.fake_below = fake_beneath(recipe, resume)
         self.parents = list(map(fingerprint, self.below))  # each reads through all of its weights
         self.fake_parents = [fingerprint(self.fake_below)] if self.fake_below else []
-        self.policy = build_policy(recipe, self.world, self.below)
+        # a checkpoint has the weights, whatever has become of what they began with
+        opened = inputs.pinned(recipe, resume) if resume else recipe
+        self.policy = build_policy(opened, self.world, self.below, start=not (resume and self._folder.begun()))
         notice_cut(self.policy.model, [*self.prompts, *self.test_prompts])
         if self.fake_below:
             check(self.fake_below, shapes_of(self.policy.model.network))
@@ -144,14 +166,10 @@ class Trainer:
 
     def _open(self, resume: Path | None) -> Path:
         """Makes or finds the folder; the first rank's answer holds for all."""
-        main, folder = self.world.rank == 0, resume
-        if folder is None:
-            folder = Path(self.world.first(lambda: str(runs.create(self.recipe))))
-        elif main:
-            clean(folder / "checkpoints")
-        self.world.barrier()
-        found = checkpoint.newest(folder) if resume else None
-        if found:
+        if resume is None:
+            self._folder.create(self.recipe)
+        main, folder = self.world.rank == 0, self._folder.path
+        if found := self._folder.newest() if resume else None:
             if found.state["parents"] != self.parents:
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
             self._load(found)
@@ -159,11 +177,13 @@ class Trainer:
             raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
             runs.rewind(folder, self.clock.step or -1)
+            checkpoint.prune(folder, self.recipe.checkpoint.keep)
             write_atomic(folder / "recipe.toml", to_toml(self.recipe))
         # a kill may have come before there were any
         if main and (self.below or self.fake_below) and not (folder / BENEATH).is_dir():
             keep(self.below, folder, **({"fake": self.fake_below} if self.fake_below else {}))
         if main:
+            inputs.save(self.recipe, folder, self.clock.step if found else None, self._accepted)
             write_json(folder / "environment.json", describe(self.world.size))
         self.world.barrier()
         return folder
@@ -171,9 +191,28 @@ class Trainer:
     def run(self) -> dict[str, object] | None:
         """Trains to the recipe's last step; returns the summary, or none when interrupted or stopped by a guard.
 
+        Ctrl-C and SIGTERM end it after the rollout that is going on, and save. It may be called again to go on from there.
+
         Raises:
             UserError: a reward fails or the disk is full; the last checkpoint stands.
         """
+        if self._folder.closed:
+            if self._failed:
+                raise UserError(f"{self.run_folder}: its run was stopped in the middle; {self._folder.again()}")
+            self._folder.resume_at(self.clock.step)
+            self.interrupted = False
+        try:
+            # the command line has its own handlers, which may end a process that hangs
+            with signals.handled(force=False) as ending:
+                ending.protect(self, tell=self.world.rank == 0)
+                return self._train()
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            self.close()
+
+    def _train(self) -> dict[str, object] | None:
         main = self.world.rank == 0
         display = Display(self.recipe.steps, self.clock.step, not main, score_name_of(self.recipe))
         if main:
@@ -319,18 +358,18 @@ class Trainer:
 
     def _evaluated(self) -> dict[str, Any] | None:
         """The line of the evaluation after the rollouts done so far; none where it was not made."""
-        records = read_lines(self.run_folder / "evaluations.jsonl")
+        records = runs.read_log(self.run_folder / "evaluations.jsonl")
         return next((record for record in records if record["step"] == self.clock.step), None)
 
     def _finish(self) -> dict[str, object]:
         """summary.json, and the report once more with it."""
-        evaluations = read_lines(self.run_folder / "evaluations.jsonl")
+        before, after = runs.scores(self.run_folder)
         summary = {
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,
             "steps": self.clock.step,
             "seconds": round(self.clock.seconds, 2),
-            "score": {"before": evaluations[0]["score"], "after": evaluations[-1]["score"]},
+            "score": {"before": before, "after": after},
             "protocol": self.recipe.protocol(),
         }
         if self.world.rank == 0:

@@ -23,6 +23,8 @@ FOLDERS = "__folders__"
 _numbers = count()
 _homes: dict[str, Path] = {}
 """Modules that were imported as a file's neighbours, and the folder they came from."""
+imported: dict[Path, set[Path]] = {}
+"""The files of such modules, by that folder."""
 
 
 def name_of(path: Path) -> str:
@@ -71,6 +73,7 @@ def _neighbours(folder: Path) -> Iterator[None]:
             place = getattr(sys.modules[name], "__file__", None)
             if place and not name.startswith(f"{__name__}.") and Path(os.path.abspath(place)).is_relative_to(folder):
                 _homes.setdefault(name, folder)
+                imported.setdefault(folder, set()).add(Path(os.path.abspath(place)))
         sys.modules.update(aside)
 
 

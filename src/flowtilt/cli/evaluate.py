@@ -104,6 +104,7 @@ def _score(args: argparse.Namespace) -> int:
     from flowtilt.evaluate.images import judge_images, save_scores, with_columns
     from flowtilt.evaluate.pairs import find_pairs
     from flowtilt.evaluate.results import results_of
+    from flowtilt.files import is_stream
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
     from flowtilt.report.evaluation.terminal import table
@@ -118,7 +119,7 @@ def _score(args: argparse.Namespace) -> int:
     rewards, left_out = load_named([with_compat(one) for one in named] if args.compat else named, device=device)
     for name, why in left_out.items():
         say(f"left out: {name}: {why}")
-    if args.output:
+    if args.output and not is_stream(args.output):
         save_scores(args.output, [])  # now, not after an hour: can it be written?
     records = []
     try:

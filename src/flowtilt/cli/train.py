@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     )
     train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
     train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
+    train.add_argument("--changed", action="store_true", help="resume although prompts, reward files or the model have changed")
     train.set_defaults(call=_train)
 
     sample = commands.add_parser("sample", help="draw prompts, base and tuned side by side from the same noise")
@@ -72,9 +73,8 @@ def _train(args: argparse.Namespace) -> int:
     world.agree({"--resume": str(resume or ""), **facts(recipe)})
     if not resume and (resume := runs.of_job(recipe, world)):
         recipe = runs.open_run(resume, [], recipe)
-    trainer = Trainer(recipe, resume, world)
+    trainer = Trainer(recipe, resume, world, changed=args.changed)
     folder = trainer.run_folder
-    signals.current().protect(trainer, tell=world.rank == 0)
     try:
         summary = trainer.run()
     except KeyboardInterrupt:
@@ -97,8 +97,9 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     from flowtilt.report.loading import load
     from flowtilt.report.verdict import judged_change
 
-    score, changed = summary["score"], judged_change(load(folder))
-    print(f"{score_name_of(recipe)} {score['before']:.3f} -> {score['after']:.3f}   ({summary['protocol']})")
+    changed = judged_change(load(folder))
+    before, after = ("not measured" if value is None else f"{value:.3f}" for value in summary["score"].values())
+    print(f"{score_name_of(recipe)} {before} -> {after}   ({summary['protocol']})")
     if changed:
         print(changed)
     print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")

@@ -177,8 +177,8 @@ class RewardSettings(Settings):
 
 
 class Recipe(Settings):
-    name: str = Field(default="run", pattern=r"^[\w.-]+$")
-    """What the run is called."""
+    name: str = Field(default="run", pattern=r"^\.*[\w-][\w.-]*$")
+    """What the run is called; its folder has this name, so dots alone are none."""
     model: ModelSettings
     """The base model."""
     prompts: str = Field(min_length=1)
@@ -325,7 +325,8 @@ class Recipe(Settings):
         e = self.evaluate
         judged = e.rewards[0] if e.rewards else next(iter(self.rewards))
         eta = "" if e.eta is None else f" of eta {e.eta:g}"
-        drawn = f"{e.images} images of {e.prompts or self.prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
+        prompts = os.path.basename(e.prompts or self.prompts)
+        drawn = f"{e.images} images of {prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
         return f"{judged}, EMA weights, {drawn}, noise seed {self.seed}"
 
 

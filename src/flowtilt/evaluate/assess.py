@@ -11,7 +11,7 @@ from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.environment import versions
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
-from flowtilt.evaluate.folder import PromptSet, held, open_folder, run
+from flowtilt.evaluate.folder import PromptSet, opened, run
 from flowtilt.files import digest
 from flowtilt.lora import Lora
 from flowtilt.lora.stacked import leading, read_stack
@@ -31,7 +31,7 @@ from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
 
 
 def assess(
-    folder: Path,
+    folder: Path | str,
     *,
     model: str | None = None,
     loras: Sequence[Path] = (),
@@ -67,7 +67,7 @@ def assess(
     Raises:
         UserError: something can't be loaded, an eta that the solver does not have, the folder holds another evaluation, or a reward fails.
     """
-    world = distributed.start()
+    world, folder = distributed.start(), Path(folder)
     added = read_stack(loras)
     if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
@@ -92,9 +92,8 @@ def assess(
         drawn = _model_protocol(stack.model, settings, added, sampler) | _prompt_protocol(loaded) | chosen
         return drawn | _reward_protocol(named, judges, dropped) | {"flowtilt": versions()["flowtilt"]}
 
-    world.first(lambda: open_folder(folder, protocol()))
     size = MicroBatch(micro_batch, world.device.type)
-    with held(folder, world):
+    with opened(folder, protocol, world):
         return run(folder, stack, sets, variants, sampler, seed=seed, micro_batch=size, world=world, save_images=save_images)
 
 

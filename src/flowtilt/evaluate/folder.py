@@ -4,9 +4,9 @@ The folder: protocol.json (what is done, fixed at the start), scores-<rank>.json
 done), pictures/, images/ if they are to be kept, and in the end scores.jsonl, results.json and report.html.
 """
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,7 +20,9 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK, Row, draw
 from flowtilt.evaluate.progress import progress
 from flowtilt.evaluate.results import results_of
-from flowtilt.files import append_line, clean, disk_errors, read_lines, write_atomic, write_json
+from flowtilt.files import append_line, clean, disk_errors, made_by, read_errors, read_lines, write_atomic, write_json, write_lines
+from flowtilt.locks import FILES as LOCKS
+from flowtilt.locks import HOLDER, Hold
 from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Drawing
 from flowtilt.pictures import to_pil, to_png
@@ -30,6 +32,9 @@ from flowtilt.rewards import Reward
 from flowtilt.rewards.judging import judge
 from flowtilt.rollout import Sampler
 
+PROTOCOL, SCORES = "protocol.json", "scores.jsonl"
+WRITTEN = {PROTOCOL, SCORES, "results.json", "report.html", HOLDER}
+"""What is written by way of a temporary file."""
 THUMBNAIL = 256
 """Pixels of the pictures that the report is made of."""
 
@@ -66,59 +71,68 @@ def image_path(folder: Path, set: str, variant: str, index: int, copy: int) -> P
     return folder / "images" / set / variant / f"{index:05d}-{copy:02d}.png"
 
 
-def open_folder(folder: Path, protocol: Mapping[str, Any]) -> None:
-    """Makes the folder of an evaluation, or finds the one that was interrupted.
+@contextmanager
+def opened(folder: Path, protocol: Callable[[], Mapping[str, Any]], world: World) -> Iterator[None]:
+    """Makes the folder of an evaluation, or finds the one that was interrupted; inside, nobody else works there.
 
     Raises:
-        UserError: the folder holds something else, or an evaluation by another protocol.
+        UserError: the folder holds something else, or an evaluation by another protocol, or another process is at work there.
     """
+    hold: list[Hold] = []
+    try:
+        world.first(lambda: hold.append(_hold(folder, protocol())))
+        yield
+    finally:
+        for one in hold:
+            one.release()
+
+
+def _hold(folder: Path, protocol: Mapping[str, Any]) -> Hold:
     plain = json.loads(json.dumps(protocol))
-    place = folder / "protocol.json"
-    if folder.is_dir():
-        clean(folder)
-    if place.is_file():
-        kept = _protocol_of(place)
-        differing = [key for key in {**kept, **plain} if kept.get(key) != plain.get(key)]
-        if differing:
-            raise UserError(f"{folder}: holds an evaluation whose {', '.join(differing)} differ; choose another folder with -o")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    _check_free(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    hold = Hold(folder, "an evaluation")
+    try:
+        _check_free(folder)  # another start may have been quicker
+        place = folder / PROTOCOL
+        with read_errors(folder):
+            clean(folder, WRITTEN.__contains__)
+            for images in (folder / "images").glob("*/*/"):
+                clean(images, lambda name: re.fullmatch(r"\d{5,}-\d{2,}\.png", name) is not None)
+        if place.is_file():
+            kept = _protocol_of(place)
+            differing = [key for key in {**kept, **plain} if kept.get(key) != plain.get(key)]
+            if differing:
+                raise UserError(f"{folder}: holds an evaluation whose {', '.join(differing)} differ; choose another folder with -o")
+        else:
+            write_json(place, plain)
+        _save_records(folder, _records(folder))  # whole lines alone: a line that a kill tore is not written on
+    except BaseException:
+        hold.release()
+        raise
+    return hold
+
+
+def _check_free(folder: Path) -> None:
+    """Raises UserError where a folder is neither an evaluation nor empty, but for what a killed start leaves."""
+    with read_errors(folder):
+        if not folder.exists() or (folder / PROTOCOL).is_file():
+            return
+        left = {path.name for path in folder.iterdir()} - set(LOCKS) if folder.is_dir() else {folder.name}
+    if any(made_by(name) not in (PROTOCOL, HOLDER) for name in left):
         raise UserError(f"{folder}: not empty and no evaluation; choose another folder with -o")
-    else:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(place, plain)
 
 
 def _protocol_of(place: Path) -> dict[str, Any]:
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError:
+        with read_errors(place):
+            found = json.loads(place.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{place}: damaged; choose another folder with -o")
     return found
-
-
-@contextmanager
-def held(folder: Path, world: World) -> Iterator[None]:
-    """Nobody else works on the folder inside the block: the first rank has a lock that the system takes back from a killed one.
-
-    Raises:
-        UserError: somebody does.
-    """
-    with (folder / "protocol.json").open() as file:
-
-        def lock() -> None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another evaluation is at work there; choose another folder with -o") from None
-            except OSError:  # a file system without locks
-                pass
-            _save_records(folder, _records(folder))  # whole lines alone: a line that a kill tore is not written on
-
-        world.first(lock)
-        yield
 
 
 def run(
@@ -217,13 +231,26 @@ def _key(record: Mapping[str, Any]) -> tuple[str, str, int, int]:
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    """Every image that is done, by whichever process."""
-    return [record for file in (folder / "scores.jsonl", *sorted(folder.glob("scores-*.jsonl"))) for record in read_lines(file)]
+    """Every image that is done, by whichever process. One whose line is damaged counts as not done."""
+    with read_errors(folder):
+        records = [record for file in _score_files(folder) for record in read_lines(file)]
+    return [record for record in records if _is_whole(record)]
 
 
-def _save_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    write_atomic(folder / "scores.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    for part in folder.glob("scores-*.jsonl"):
+def _score_files(folder: Path) -> list[Path]:
+    parts = [file for file in folder.glob("scores-*.jsonl") if re.fullmatch(r"scores-\d+\.jsonl", file.name)]
+    return [folder / SCORES, *sorted(parts)]
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a line has all that the results and the report are made of."""
+    kinds = {"set": str, "variant": str, "prompt": str, "tag": str, "note": str, "picture": str, "index": int, "copy": int, "scores": dict}
+    return all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+
+
+def _save_records(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    write_lines(folder / SCORES, list(records))
+    for part in _score_files(folder)[1:]:
         part.unlink()
 
 
@@ -231,7 +258,7 @@ def _finish(folder: Path, blocks: Sequence[Block], variants: Sequence[str]) -> d
     """scores.jsonl in the order of the blocks, results.json and the report."""
     found = {_key(record): record for record in _records(folder)}
     records = [found[key] for block in blocks for key in block.names()]
-    results = results_of(records, variants, _protocol_of(folder / "protocol.json"))
+    results = results_of(records, variants, _protocol_of(folder / PROTOCOL))
     _save_records(folder, records)
     write_json(folder / "results.json", results)
     write_evaluation_page(folder)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flowtilt.errors import UserError
@@ -17,6 +16,7 @@ from flowtilt.faults import first_line
 from flowtilt.lora import Lora
 from flowtilt.lora.fit import check
 from flowtilt.models.opening import folder_of
+from flowtilt.tensors import save_file
 
 NETWORK = "transformer"
 """The folder of the network in a pipeline's."""
@@ -68,7 +68,7 @@ def to_pipeline(loras: Sequence[Lora], base: Path, folder: Path) -> None:
     shapes = shapes_in(base)
     for lora in loras:
         check(lora, shapes)
-    components = [name for name in json.loads((base / "model_index.json").read_text()) if (base / name).is_dir()]
+    components = [name for name in json.loads((base / "model_index.json").read_text(encoding="utf-8")) if (base / name).is_dir()]
     for name in components:
         ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.bin.index.json") if name == NETWORK else None
         shutil.copytree(base / name, folder / name, ignore=ignored)

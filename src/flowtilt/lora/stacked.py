@@ -70,7 +70,7 @@ def keep(loras: Sequence[Lora], run: Path, **others: Lora) -> None:
 
 def kept(run: Path) -> list[Path]:
     """The copies that `keep` made, in order."""
-    return sorted((run / BENEATH).glob("[0-9]*"), key=lambda folder: int(folder.name))
+    return sorted((place for place in (run / BENEATH).glob("[0-9]*") if place.name.isdecimal()), key=lambda place: int(place.name))
 
 
 def _fits(lora: Lora, stack: Sequence[Lora]) -> bool:

@@ -14,11 +14,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from flowtilt.errors import UserError
 from flowtilt.lora import PARENTS, Lora
 from flowtilt.lora.find import CONFIG
+from flowtilt.tensors import save_file, settle
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives its file."""
@@ -44,6 +45,7 @@ def to_diffusers(lora: Lora, folder: Path) -> None:
     layers: dict[str, Any] = dict(_named(lora, "{}.lora_{}.weight"))
     # of every pipeline whose network is its `transformer`, the file is the same
     StableDiffusion3Pipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
+    settle(folder / DIFFUSERS)
     add_parents(folder / DIFFUSERS, lora.parents)
 
 
@@ -62,7 +64,7 @@ def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
     Args:
         base: the model's hub id or folder, which the configuration names.
     """
-    peft_config(lora, base).save_pretrained(str(folder))
+    _save_config(lora, folder, base)
     save_file(
         _named(lora, "base_model.model.{}.lora_{}.weight"), folder / "adapter_model.safetensors", {"format": "pt"} | _told(lora.parents)
     )
@@ -77,10 +79,18 @@ def to_generator_ema(lora: Lora, folder: Path, base: str | None = None) -> None:
     alphas = set(lora.alphas.values())
     if len(lora.ranks()) > 1 or len(alphas) > 1:
         raise UserError(f"lora {lora.source}: its layers differ in rank or alpha, and generator_ema.pt has one of each; choose --to peft")
-    peft_config(lora, base).save_pretrained(str(folder))
+    _save_config(lora, folder, base)
     config = folder / CONFIG
-    config.write_text(json.dumps(json.loads(config.read_text()) | _told(lora.parents), indent=2, sort_keys=True))
+    told = json.loads(config.read_text(encoding="utf-8")) | _told(lora.parents)
+    config.write_text(json.dumps(told, indent=2, sort_keys=True), encoding="utf-8")
     torch.save({name: x.clone() for name, x in _named(lora, "{}.lora_{}.default.weight").items()}, folder / "generator_ema.pt")
+
+
+def _save_config(lora: Lora, folder: Path, base: str | None) -> None:
+    """Writes adapter_config.json."""
+    config = peft_config(lora, base)
+    config.target_modules = sorted(lora.layers)  # PEFT makes a set of them, whose order differs from process to process
+    config.save_pretrained(str(folder))
 
 
 def _told(parents: Sequence[str]) -> dict[str, str]:
