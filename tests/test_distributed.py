@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import QUICK
+from holders import held_by
 from ranks import together
 from test_trainer import rewards, weights
 
@@ -106,3 +107,20 @@ def test_a_refusal_of_the_first_rank_is_every_ranks(tmp_path):
     done = together(2, main, words, folder=tmp_path / "ranks")
     assert done.codes == [2, 2] and done.stderr.count("flowtilt: ") == 1 and "Connection" not in done.stderr
     assert "not empty and no evaluation" in done.stderr
+
+
+def test_ranks_end_together_where_another_process_holds_their_run(launched, tmp_path):
+    folder = shutil.copytree(launched(2), tmp_path / "run")
+    with held_by("a training run", folder) as pid:
+        done = together(2, main, ["train", "--resume", str(folder), "steps=3"], folder=tmp_path / "ranks")
+    assert done.codes == [2, 2] and done.stderr.count("flowtilt:") == 1 and f"process {pid} on" in done.stderr
+    assert len(read_lines(folder / "metrics.jsonl")) == 2
+
+
+def test_ranks_all_take_the_checkpoint_before_a_damaged_one(launched, tmp_path):
+    folder = shutil.copytree(launched(2), tmp_path / "run")
+    (folder / "checkpoints" / "step-000002" / "old.safetensors").write_bytes(b"half")
+    done = together(2, main, ["train", "--resume", str(folder)], folder=tmp_path / "ranks")
+    assert done.codes == [0, 0], done.stderr[-2000:]
+    assert (folder / "checkpoints" / "step-000002.damaged").is_dir()
+    assert rewards(folder) == rewards(launched(2))
