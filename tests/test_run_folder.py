@@ -65,6 +65,28 @@ def test_a_run_that_another_process_holds_is_refused_until_that_is_killed(tmp_pa
     runs.resume(folder).release()
 
 
+def _hold_with_child(folder):
+    hold = Hold(folder, "a training run")
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    (folder / "child").write_text(f"{child} ")
+    time.sleep(60)
+    hold.release()
+
+
+def test_what_a_killed_process_has_forked_does_not_hold_its_run(tmp_path):
+    """A reward may have workers of its own."""
+    process = forked(_hold_with_child, tmp_path)
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().endswith(" "):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    Hold(tmp_path, "a training run").release()
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
 def test_a_folder_is_held_once_in_one_process_too(tmp_path):
     first = Hold(tmp_path, "a training run")
     refused(Hold, tmp_path, "a training run", match=r"this very process.*close\(\)")

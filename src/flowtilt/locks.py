@@ -50,8 +50,8 @@ class Hold:
                 self._acquire(lock, patience)
             except Timeout:
                 raise self._refusal() from None
-            except (OSError, NotImplementedError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
                     raise
                 self._without_lock()
         self._lock = lock
