@@ -66,3 +66,4 @@ def _to_nowhere(number: int) -> None:
     if nowhere != number:
         os.dup2(nowhere, number)
         os.close(nowhere)
+    os.set_inheritable(number, True)  # child processes write there, too
