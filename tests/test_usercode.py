@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import quick
 
-from flowtilt import RewardOutput, Trainer, UserError, usercode
+from flowtilt import RewardOutput, Trainer, UserError, signals, usercode
 from flowtilt.files import read_lines
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
@@ -239,6 +239,34 @@ def test_prints_of_user_code_go_to_stderr_and_the_programs_own_to_stdout(tmp_pat
     print("result")
     out, err = capsys.readouterr()
     assert out == "result\n" and all(word in err for word in ("imported", "called", "written"))
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-"])
+def test_what_c_libraries_and_child_processes_write_is_no_result(closed):
+    code = (
+        "import os, subprocess; from flowtilt import output; output.make_robust(); "
+        "os.write(1, b'c '); subprocess.run(['echo', 'child']); print('result')"
+    )
+    said = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "{code}" {closed}'], capture_output=True, text=True, timeout=60)
+    assert (said.stdout, said.stderr) == {"": ("result\n", "c child\n"), ">&-": ("", ""), "2>&-": ("result\n", "")}[closed]
+
+
+def test_a_loop_of_a_rewards_own_does_not_take_the_programs_signals():
+    with signals.handled():
+        before = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+        score({"mine": lambda images, prompts: signal.set_wakeup_fd(-1) and mean(images, prompts)}, IMAGES, PROMPTS)
+        after = signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+    assert before == after != -1
+
+
+def test_threads_that_keep_a_program_alive_are_named():
+    code = (
+        "import threading, time; from flowtilt import threads; threads.name_those_left(0.2); "
+        "threading.Thread(target=time.sleep, args=(1,), name='lingers').start()"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stderr
+    assert said == "flowtilt: all is done and saved; waiting for lingers, started by a reward or a library; Ctrl-C ends it\n"
 
 
 def test_while_a_thread_runs_user_code_the_main_thread_keeps_its_stdout(capsys):

@@ -9,10 +9,12 @@ def main() -> int:
     """Runs the command that was typed; returns its exit status."""
     signals.install()  # before the imports: they take a second, in which a signal may come
     try:
-        from flowtilt import cli, output
+        from flowtilt import cli, output, threads
 
         output.make_robust()
-        return output.closed(cli.main(sys.argv[1:]))
+        status = output.closed(cli.main(sys.argv[1:]))
+        threads.name_those_left()
+        return status
     except KeyboardInterrupt:
         signals.write("flowtilt: interrupted\n")
         return 130

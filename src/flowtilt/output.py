@@ -2,6 +2,9 @@
 
 A terminal may know fewer characters than a caption has. The reader of a pipe may leave (`flowtilt keys | head`), and a terminal may
 hang up while a run goes on: what is written then goes nowhere.
+
+Standard output holds a command's results and nothing else. `usercode.contained` sees to what Python code of the user's prints; C
+libraries and child processes write to file descriptor 1, which becomes standard error.
 """
 
 import errno
@@ -30,7 +33,7 @@ class _Kept(io.FileIO):
 
 def make_robust() -> None:
     """Replaces `sys.stdout` and `sys.stderr`: characters that they can't show are escaped, and a reader may leave."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for number, name in ((2, "stderr"), (1, "stdout")):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell (`>&-`): a file that a run opens must not become it
             _to_nowhere(number)
@@ -38,6 +41,9 @@ def make_robust() -> None:
             continue
         else:
             stream.flush()
+        if number == 1 and stream is not None:
+            number = os.dup(1)
+            os.dup2(2, 1)
         raw = io.BufferedWriter(_Kept(number, "w", closefd=False))
         encoding = stream.encoding if stream else "utf-8"
         at_once = name == "stderr" or raw.isatty()
@@ -49,7 +55,7 @@ def closed(status: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        _to_nowhere(1)
+        _to_nowhere(sys.stdout.fileno())
         signals.write(f"flowtilt: can't write to standard output: {error.strerror}\n")
         return status or 2
     return status
@@ -60,3 +66,4 @@ def _to_nowhere(number: int) -> None:
     if nowhere != number:
         os.dup2(nowhere, number)
         os.close(nowhere)
+    os.set_inheritable(number, True)  # child processes write there, too

@@ -9,6 +9,7 @@ one by one: who computes finishes that first, who waits never comes back.
 """
 
 import atexit
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+
+from flowtilt.errors import printable
 
 T = TypeVar("T")
 
@@ -61,6 +64,20 @@ def _still() -> None:
         lock = left.pop()
         lock.acquire(timeout=max(0.0, end - time.monotonic()))
         taken.add(lock)
+
+
+def name_those_left(seconds: float = 5.0) -> None:
+    """Says, if the program has not ended after some seconds, which threads it waits for: a reward may have started them."""
+
+    def say() -> None:
+        left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        if left:
+            told = f"waiting for {', '.join(left)}, started by a reward or a library; Ctrl-C ends it"
+            print(f"flowtilt: all is done and saved; {printable(told)}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
 
 
 def in_threads(tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flowtilt import signals
 from flowtilt.errors import UserError
 
 log = logging.getLogger("flowtilt")
@@ -79,6 +80,8 @@ def contained(what: str, *, seed: int | None = None, path: Sequence[str] = (), s
     finally:
         _thread.inside = False
         changed = _put_back(parts, before)
+        if main and (pair := signals.current().pair):  # an event loop of theirs may have taken it
+            signal.set_wakeup_fd(pair[1].fileno(), warn_on_full_buffer=False)
         _restore(generators)
         for name in changed:
             _tell(what, name)
