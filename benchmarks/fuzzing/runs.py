@@ -106,7 +106,9 @@ def _changed(draw: st.DrawFn, value: Any) -> Any:
     """The JSON with one to three of its parts replaced, dropped or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
-        place, parent, key = value, None, None
+        place: Any = value
+        parent: Any = None
+        key: Any = None
         for _ in range(draw(st.integers(1, 5))):
             keys = list(place) if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ()
             if not keys:
