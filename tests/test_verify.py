@@ -358,12 +358,17 @@ def test_the_verdict_says_what_is_wrong_in_words():
     assert verify.judge(images, ["a circle"])[0].reasons[0] == "2 objects, not 1"
 
 
+def _pixel(row: int, column: int) -> Tensor:
+    return (torch.arange(SIZE) == row)[:, None] & (torch.arange(SIZE) == column)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (lambda x: world.render([[Object("cross", "red", 12, 12, 6.5)]]), "red cross (too small or too large)"),
         (lambda x: world.render([[Object("cross", "red", 12, 4.6, 5)]]), "red cross (too near the border)"),
-        (lambda x: torch.where(torch.arange(SIZE) == 12, torch.where(x > 0.5, x * 0.6, x), x), "red cross (edges or inside not clean)"),
+        (lambda x: torch.where(_pixel(12, 12), x * 0.5, x), "red cross (edges or inside not clean)"),
+        (lambda x: torch.where(torch.arange(SIZE) == 12, torch.where(x > 0.5, x * 0.6, x), x), "red cross (outline does not fit)"),
     ],
 )
 def test_an_object_of_the_right_kind_that_is_not_accepted_says_why(change, why):

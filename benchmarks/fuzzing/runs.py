@@ -81,7 +81,7 @@ ODD = st.one_of(
     st.text(max_size=5),
     st.lists(st.integers(0, 2), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-    st.just({"a": {"b": [{}]}}),
+    st.builds(lambda: {"a": {"b": [{}]}}),  # a new one each time: what is drawn is changed further
 )
 
 
@@ -106,7 +106,9 @@ def _changed(draw: st.DrawFn, value: Any) -> Any:
     """The JSON with one to three of its parts replaced, dropped or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
-        place, parent, key = value, None, None
+        place: Any = value
+        parent: Any = None
+        key: Any = None
         for _ in range(draw(st.integers(1, 5))):
             keys = list(place) if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ()
             if not keys:

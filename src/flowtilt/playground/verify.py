@@ -57,7 +57,7 @@ TOTAL_MISFIT = 2.4
 CHUNK = 144
 """Images that are read at once: more would leave the cache."""
 FLAWS = (
-    "of no known shape",
+    "outline does not fit",
     "between two shapes",
     "too small or too large",
     "too near the border",
