@@ -95,7 +95,7 @@ def of_rank(words, own):
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        ([["seed=1"], ["seed=2", "optimizer.lr=1e-9"]], "rank 1 has seed = 2, rank 0 has 1 (and optimizer.lr)"),
+        ([["seed=1"], ["seed=2", "optimizer.lr=1e-9"]], "rank 1 has optimizer.lr = 1e-09, rank 0 has 0.003 (and seed)"),
         ([["prompts={}/a.txt"], ["prompts={}/b.txt"]], 'b.txt", rank 0 has '),
         ([[], ["--resume", "elsewhere"]], "not a run"),
     ],
