@@ -48,6 +48,7 @@ TOGETHER = {
         "test_resume",
         "test_served",
         "test_sharding",
+        "test_signals",
     ),
 }
 """Modules that one worker runs: what the first has measured, or imported to fork from, takes many seconds once."""

@@ -1,6 +1,7 @@
 """Any number of processes computes what one computes, to fp32 rounding."""
 
 import json
+import os
 import shutil
 from functools import cache
 
@@ -85,6 +86,44 @@ def test_an_error_of_the_user_ends_all_processes(tmp_path):
     done = launch(tmp_path / "run", 2, "prompts=nowhere.txt")
     assert done.codes == [2, 2] and done.stderr.count("flowtilt: ") == 1 and ": prompts nowhere.txt" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def of_rank(words, own):
+    """The command with words of one rank's own."""
+    return main([*words, *own[int(os.environ["RANK"])]])
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ([["seed=1"], ["seed=2", "optimizer.lr=1e-9"]], "rank 1 has optimizer.lr = 1e-09, rank 0 has 0.003 (and seed)"),
+        ([["prompts={}/a.txt"], ["prompts={}/b.txt"]], 'b.txt", rank 0 has '),
+        ([[], ["--resume", "elsewhere"]], "not a run"),
+    ],
+)
+def test_ranks_that_would_compute_different_things_are_refused_in_one_line(tmp_path, own, said):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("a red circle\na blue square\na cross\n")
+    own = [[word.format(tmp_path) for word in words] for words in own]
+    words = ["train", "playground", *QUICK, f"run={tmp_path}/run"]
+    done = together(2, of_rank, words, own, folder=tmp_path / "ranks", within=60)
+    assert done.codes == [2, 2] and done.stderr.count("flowtilt: ") == 1 and said in done.stderr, done.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+def of_place(place):
+    """Trains from a folder of its own, where the same name is another file."""
+    os.chdir(place[int(os.environ["RANK"])])
+    return main(["train", "playground", *QUICK, "prompts=p.txt", "run=run", "rewards.playground=0", "rewards.jpeg_incompressibility=1"])
+
+
+def test_ranks_whose_prompt_files_differ_are_refused(tmp_path):
+    for name, text in (("a", "a red circle"), ("b", "a red square")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.txt").write_text(f"{text}\na blue square\na cross\n")
+    done = together(2, of_place, [tmp_path / "a", tmp_path / "b"], folder=tmp_path / "ranks", within=60)
+    assert done.codes == [2, 2] and done.stderr.count("flowtilt: ") == 1, done.stderr[-3000:]
+    assert "rank 1 has " in done.stderr and "prompts" in done.stderr
 
 
 def test_a_detail_that_only_one_rank_has_holds_up_nobody(tmp_path):

@@ -12,7 +12,7 @@ from ranks import ended, start, together
 from test_trainer import rewards
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flowtilt import UserError, distributed, lifeline, runs
+from flowtilt import UserError, attention, distributed, lifeline, runs
 from flowtilt.cli import main
 
 REWARD = """
@@ -101,6 +101,39 @@ def test_only_the_rank_that_failed_shows_a_traceback_and_nobody_waits(failed, ca
     check_one_line(done.stderr, said)
     assert "Traceback" not in done.errors[1 - culprit]
     assert ("Traceback" in done.errors[culprit]) == (how is unexpected)
+
+
+def hang(folder, how):
+    """The last rank hangs for longer than the others have patience."""
+    attention.PATIENCE = 3.0
+    with lifeline.together():
+        world = distributed.start()
+        world.barrier()
+        if world.rank == how[0]:
+            (folder / "hangs").touch()
+            time.sleep(how[1])
+        world.barrier()
+    return 0
+
+
+def test_a_rank_that_hangs_is_named_once_and_the_job_goes_on_when_it_does(tmp_path):
+    jobs = []
+    for name, how in (("stopped", (0, 0.5)), ("stopped hub", (1, 0.5)), ("works", (1, 6.0))):
+        (tmp_path / name).mkdir()
+        jobs.append((start(2, hang, tmp_path / name, how, folder=tmp_path / name), tmp_path / name))
+    for (processes, folder), rank in zip(jobs, (1, 0), strict=False):
+        end = time.monotonic() + 60
+        while not (folder / "hangs").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.kill(processes[rank].pid, signal.SIGSTOP)
+    time.sleep(6)
+    for (processes, _), rank in zip(jobs, (1, 0), strict=False):
+        os.kill(processes[rank].pid, signal.SIGCONT)
+    for job, said in zip(jobs, ("rank 1 is silent", "rank 0 is silent", "rank 1 keeps the others waiting"), strict=True):
+        done = ended(*job, within=60)
+        assert done.codes == [0, 0], done.stderr[-3000:]
+        check_one_line(done.stderr, f"{said} for 3 s")
 
 
 def worker(folder, words):

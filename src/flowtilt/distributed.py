@@ -125,7 +125,7 @@ class World:
                 name = differing[0]
                 others = f" (and {', '.join(differing[1:4])}{', …' if len(differing) > 4 else ''})" if len(differing) > 1 else ""
                 raise UserError(
-                    f"rank {rank} has {name} = {_shown(theirs.get(name))}, rank 0 has {_shown(ranks[0].get(name))}{others}; "
+                    f"ranks differ: rank {rank} has {name} = {_shown(theirs.get(name))}, rank 0 has {_shown(ranks[0].get(name))}{others}; "
                     "give every rank the same command, files and versions"
                 )
 
@@ -179,5 +179,6 @@ def job() -> str | None:
 
 
 def _shown(value: Any) -> str:
+    """A value in a message; of a long one the end, by which paths differ."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return text if len(text) <= 60 else "…" + text[-59:]

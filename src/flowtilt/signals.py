@@ -92,9 +92,10 @@ class Ending:
             self._work.interrupted = True
             again = number == signal.SIGINT and self._told_at is not None and now - self._told_at > AGAIN
             if self._work.unsaved and not again:
-                if self._told_at is None and self._tell:
-                    write(f"\nstopping after this rollout{'; Ctrl-C once more stops at once' if number == signal.SIGINT else ''}\n")
-                self._told_at = self._told_at or now
+                if self._told_at is None:
+                    self._told_at = now
+                    if self._tell:
+                        write(f"\nstopping after this rollout{'; Ctrl-C once more stops at once' if number == signal.SIGINT else ''}\n")
                 return
         self._raised = True  # cleaning up is not interrupted
         raise KeyboardInterrupt
@@ -114,7 +115,7 @@ class Ending:
                 return
             ours = [number for number in numbers if signal.getsignal(number) == self.handle]
             if ours:
-                first = first or now
+                first = now if first is None else first
                 again = signal.SIGINT in ours and now - first > AGAIN
                 if not end and (again or not self._work or not self._work.unsaved):
                     end = now + FORCE
