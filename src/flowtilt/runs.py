@@ -14,6 +14,7 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
 from flowtilt.files import append_line, clean, disk_errors, read_lines, whole_folder, write_atomic, write_json
 from flowtilt.pictures import to_png
+from flowtilt.trust import RECIPE, of_recipe, remember
 
 JOB = "torchrun.txt"
 """The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
@@ -42,8 +43,15 @@ def create(recipe: Recipe) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     if name := distributed.job():
         write_atomic(folder / JOB, name)
-    write_atomic(folder / "recipe.toml", to_toml(recipe))
+    write_recipe(folder, recipe)
     return folder
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes a run's recipe, and notes it as the user's own where it runs code of its own."""
+    write_atomic(folder / RECIPE, to_toml(recipe))
+    if of_recipe(recipe):
+        remember(folder)
 
 
 def of_job(recipe: Recipe, world: distributed.World) -> Path | None:

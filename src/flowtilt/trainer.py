@@ -13,7 +13,7 @@ import torch
 
 from flowtilt import checkpoint, distributed, runs
 from flowtilt.compiling import compile_blocks
-from flowtilt.config import Recipe, recipe_names, to_toml
+from flowtilt.config import Recipe, recipe_names
 from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
 from flowtilt.display import Display
 from flowtilt.distil import Distillation
@@ -21,7 +21,7 @@ from flowtilt.environment import describe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
 from flowtilt.export import write_fake, write_lora
-from flowtilt.files import append_line, clean, read_lines, write_atomic, write_json
+from flowtilt.files import append_line, clean, read_lines, write_json
 from flowtilt.guards import Guards
 from flowtilt.hybrid import Hybrid
 from flowtilt.learn import Learner
@@ -149,7 +149,7 @@ class Trainer:
             raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
             runs.rewind(folder, self.clock.step or -1)
-            write_atomic(folder / "recipe.toml", to_toml(self.recipe))
+            runs.write_recipe(folder, self.recipe)
         # a kill may have come before there were any
         if main and (self.below or self.fake_below) and not (folder / BENEATH).is_dir():
             keep(self.below, folder, **({"fake": self.fake_below} if self.fake_below else {}))
