@@ -13,9 +13,10 @@ from flowtilt.lora import Lora, join
 from flowtilt.lora.fit import check
 from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
 from flowtilt.lora.stacked import kept, leading, read_stack
-from flowtilt.lora.write import DIFFUSERS, add_parents, to_diffusers, to_generator_ema, to_peft
+from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy import Policy
 from flowtilt.stack import model_settings, recipe_of
+from flowtilt.trust import RECIPE, is_ours, remember
 
 FORMATS = {
     "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
@@ -37,7 +38,7 @@ tags: [text-to-image, lora, flowtilt, {objective}]
 ---
 # {name}
 
-A LoRA of rank {rank} (alpha {alpha:g}) on `{base}`, {made} with {objective} by [flowtilt](https://pypi.org/project/flowtilt).
+A LoRA of rank {rank} (alpha {rank}) on `{base}`, {made} with {objective} by [flowtilt](https://pypi.org/project/flowtilt).
 
 - rewards: {rewards}
 - rollouts: {steps}, of {prompts} prompts x {images} images; seed {seed}
@@ -113,7 +114,6 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         made="distilled" if recipe.objective.type == "acdmd" else "reinforced",
         objective=recipe.objective.type,
         rank=recipe.lora.rank,
-        alpha=recipe.lora.alpha,
         rewards=", ".join(f"{name} x {reward.weight:g}" for name, reward in recipe.reward_table().items()),
         steps=step,
         prompts=recipe.rollout.prompts,
@@ -179,7 +179,9 @@ def export(places: Sequence[Path | str], output: Path, to: str, *, model: str | 
             to_generator_ema(lora, temporary, name)
         if to != "generator_ema" and len(loras) == 1 + len(loras[-1].parents):
             _take_card(lora, Path(loras[-1].source).parent, temporary, output, to)
-    return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=max(lora.alphas.values()))
+    if (output / RECIPE).is_file() and is_ours(Path(loras[-1].source).parent.parent):
+        remember(output)  # a copy of the user's own recipe is the user's own
+    return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=RTDMD_RATIO * lora.ranks()[0])
 
 
 def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> None:
@@ -193,7 +195,7 @@ def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> No
     }[to]
     text = LOADS.sub(lambda _: load, card.read_text(encoding="utf-8"), count=1)
     text = re.sub(f"^{ON_TOP.format(others='.*')}", JOINED, text, count=1, flags=re.MULTILINE)
-    size = f"A LoRA of rank {lora.ranks()[-1]} (alpha {max(lora.alphas.values()):g})"
+    size = f"A LoRA of rank {lora.ranks()[-1]} (alpha {lora.ranks()[-1]})"
     text = re.sub(r"^A LoRA of rank \S+ \(alpha [^)]+\)", size, text, count=1, flags=re.MULTILINE)
     (folder / "README.md").write_text(text.replace(BESIDE, WITHIN), encoding="utf-8")
-    shutil.copy(recipe, folder / "recipe.toml")
+    shutil.copy(recipe, folder / RECIPE)

@@ -25,7 +25,7 @@ from flowtilt.files import append_line, clean, read_lines, write_json
 from flowtilt.guards import Guards
 from flowtilt.hybrid import Hybrid
 from flowtilt.learn import Learner
-from flowtilt.lora import Lora, fingerprint
+from flowtilt.lora import Lora, are_named, fingerprint
 from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
 from flowtilt.memory import MicroBatch
@@ -142,7 +142,7 @@ class Trainer:
         self.world.barrier()
         found = checkpoint.newest(folder) if resume else None
         if found:
-            if found.state["parents"] != self.parents:
+            if not are_named(self.below, found.state["parents"]):
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
             self._load(found)
         if self.clock.step > self.recipe.steps:

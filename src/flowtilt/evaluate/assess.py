@@ -67,7 +67,8 @@ def assess(
         say: told in a line what is left out.
 
     Raises:
-        UserError: something can't be loaded, a recipe of somebody else's runs code, an eta that the solver does not have, the folder holds another evaluation, or a reward fails.
+        UserError: something can't be loaded, a recipe of somebody else's runs code, the solver does not have the eta, the folder
+            holds another evaluation, or a reward fails.
     """
     world = distributed.start()
     added = read_stack(loras)
