@@ -23,7 +23,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any]
         if problem["type"] == "value_error":  # our own checks name their key
             key, _, text = problem["msg"].removeprefix("Value error, ").partition(": ")
         elif problem["type"] == "union_tag_invalid":
-            text = f"must be {_or(problem.get('ctx', {})['expected_tags'].split(', '))}, not {problem['input']['type']!r}"
+            text = f"must be {_or(problem.get('ctx', {})['expected_tags'].split(', '))}, not {problem['input']['type']!r:.80}"
             key += ".type"
         elif problem["type"] == "extra_forbidden":
             text = _owner(key, model, tree) or _unknown(key, keys)
@@ -86,7 +86,7 @@ def _unknown(key: str, keys: list[str]) -> str:
 def _complaint(problem: Any) -> str:
     if problem["type"] == "missing":
         return "has too few values" if isinstance(problem["loc"][-1], int) else "is missing"
-    return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r}"
+    return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r:.200}"
 
 
 def _either(texts: list[str]) -> str:
