@@ -51,7 +51,7 @@ def _load(source: str | Path, overrides: Sequence[str]) -> Recipe:
         table = key.removesuffix(".solver")
         if key in ("rollout.solver", "evaluate.solver") and not origins.get(f"{table}.eta", "").startswith("command line"):
             _leave_cps(tree[table], tree[table])
-        origins = _newer(origins, {key: f"command line: {item}"})
+        origins = _newer(origins, {key: f"command line: {item:.300}"})
     return validate(tree, origins, str(source))
 
 

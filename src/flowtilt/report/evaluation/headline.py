@@ -42,7 +42,7 @@ def subject(protocol: Record) -> str:
     model = str(protocol.get("model") or "unknown model").rstrip("/").split("/")[-1]
     lora = protocol.get("lora")
     names = [_lora_name(part) for part in lora if part] if isinstance(lora, list) else []
-    return f"{model} with {' and '.join(names)}" if names else model
+    return f"{model} with the LoRA{'s' * (len(names) > 1)} {' and '.join(names)}" if names else model
 
 
 def _lora_name(lora: object) -> str:
