@@ -63,6 +63,10 @@ def test_words_may_come_before_and_after_options():
         (["sample", "a red circle", "--solver", "eulr"], "eulr"),
         (["sample", "a red circle", "--steps", "0"], "--steps"),
         (["sample", "a red circle", "--steps", "x"], "--steps"),
+        (["sample", "a red circle", "-o", "x.xyz"], "can't write .xyz files; choose one of .png, .jpg"),
+        (["sample", "a red circle", "--seed", "1", "--seed", "2"], "--seed: given twice"),
+        (["sample", "a red circle", "-o", "x.png", "--output", "y.png"], "-o/--output: given twice"),
+        (["evaluate", "--images", "2", "--images", "3"], "--images: given twice"),
         (["plan", "--gpu", "h200"], "required: recipe (see"),
         (["dance"], "there is no 'dance'; choose from train, sample"),
         (["trian", "playground"], "did you mean 'train'?"),
@@ -125,8 +129,10 @@ def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, learnt, 
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     picture = Image.open(tmp_path / "one.png")
     assert picture.size == (256 + 4 + 256, 256)
-    assert main(["sample", "a red circle", "--steps", "4", "-o", str(tmp_path / "base.png")]) == 0
-    assert Image.open(tmp_path / "base.png").size == (256, 256)
+    for name, kind in (("base.png", "PNG"), ("base.jpg", "JPEG"), ("base.WEBP", "WEBP"), ("base", "PNG")):
+        assert main(["sample", "a red circle", "--steps", "1", "-o", str(tmp_path / name)]) == 0
+        written = Image.open(tmp_path / name)
+        assert (written.format, written.size) == (kind, (256, 256))
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):

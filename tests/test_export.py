@@ -147,7 +147,7 @@ def test_two_loras_exported_as_one_draw_what_the_stack_draws(base, loras, tmp_pa
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_one_lora_keeps_its_alpha_for_whoever_loads_it(exact_base, tmp_path, to):
+def test_one_lora_keeps_its_scale_for_whoever_loads_it(exact_base, tmp_path, to):
     lora = random_lora(shapes_of(plain(exact_base).transformer), alpha=14.0, ends=("to_q", "to_add_out"))
     assert lora.scales() == [3.5]
     to_diffusers(lora, tmp_path / "lora")
@@ -158,12 +158,27 @@ def test_one_lora_keeps_its_alpha_for_whoever_loads_it(exact_base, tmp_path, to)
         same(lora, read_lora(tmp_path / "out"))
 
 
+def test_a_file_has_its_full_strength_for_whoever_reads_no_metadata(exact_base, learnt, tmp_path):
+    """ComfyUI, a state dict given to diffusers, and its `load_lora_adapter` do not see the alpha of the header."""
+    lora = random_lora(shapes_of(plain(exact_base).transformer), rank=32, alpha=64.0, size=0.02, ends=("to_q", "to_add_out"))
+    to_diffusers(lora, tmp_path / "written")
+    for folder in (tmp_path / "written", learnt / "lora"):
+        file = folder / "pytorch_lora_weights.safetensors"
+        with_header, by_dict, by_adapter = plain(exact_base), plain(exact_base), plain(exact_base)
+        with_header.load_lora_weights(folder)
+        by_dict.load_lora_weights(load_file(file))
+        by_adapter.transformer.load_lora_adapter(load_file(file), prefix="transformer")
+        images = by_diffusers(with_header)
+        assert torch.equal(by_diffusers(by_dict), images) and torch.equal(by_diffusers(by_adapter), images)
+    same(read_lora(tmp_path / "written"), lora)
+
+
 def test_ranks_and_alphas_that_differ_are_kept_by_diffusers_and_peft(base, loras, tmp_path):
     ours = by_us(base, [read_lora(loras[0])])
     for to in ("diffusers", "peft"):
         export(loras[:1], tmp_path / to, to)
         close(ours, by_diffusers(LOADERS[to](base, tmp_path / to)), plain(base))
-    with pytest.raises(UserError, match="one of each; choose --to peft"):
+    with pytest.raises(UserError, match="one rank; choose --to peft"):
         export(loras[:1], tmp_path / "flat", "generator_ema")
     assert not (tmp_path / "flat").exists()
 
@@ -199,7 +214,9 @@ def test_in_an_fp32_base_merged_loras_have_the_stacks_bits(exact_base, tmp_path)
     for k, lora in enumerate(two):
         to_diffusers(lora, tmp_path / str(k))
     export([tmp_path / "0", tmp_path / "1"], tmp_path / "out", "pipeline", model=str(exact_base))
-    assert torch.equal(by_us(tmp_path / "out", []), by_us(exact_base, two))
+    read = [read_lora(tmp_path / str(k)) for k in range(2)]
+    assert torch.equal(by_us(tmp_path / "out", []), by_us(exact_base, read))
+    close(by_us(exact_base, two), by_us(exact_base, read), plain(exact_base))
 
 
 # from a run ------------------------------------------------------------------------------------------
@@ -210,7 +227,7 @@ def test_a_runs_export_has_a_card_whose_snippet_works(learnt, tmp_path, to):
     line = export([learnt], tmp_path / "out", to)
     assert str(tmp_path / "out") in line and "\n" not in line
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "rank 32 (alpha 64)" in text and "score:" in text and str(learnt) not in text and "`recipe.toml` in this folder" in text
+    assert "rank 32 (alpha 32)" in text and "score:" in text and str(learnt) not in text and "`recipe.toml` in this folder" in text
     assert (tmp_path / "out" / "recipe.toml").read_bytes() == (learnt / "recipe.toml").read_bytes()
     scope = {}
     exec(text.split("```python\n")[1].split("```")[0], scope)
@@ -356,10 +373,10 @@ def test_the_command(learnt, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out.count("\n") == 1 and str(tmp_path / to) in out and not err
     twice = read_lora(tmp_path / "generator_ema")
-    assert twice.ranks() == [64] and twice.scales() == [1.0]
+    assert twice.ranks() == [64] and twice.scales() == [2.0]
     one = read_lora(learnt)
     for name, (a, b) in twice.layers.items():
-        torch.testing.assert_close(b @ a, 3 * one.layers[name][1] @ one.layers[name][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(b @ a, one.layers[name][1] @ one.layers[name][0], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["diffusers", "peft", "generator_ema"])

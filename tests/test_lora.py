@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from flowtilt import Trainer, UserError
-from flowtilt.lora import Lora, join
+from flowtilt.lora import Lora, baked, join
 from flowtilt.lora.find import split_alpha
 from flowtilt.lora.fit import check, load_lora, shapes_of
 from flowtilt.lora.read import read_lora
@@ -47,7 +47,9 @@ def random_lora(shapes, rank=4, alpha=10.0, seed=0, size=0.1, ends=("to_q", "add
 
 
 def same(one, two):
-    assert one.layers.keys() == two.layers.keys() and dict(one.alphas) == dict(two.alphas)
+    """The same LoRA bit for bit, wherever its scale stands: files have it in B, a checkpoint in its run's alpha."""
+    one, two = baked(one), baked(two)
+    assert one.layers.keys() == two.layers.keys()
     for name, pair in one.layers.items():
         assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(pair, two.layers[name], strict=True)), name
 
@@ -72,7 +74,7 @@ def drawn(drawing, role):
 
 @pytest.mark.parametrize("first", WRITERS)
 @pytest.mark.parametrize("second", WRITERS)
-def test_a_round_trip_through_any_two_formats_loses_no_bit_and_no_alpha(shapes, tmp_path, first, second):
+def test_a_round_trip_through_any_two_formats_loses_no_bit_and_no_scale(shapes, tmp_path, first, second):
     lora = random_lora(shapes)
     WRITERS[first](lora, tmp_path / "1")
     read = read_lora(tmp_path / "1")
@@ -119,7 +121,7 @@ def test_a_flat_state_dict_without_an_alpha_asks_for_it(shapes, tmp_path):
 
 def test_what_follows_the_at_sign_overrules_the_file(shapes, tmp_path):
     to_diffusers(random_lora(shapes, alpha=10.0), tmp_path / "lora@7")
-    assert set(read_lora(tmp_path / "lora@7").alphas.values()) == {10.0}  # a path that exists is one
+    assert set(read_lora(tmp_path / "lora@7").alphas.values()) == {4.0}  # a path that exists is one
     assert set(read_lora(f"{tmp_path}/lora@7@2.5").alphas.values()) == {2.5}
     assert split_alpha("no@where") == (split_alpha("no@where")[0], None)
     for wrong in ("", "x", "0", "-1", "nan", "inf"):
@@ -194,12 +196,13 @@ def test_alpha_may_stand_in_a_tensor_beside_its_layer(shapes, tmp_path):
 def test_a_run_its_lora_folder_and_its_checkpoints_are_loras(learnt):
     checkpoint = sorted((learnt / "checkpoints").iterdir())[-1]
     run = read_lora(learnt)
-    assert set(run.scales()) == {recipe_of(learnt).lora.alpha / recipe_of(learnt).lora.rank} != {1.0}
+    scale = recipe_of(learnt).lora.alpha / recipe_of(learnt).lora.rank
+    assert scale == 2 and run.scales() == [1.0] and read_lora(checkpoint).scales() == [scale]
     for place in (learnt / "lora", learnt / "lora" / "pytorch_lora_weights.safetensors", checkpoint, checkpoint / "ema.safetensors"):
         same(run, read_lora(place))
         assert recipe_of(place) == recipe_of(learnt)
     current = read_lora(checkpoint / "current.safetensors")
-    assert current.alphas == run.alphas and not torch.equal(current.layers[Q][1], run.layers[Q][1])
+    assert current.scales() == [scale] and not torch.equal(current.layers[Q][1], run.layers[Q][1])
     assert recipe_of(pipeline_path()) is None
 
 
@@ -282,12 +285,20 @@ def test_a_policy_starts_as_a_lora_bit_for_bit(shapes, ends):
     assert policy.equal("old", "current") and policy.equal("ema", "current")
 
 
+def test_a_policy_takes_a_lora_of_another_scale_by_rescaling_it(shapes):
+    """Bit for bit where the ratio is a power of two, as between a written file, alpha 4, and a run's alpha 16."""
+    for alpha, tolerance in ((4.0, 0.0), (10.0, 2e-5)):
+        lora = random_lora(shapes, alpha=alpha)
+        policy = Policy(model(), rank=4, alpha=16.0, seed=0)
+        load_lora(policy, lora)
+        torch.testing.assert_close(drawn(policy, "ema"), drawn(Stack(model(), [lora]), "tuned"), atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"rank": 2}, "rank 2 and alpha 10, but lora.rank is 4 and lora.alpha 10"),
-        ({"alpha": 8.0}, "rank 4 and alpha 8, but lora.rank is 4 and lora.alpha 10"),
-        ({"mixed": True}, "rank 4, 7 and alpha 2.5, 10, but"),
+        ({"rank": 2}, "rank 2, but lora.rank is 4"),
+        ({"mixed": True}, "rank 4, 7, but lora.rank is 4"),
         ({"ends": ("ff.net.2",)}, "layers that are not trained"),
     ],
 )

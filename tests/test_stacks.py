@@ -1,5 +1,6 @@
 """LoRAs on top of one another: what lay beneath in training is named in every file, put there, and nothing else is taken for it."""
 
+import hashlib
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from flowtilt import UserError, checkpoint
 from flowtilt.config import load_recipe, to_toml
 from flowtilt.evaluate.assess import assess
 from flowtilt.export import export, write_lora
-from flowtilt.lora import PARENTS, Lora, fingerprint, join
+from flowtilt.lora import PARENTS, Lora, baked, fingerprint, is_named, join
 from flowtilt.lora.find import CONFIG
 from flowtilt.lora.fit import check, load_lora, shapes_of
 from flowtilt.lora.read import read_lora
@@ -81,8 +82,19 @@ def test_a_lora_is_the_same_one_in_every_format_and_as_a_checkpoint(learnt, tmp_
     assert len({fingerprint(read_lora(place)) for place in places}) == 1
     half = {name: x.bfloat16() for name, x in flat(read_lora(learnt)).items()}
     torch.save(half, tmp_path / "half.pt")
-    others = [f"{learnt}@32", newest / "current.safetensors", f"{tmp_path / 'half.pt'}@64"]
+    others = [f"{learnt}@16", newest / "current.safetensors", f"{tmp_path / 'half.pt'}@64"]
     assert len({fingerprint(read_lora(place)) for place in (learnt, *others)}) == 4
+
+
+def test_fingerprints_of_the_first_version_are_still_known(shapes):
+    """It had B as it is and alpha in them; runs on disk name their parents by those."""
+    lora = random_lora(shapes)
+    old = hashlib.sha256()
+    for layer, (a, b) in sorted(lora.layers.items()):
+        old.update(f"{layer} {list(a.shape)} {list(b.shape)} {float(lora.alphas[layer]).hex()}\n".encode())
+        old.update(a.numpy().tobytes() + b.numpy().tobytes())
+    assert is_named(lora, old.hexdigest()) and is_named(lora, fingerprint(lora)) and old.hexdigest() != fingerprint(lora)
+    assert not is_named(random_lora(shapes, alpha=8.0), old.hexdigest()) and not is_named(lora, "0" * 64)
 
 
 def test_layers_have_no_order_and_every_number_counts(shapes):
@@ -117,10 +129,10 @@ def test_a_checkpoint_says_what_its_run_was_trained_on(shapes, cold, tuned):
     lora = read_lora(tuned)
     state = checkpoint.Checkpoint(1, {"parents": list(lora.parents)}, {"ema": flat(lora, "{}.lora_{}.weight")})
     folder = checkpoint.save(tuned, state, keep=1)
-    assert hashes(read_stack([f"{folder}@3"])) == hashes(read_stack([tuned])) == hashes([read_lora(cold), lora])
+    assert hashes(read_stack([f"{folder}@2"])) == hashes(read_stack([tuned])) == hashes([read_lora(cold), lora])
 
 
-def test_plain_diffusers_and_peft_pass_over_it_and_keep_alpha(shapes, tmp_path):
+def test_plain_diffusers_and_peft_pass_over_it_and_keep_the_scale(shapes, tmp_path):
     bare = random_lora(shapes, **COLD)
     for name, writer in (("diffusers", to_diffusers), ("peft", to_peft)):
         drawn = []
@@ -133,14 +145,14 @@ def test_plain_diffusers_and_peft_pass_over_it_and_keep_alpha(shapes, tmp_path):
         assert set(opened.metadata()) == {"format", "lora_adapter_metadata", PARENTS}
     pipeline = load_as_diffusers(pipeline_path(), tmp_path / "diffusers" / "on")
     layer = pipeline.transformer.get_submodule("transformer_blocks.1.attn.to_q")
-    assert layer.scaling["default_0"] == bare.scale("transformer_blocks.1.attn.to_q") != 1
+    assert layer.scaling["default_0"] == 1 != bare.scale("transformer_blocks.1.attn.to_q")
 
 
 def test_the_configuration_beside_generator_ema_is_still_pefts(shapes, tmp_path):
     to_generator_ema(on(random_lora(shapes), random_lora(shapes, **COLD)), tmp_path)
     with pytest.warns(UserWarning, match=PARENTS):
         config = LoraConfig.from_pretrained(str(tmp_path))
-    assert (config.r, config.lora_alpha) == (4, 10)
+    assert (config.r, config.lora_alpha) == (4, 8)
 
 
 @pytest.mark.parametrize("said", ["nonsense", '["not a hash"]', '{"a": 1}', 7])
@@ -294,7 +306,7 @@ def test_an_export_for_rtdmd_is_one_lora_of_the_summed_rank(shapes, tmp_path):
     cold = write_run(tmp_path / "cold", random_lora(shapes))
     top = write_run(tmp_path / "rl", on(random_lora(shapes, seed=2), read_lora(cold)), cold)
     line = export([top], tmp_path / "out", "generator_ema")
-    assert "with rank 8 and alpha 8" in line
+    assert "with rank 8 and alpha 16" in line
     theirs = by_diffusers(LOADERS["generator_ema"](pipeline_path(), tmp_path / "out"))
     torch.testing.assert_close(theirs, by_us(pipeline_path(), read_stack([top])), atol=1e-4, rtol=0)
 
@@ -322,9 +334,10 @@ def snippet(card):
 
 def test_the_cards_snippet_adds_both_in_plain_diffusers(shapes, carded):
     card = (carded / "lora" / "README.md").read_text()
-    assert f"- on top of `{carded}/on/1`, which has to be loaded, too" in card and "rank 2 (alpha 3)" in card
+    assert f"- on top of `{carded}/on/1`, which has to be loaded, too" in card and "rank 2 (alpha 2)" in card
     pipe, stack = snippet(card), read_stack([carded])
-    assert len(stack) == 2 and torch.equal(stack[1].layers[Q][1], random_lora(shapes, **RL).layers[Q][1])
+    top = baked(random_lora(shapes, **RL)).layers[Q][1]
+    assert len(stack) == 2 and torch.equal(stack[1].layers[Q][1], top)
     whole = by_diffusers(pipe)
     torch.testing.assert_close(whole, by_us(pipeline_path(), stack), atol=1e-4, rtol=0)
     for name, part in (("beneath_1", stack[0]), ("top", stack[1])):

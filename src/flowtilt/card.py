@@ -88,7 +88,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         made="distilled" if recipe.objective.type == "acdmd" else "reinforced",
         objective=recipe.objective.type,
         rank=recipe.lora.rank,
-        alpha=recipe.lora.alpha,
+        alpha=recipe.lora.rank,
         rewards=", ".join(f"{name} x {reward.weight:g}" for name, reward in recipe.reward_table().items()),
         steps=step,
         prompts=recipe.rollout.prompts,

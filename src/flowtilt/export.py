@@ -12,9 +12,10 @@ from flowtilt.lora import Lora, join
 from flowtilt.lora.fit import check
 from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
 from flowtilt.lora.stacked import leading, read_stack
-from flowtilt.lora.write import DIFFUSERS, add_parents, to_diffusers, to_generator_ema, to_peft
+from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy import Policy
 from flowtilt.stack import model_settings, recipe_of
+from flowtilt.trust import RECIPE, is_ours, remember
 
 FORMATS = {
     "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
@@ -84,7 +85,9 @@ def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: 
             to_generator_ema(lora, temporary, name)
         if to != "generator_ema" and len(loras) == 1 + len(loras[-1].parents):
             _take_card(lora, Path(loras[-1].source).parent, temporary, output, to)
-    return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=max(lora.alphas.values()))
+    if (output / RECIPE).is_file() and is_ours(Path(loras[-1].source).parent.parent):
+        remember(output)  # a copy of the user's own recipe is the user's own
+    return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=RTDMD_RATIO * lora.ranks()[0])
 
 
 def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> None:
@@ -93,7 +96,6 @@ def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> No
     if own.name != "lora" or not card.is_file() or not recipe.is_file():
         return
     text = card.read_text(encoding="utf-8")
-    (folder / "README.md").write_text(
-        exported(text, load_recipe(recipe), lora.ranks()[-1], max(lora.alphas.values()), output, to), encoding="utf-8"
-    )
-    shutil.copy(recipe, folder / "recipe.toml")
+    rank = lora.ranks()[-1]
+    (folder / "README.md").write_text(exported(text, load_recipe(recipe), rank, rank, output, to), encoding="utf-8")
+    shutil.copy(recipe, folder / RECIPE)

@@ -272,8 +272,10 @@ class Policy:
                 self._version[role] = self._version[known]
 
     def save_lora(self, folder: str, role: str = "ema") -> None:
-        """Writes a role as `pytorch_lora_weights.safetensors` with its alpha; plain diffusers loads it."""
+        """Writes a role as `pytorch_lora_weights.safetensors`, alpha / rank in B as in `lora.baked`; plain diffusers loads it."""
+        scale = self.config.lora_alpha / self.config.r
+        state = {name: weight * scale if name.endswith(".lora_B.weight") else weight for name, weight in self.state(role).items()}
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
-        self.model.save_lora(folder, self.state(role), config)
+        self.model.save_lora(folder, state, config | {"lora_alpha": self.config.r})
         for file in Path(folder).glob("*.safetensors"):
             settle(file)

@@ -31,6 +31,7 @@ from flowtilt.locks import FILES as LOCKS
 from flowtilt.locks import HOLDER, Hold
 from flowtilt.pictures import to_png
 from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
+from flowtilt.trust import RECIPE, of_recipe, remember
 
 JOB = "torchrun.txt"
 """The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
@@ -59,7 +60,7 @@ def create(recipe: Recipe) -> Hold:
     try:
         if name := distributed.job():
             write_atomic(hold.folder / JOB, name)
-        write_atomic(hold.folder / "recipe.toml", to_toml(recipe))
+        write_recipe(hold.folder, recipe)
     except BaseException:
         hold.release()
         raise
@@ -109,6 +110,13 @@ def _check_free(folder: Path) -> None:
         raise UserError(f"run {folder}: not empty; go on with `flowtilt train --resume {folder}` or choose another run=…")
     if any(made_by(name) not in ("recipe.toml", JOB, HOLDER) for name in left):
         raise UserError(f"run {folder}: not empty and no run; choose another run=…")
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes a run's recipe, and notes it as the user's own where it runs code of its own."""
+    write_atomic(folder / RECIPE, to_toml(recipe))
+    if of_recipe(recipe):
+        remember(folder)
 
 
 def of_job(recipe: Recipe, world: distributed.World) -> Path | None:

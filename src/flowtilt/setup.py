@@ -10,7 +10,7 @@ from flowtilt.config.objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.distributed import World
 from flowtilt.errors import UserError
 from flowtilt.held_out import SPLIT
-from flowtilt.lora import Lora, fingerprint, join
+from flowtilt.lora import Lora, are_named, join
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, load_lora, shapes_of
 from flowtilt.lora.read import read_lora
@@ -76,7 +76,7 @@ def fake_beneath(recipe: Recipe, resume: Path | None) -> Lora | None:
         if not fake.parents:
             return fake
         below = read_lora((run_of(where) or Path(where)) / BENEATH / "fake")
-        if (fingerprint(below),) != fake.parents:
+        if not are_named([below], fake.parents):
             raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
         return join([below, fake])
     except UserError as error:

@@ -1,6 +1,6 @@
 """LoRAs on a pipeline, for drawing: "tuned" adds all of them up, "base" is without any."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,24 @@ from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.trust import RECIPE
+from flowtilt.trust import check as check_trust
 
 
 def recipe_of(place: Path) -> Recipe | None:
-    """The recipe of the run that a LoRA lies in, none for one from elsewhere."""
+    """The recipe of the run that a LoRA lies in, none for one from elsewhere; to be read, not to be run: see `vouch`."""
     run = run_of(place)
-    return found_again(load_recipe(run / "recipe.toml"), run) if run else None
+    return found_again(load_recipe(run / RECIPE), run) if run else None
+
+
+def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:
+    """Raises UserError where `parts` of the recipe of `recipe_of` may not be run; see `trust.check`.
+
+    Args:
+        given: the user trusts them.
+    """
+    if run := run_of(place):
+        check_trust(run, parts, given)
 
 
 def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:

@@ -14,7 +14,7 @@ import torch
 
 from flowtilt import checkpoint, distributed, inputs, runs, signals, tracking
 from flowtilt.compiling import compile_blocks
-from flowtilt.config import Recipe, recipe_names, to_toml
+from flowtilt.config import Recipe, recipe_names
 from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
 from flowtilt.display import Display
 from flowtilt.distil import Distillation
@@ -22,12 +22,12 @@ from flowtilt.environment import describe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
 from flowtilt.export import write_fake, write_lora
-from flowtilt.files import append_line, write_atomic, write_json
+from flowtilt.files import append_line, write_json
 from flowtilt.guards import Guards
 from flowtilt.held_out import score_name_of
 from flowtilt.hybrid import Hybrid
 from flowtilt.learn import Learner
-from flowtilt.lora import Lora, fingerprint
+from flowtilt.lora import Lora, are_named, fingerprint
 from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
 from flowtilt.memory import MicroBatch
@@ -170,7 +170,7 @@ class Trainer:
             self._folder.create(self.recipe)
         main, folder = self.world.rank == 0, self._folder.path
         if found := self._folder.newest() if resume else None:
-            if found.state["parents"] != self.parents:
+            if not are_named(self.below, found.state["parents"]):
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
             self._load(found)
         if self.clock.step > self.recipe.steps:
@@ -178,7 +178,7 @@ class Trainer:
         if main and resume:
             runs.rewind(folder, self.clock.step or -1)
             checkpoint.prune(folder, self.recipe.checkpoint.keep)
-            write_atomic(folder / "recipe.toml", to_toml(self.recipe))
+            runs.write_recipe(folder, self.recipe)
         # a kill may have come before there were any
         if main and (self.below or self.fake_below) and not (folder / BENEATH).is_dir():
             keep(self.below, folder, **({"fake": self.fake_below} if self.fake_below else {}))

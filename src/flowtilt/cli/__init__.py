@@ -24,10 +24,26 @@ EPILOG = """examples:
 """
 
 
+class Once(argparse.Action):
+    """Stores a value; an option that is given twice is an error, where argparse would keep the last one silently."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        given = namespace.__dict__.setdefault("once", set())
+        if option_string and self.dest in given:
+            raise argparse.ArgumentError(self, "given twice, but takes one value")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints look like all others, and whose words may come before and after options."""
 
     _mixing = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._subparsers or self._mixing:

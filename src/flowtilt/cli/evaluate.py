@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.cli.quiet import quieten
-from flowtilt.cli.words import count, say, words
+from flowtilt.cli.words import TRUST, count, say, words
 from flowtilt.errors import UserError
 
 REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function, or name=http://host:port'
@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--save-images", action="store_true", help="keep every image at its full size; of a finished evaluation they are drawn once more"
     )
+    evaluate.add_argument("--trust", action="store_true", help=TRUST)
     evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images through the network at once (found by trying)")
     evaluate.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(%(default)s)")
     evaluate.set_defaults(call=_evaluate)
@@ -82,6 +83,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             compat=args.compat,
             save_images=args.save_images,
             micro_batch=args.micro_batch or "auto",
+            trust=args.trust,
             say=say,
         )
     except KeyboardInterrupt:

@@ -7,9 +7,11 @@ from typing import Any
 
 from flowtilt import signals, torchrun
 from flowtilt.cli.quiet import quieten
+from flowtilt.cli.words import TRUST
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.errors import UserError
 from flowtilt.held_out import score_name_of
+from flowtilt.trust import RECIPE, check, of_recipe
 
 
 def add(commands: Any) -> None:
@@ -22,6 +24,7 @@ def add(commands: Any) -> None:
     train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
     train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
     train.add_argument("--changed", action="store_true", help="resume although prompts, reward files or the model have changed")
+    train.add_argument("--trust", action="store_true", help=TRUST)
     train.set_defaults(call=_train)
 
     sample = commands.add_parser("sample", help="draw prompts, base and tuned side by side from the same noise")
@@ -42,7 +45,8 @@ def add(commands: Any) -> None:
     sample.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sample.add_argument("--same-noise", action="store_true", help="start all prompts from one noise")
     sample.add_argument("--no-base", action="store_true", help="draw only the tuned model")
-    sample.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help="(%(default)s)")
+    sample.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help=".png, .jpg or .webp (%(default)s)")
+    sample.add_argument("--trust", action="store_true", help=TRUST)
     sample.set_defaults(call=_sample)
 
     commands.add_parser("recipes", help="list the recipes").set_defaults(call=_recipes)
@@ -60,6 +64,9 @@ def _train(args: argparse.Namespace) -> int:
 
         believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
         recipe = open_run(args.resume, args.overrides, believed)
+        given = of_recipe(believed) if believed else {}
+        own = of_recipe(load_recipe(args.resume / RECIPE))
+        check(args.resume, {key: value for key, value in own.items() if given.get(key) != value}, args.trust)
     elif args.recipe:
         recipe = load_recipe(args.recipe, args.overrides)
     else:
@@ -129,6 +136,7 @@ def _sample(args: argparse.Namespace) -> int:
         eta=args.eta,
         same_noise=args.same_noise,
         base_too=not args.no_base,
+        trust=args.trust,
     )
     print(written)
     return 0

@@ -5,6 +5,9 @@ import sys
 
 from flowtilt.errors import printable
 
+TRUST = "run the Python files and contact the servers that a recipe from elsewhere names (docs/lora.md)"
+"""The help of --trust."""
+
 
 def words(text: str) -> list[str]:
     """What stands between commas; something must."""

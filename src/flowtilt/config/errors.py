@@ -23,7 +23,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any]
         if problem["type"] == "value_error":  # our own checks name their key
             key, _, text = problem["msg"].removeprefix("Value error, ").partition(": ")
         elif problem["type"] == "union_tag_invalid":
-            text = f"must be {_or(problem.get('ctx', {})['expected_tags'].split(', '))}, not {problem['input']['type']!r}"
+            text = f"must be {_or(problem.get('ctx', {})['expected_tags'].split(', '))}, not {problem['input']['type']!r:.80}"
             key += ".type"
         elif problem["type"] == "extra_forbidden":
             text = _owner(key, model, tree) or _unknown(key, keys)
@@ -88,7 +88,7 @@ def _complaint(problem: Any) -> str:
         return "has too few values" if isinstance(problem["loc"][-1], int) else "is missing"
     if problem["input"] == "" and problem["type"] != "literal_error":  # which lists what there is
         return "is empty, give it a value"
-    return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r}"
+    return problem["msg"].removeprefix("Input ").replace("should be", "must be") + f", not {problem['input']!r:.200}"
 
 
 def _either(texts: list[str]) -> str:

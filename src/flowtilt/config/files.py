@@ -5,8 +5,9 @@ starts from another recipe.
 """
 
 import json
+import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,9 @@ from flowtilt.config.errors import explain
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
 from flowtilt.sources import is_missing_file
+
+LONGEST_NUMBER = 300
+"""Digits of a whole number in a recipe; every key's own bound is far below."""
 
 
 def recipe_names() -> list[str]:
@@ -32,16 +36,23 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such recipe, a file that is not TOML, or keys and values that do not fit: all of
             them, each with its origin, and the nearest key.
     """
+    try:
+        return _load(source, overrides)
+    except RecursionError:
+        raise UserError(f"recipe {source!s:.200}: tables or lists are nested too deeply") from None
+
+
+def _load(source: str | Path, overrides: Sequence[str]) -> Recipe:
     tree, origins = _read(str(source), ())
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
-            raise UserError(f"override {item!r} is not key=value")
+            raise UserError(f"override {item!r:.200} is not key=value")
         key = _set(tree, key.strip().split("."), _value(text), item)
         table = key.removesuffix(".solver")
         if key in ("rollout.solver", "evaluate.solver") and not origins.get(f"{table}.eta", "").startswith("command line"):
             _leave_cps(tree[table], tree[table])
-        origins = _newer(origins, {key: f"command line: {item}"})
+        origins = _newer(origins, {key: f"command line: {item:.300}"})
     _drop_examples(tree, origins)
     return validate(tree, origins, str(source))
 
@@ -59,6 +70,9 @@ def _drop_examples(tree: dict[str, Any], origins: dict[str, str]) -> None:
 
 def validate(tree: dict[str, Any], origins: dict[str, str], where: str) -> Recipe:
     """Checks a tree of values; `origins` says where a key was set."""
+    for key, value in _values(tree):
+        if isinstance(value, int) and abs(value) > 10**LONGEST_NUMBER:  # which JSON would not write
+            raise UserError(f"recipe {where}: {key:.80}: a number of more than {LONGEST_NUMBER} digits [{origins.get(key, where):.200}]")
     try:
         return Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)  # str: of a date, so that run=2026-01-31 is a name
     except ValidationError as error:
@@ -94,7 +108,7 @@ def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str,
     text, where = _find(source)
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, or Python's of a number of thousands of digits
         raise UserError(f"recipe {where}: not TOML: {error}") from None
     base = tree.pop("base", None)
     if isinstance(tree.get("model"), str):
@@ -103,7 +117,7 @@ def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str,
     if base is None:
         return tree, origins
     if not isinstance(base, str):
-        raise UserError(f"recipe {where}: base = {base!r} must name another recipe")
+        raise UserError(f"recipe {where}: base = {base!r:.80} must name another recipe")
     base_source = base if base in recipe_names() else str(Path(where).parent / base)
     seen = (*seen, _identity(source))
     if _identity(base_source) in seen:
@@ -114,7 +128,7 @@ def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str,
 
 
 def _identity(source: str) -> str:
-    return source if source in recipe_names() else str(Path(source).resolve())
+    return source if source in recipe_names() else os.path.realpath(source)
 
 
 def _find(source: str) -> tuple[str, str]:
@@ -122,16 +136,16 @@ def _find(source: str) -> tuple[str, str]:
     if source in names:
         return resources.files("flowtilt.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8"), f"{source}.toml"
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(source):  # unlike pathlib's, false also for a name that is too long or has a zero byte in it
         try:
             return path.read_text(encoding="utf-8-sig"), str(path)
         except UnicodeDecodeError:
             raise UserError(f"recipe {path}: not UTF-8 text") from None
         except OSError as error:
             raise UserError(f"recipe {path}: {error.strerror}") from None
-    near = get_close_matches(source, names, 1)
+    near = get_close_matches(source[:100], names, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"give a .toml file or one of: {', '.join(names)}"
-    raise UserError(f"recipe {source!r}: no such recipe or file; {hint}")
+    raise UserError(f"recipe {source!r:.200}: no such recipe or file; {hint}")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
@@ -139,6 +153,18 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in tree.items():
         found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
     return found
+
+
+def _values(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no table or list, with its table's key."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _values(value, f"{key}.{name}" if key else name)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _values(value, key)
+    else:
+        yield key, tree
 
 
 def _newer(below: dict[str, str], above: dict[str, str]) -> dict[str, str]:
@@ -179,7 +205,7 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UserError(f"override {item!r}: {part!r} is a value, not a table")
+            raise UserError(f"override {item!r:.200}: {part!r} is a value, not a table")
     if parts == ["objective", "type"] and node.get("type", "nft") != value:
         node.clear()
     node[parts[-1]] = value
@@ -189,5 +215,5 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text

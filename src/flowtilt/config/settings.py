@@ -9,6 +9,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flowtilt.config.keys import Key, keys_of
 from flowtilt.config.objectives import (
+    LEVELS,
+    NO_CLIP,
+    ROLLOUTS,
+    WEIGHT,
     ACDMDSettings,
     GRPOSettings,
     MatchingSettings,
@@ -16,9 +20,12 @@ from flowtilt.config.objectives import (
     ObjectiveSettings,
     RTDMDSettings,
     Settings,
+    Weight,
 )
 from flowtilt.sources import absolute
 
+IMAGES = 10_000_000
+"""Bound of images, and of prompts."""
 CPS_ETA = 0.9
 """That of the few-step students which RTDMD (arXiv 2605.26108) distils."""
 
@@ -32,7 +39,7 @@ class ModelSettings(Settings):
     """Of the frozen base; "auto" is bfloat16 on a GPU and float32 on a CPU. LoRA weights and latents are always float32."""
     t5_length: int | None = Field(default=None, ge=0, le=512)
     """Tokens of the T5 prompt; none takes the family's own: for SD3 DiffusionNFT's 128, or what its T5 reads, 0 without one."""
-    resolution: int | None = Field(default=None, ge=8)
+    resolution: int | None = Field(default=None, ge=8, le=16_384)
     """Height and width of the images in pixels; none takes the pipeline's own."""
     adapter: str | None = Field(default=None, min_length=1)
     """The class "file.py:Class" that adapts a family which flowtilt does not know (docs/add-a-model.md)."""
@@ -55,9 +62,9 @@ class ModelSettings(Settings):
 
 
 class LoraSettings(Settings):
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=16_384)
     """Rank r of the LoRA update."""
-    alpha: float = Field(default=64.0, gt=0)
+    alpha: float = Field(default=64.0, gt=0, le=WEIGHT)
     """The update is alpha / r times B A."""
     init: str | None = Field(default=None, min_length=1)
     """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the base without it."""
@@ -88,17 +95,17 @@ def _known_eta(eta: Any, info: ValidationInfo) -> Any:
 
 
 class RolloutSettings(Settings):
-    prompts: int = Field(default=48, ge=1)
+    prompts: int = Field(default=48, ge=1, le=IMAGES)
     """Prompts a rollout."""
-    images_per_prompt: int = Field(default=24, ge=1)
+    images_per_prompt: int = Field(default=24, ge=1, le=IMAGES)
     """Images of each prompt: the group within which rewards are compared, so two at least where there are any."""
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "dpm2"
     """ODE solver of the rollout, or "cps" (arXiv 2509.05952), whose steps but the last are stochastic: for few steps."""
     eta: float | None = Field(default=None, gt=0, le=1)
     """How much of the noise is new in a step of cps, 0.9 where none is said; the other solvers have none."""
-    steps: int = Field(default=10, ge=1)
+    steps: int = Field(default=10, ge=1, le=LEVELS)
     """Solver steps."""
-    guidance: float = Field(default=1.0, ge=1)
+    guidance: float = Field(default=1.0, ge=1, le=WEIGHT)
     """Classifier-free guidance scale of the rollout; 1 turns it off."""
 
     _eta = field_validator("eta", mode="before")(_known_eta)
@@ -113,49 +120,49 @@ class RolloutSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, le=WEIGHT)
     """Peak learning rate of AdamW."""
-    warmup: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, le=ROLLOUTS)
     """Optimizer steps of linear warm-up."""
-    half_life: int | None = Field(default=None, ge=1)
+    half_life: int | None = Field(default=None, ge=1, le=ROLLOUTS)
     """After this many optimizer steps the rate is half the peak: lr / (1 + s / half_life), whatever `steps` is; none keeps it constant."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averages."""
-    weight_decay: float = Field(default=1e-4, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0, le=WEIGHT)
     """AdamW's decay of the LoRA weights."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=WEIGHT)
     """AdamW's epsilon."""
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, le=NO_CLIP)
     """Greatest norm of the gradient."""
-    steps_per_rollout: int = Field(default=1, ge=1)
+    steps_per_rollout: int = Field(default=1, ge=1, le=IMAGES)
     """Optimizer steps a rollout, each on its own share of the images."""
 
 
 class CheckpointSettings(Settings):
-    every: int = Field(default=10, ge=1)
+    every: int = Field(default=10, ge=1, le=ROLLOUTS)
     """Rollouts between checkpoints."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=ROLLOUTS)
     """Newest checkpoints that are kept."""
 
 
 class EvaluateSettings(Settings):
-    every: int = Field(default=10, ge=0)
+    every: int = Field(default=10, ge=0, le=ROLLOUTS)
     """Rollouts between evaluations; 0 evaluates only before and after."""
     prompts: str | None = None
     """Prompt file or a set's name; none takes the other split of a playground run, else the training prompts."""
     rewards: tuple[str, ...] = ()
     """Rewards to report, the first of them as the score, "geneval/strict" being a detail of one; none takes those of `[rewards]`."""
-    images: int = Field(default=240, ge=1)
+    images: int = Field(default=240, ge=1, le=IMAGES)
     """Images, spread evenly over tags and prompts, always from the same noise."""
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "euler"
     """ODE solver, or "cps", as in `[rollout]`."""
     eta: float | None = Field(default=None, gt=0, le=1)
     """How much of the noise is new in a step of cps, 0.9 where none is said; the other solvers have none."""
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=40, ge=1, le=LEVELS)
     """Solver steps."""
-    guidance: float = Field(default=1.0, ge=1)
+    guidance: float = Field(default=1.0, ge=1, le=WEIGHT)
     """Classifier-free guidance scale; 1 turns it off."""
-    samples: int = Field(default=24, ge=0)
+    samples: int = Field(default=24, ge=0, le=IMAGES)
     """Images of each evaluation that are kept for the report."""
 
     _eta = field_validator("eta", mode="before")(_known_eta)
@@ -164,7 +171,7 @@ class EvaluateSettings(Settings):
 class RewardSettings(Settings):
     source: str | None = Field(default=None, min_length=1)
     """A built-in reward's name, "file.py:function", or the address of a `flowtilt serve-rewards`; none takes the key's own name."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Its weight in the sum; 0 is measured and not trained on."""
     compat: bool = False
     """Give upstream's numbers also where upstream is wrong (docs/rewards.md says where)."""
@@ -177,15 +184,15 @@ class RewardSettings(Settings):
 
 
 class Recipe(Settings):
-    name: str = Field(default="run", pattern=r"^\.*[\w-][\w.-]*$")
+    name: str = Field(default="run", pattern=r"^\.*[\w-][\w.-]*$", max_length=100)
     """What the run is called; its folder has this name, so dots alone are none."""
     model: ModelSettings
     """The base model."""
     prompts: str = Field(min_length=1)
     """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
-    tags: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] = Field(default_factory=dict)
     """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out."""
-    rewards: dict[str, float | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
+    rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
     combine: Literal["sum", "normalized"] = "sum"
     """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""
@@ -198,13 +205,13 @@ class Recipe(Settings):
     lora: LoraSettings = LoraSettings()
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=ROLLOUTS)
     """Rollouts."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**64 - 1)
     """Seed of every random draw."""
     run: str | None = None
     """Folder of the run; none makes runs/<name>, numbered if that is taken."""
-    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch: Annotated[int, Field(le=IMAGES)] | Literal["auto"] = "auto"
     """Images, or noised images, that pass through the network at once: a matter of memory, never of results."""
     shard: Literal["none", "base"] = "none"
     """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a device; needs a micro_batch."""
@@ -230,6 +237,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         images = self.rollout.images()
+        if images > IMAGES:
+            raise ValueError(f"rollout.images_per_prompt: {images} images in a rollout are too many; at most {IMAGES}")
         if self.optimizer.steps_per_rollout > images:
             raise ValueError(f"optimizer.steps_per_rollout: more steps than the {images} images of a rollout")
         for name, table in (("rollout", self.rollout), ("evaluate", self.evaluate)):

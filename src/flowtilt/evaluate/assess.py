@@ -27,7 +27,8 @@ from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 from flowtilt.rollout import Sampler, sampler_of
 from flowtilt.setup import judges_of, load_prompts
-from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of
+from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of, vouch
+from flowtilt.trust import of_model, of_rewards
 
 
 def assess(
@@ -49,6 +50,7 @@ def assess(
     compat: bool = False,
     save_images: bool = False,
     micro_batch: int | str = "auto",
+    trust: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Draws, judges and writes `folder`; goes on where it was interrupted. Returns results.json's content on the first rank.
@@ -62,23 +64,28 @@ def assess(
         images: spread over the prompts; or else `images_per_prompt` of each.
         compare_base: also draw the model without LoRAs, from the same noise, and give paired differences.
         compat: upstream's numbers, of the rewards that have such a mode.
+        trust: the recipe that lies with the LoRA may run its own code and contact its servers; a run of this user's may anyway.
         say: told in a line what is left out.
 
     Raises:
-        UserError: something can't be loaded, an eta that the solver does not have, the folder holds another evaluation, or a reward fails.
+        UserError: something can't be loaded, a recipe of somebody else's runs code, the solver does not have the eta, the folder
+            holds another evaluation, or a reward fails.
     """
     world, folder = distributed.start(), Path(folder)
     added = read_stack(loras)
     if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
     recipe = _recipe_for(model, added, complete=bool(prompts and rewards))
+    settings = model_settings(model, recipe, resolution)
+    if added and recipe:
+        theirs = [] if rewards else [(one.name, one.source, one.options) for one in judges_of(recipe)]
+        vouch(leading(added), of_model(settings) | of_rewards(theirs), trust)
     e = recipe.evaluate if recipe else default_evaluation(model)
     sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
     named = _named(rewards, recipe, compat)
     loaded = _load_sets(prompts or _own_prompts(recipe))
     if not prompts and images is None and images_per_prompt is None:
         images = e.images
-    settings = model_settings(model, recipe, resolution)
     judges, left_out = load_named(named, device=world.device, home=home(settings.offload, world.device))
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)

@@ -48,11 +48,36 @@ class Lora:
         return sorted({self.scale(layer) for layer in self.layers})
 
 
+def baked(lora: Lora, ratio: float = 1.0) -> Lora:
+    """The same LoRA with alpha = `ratio` x rank in every layer: what it had beyond that is in B.
+
+    Whoever loads it without its alpha, as most tools do, then has its full strength. A scale that is a power of two, as alpha 64
+    of rank 32, changes no bit of W + scale B A; any other rounds each number of B once.
+    """
+    layers = {layer: (a, b if lora.scale(layer) == ratio else b * (lora.scale(layer) / ratio)) for layer, (a, b) in lora.layers.items()}
+    alphas = {layer: ratio * lora.rank(layer) for layer in lora.layers}
+    return Lora(layers, alphas, lora.source, lora.parents)
+
+
 def fingerprint(lora: Lora) -> str:
-    """Which LoRA it is, whatever file it came in: SHA-256, hexadecimal, of its layers' names, fp32 weights and alphas.
+    """Which LoRA it is, whatever file it came in: SHA-256, hexadecimal, of its layers' names, A, and B with its scale in it, in fp32.
 
     A file in half precision holds another LoRA, with another fingerprint, than the fp32 one that it was rounded from.
     """
+    return _digest(baked(lora))
+
+
+def is_named(lora: Lora, name: str) -> bool:
+    """Whether `name` is this LoRA's fingerprint, or the one that flowtilt 0.1 gave it, of B as it is and alpha."""
+    return name in (fingerprint(lora), _digest(lora))
+
+
+def are_named(loras: Sequence[Lora], names: Sequence[str]) -> bool:
+    """Whether `names` are the fingerprints of `loras`, in order."""
+    return len(loras) == len(names) and all(map(is_named, loras, names))
+
+
+def _digest(lora: Lora) -> str:
     found = hashlib.sha256()
     for layer, (a, b) in sorted(lora.layers.items()):
         found.update(f"{layer} {list(a.shape)} {list(b.shape)} {float(lora.alphas[layer]).hex()}\n".encode())

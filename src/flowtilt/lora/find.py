@@ -86,10 +86,21 @@ def run_of(place: Path | str) -> Path | None:
 def _inside(path: Path) -> Path:
     if (path / "model_index.json").is_file():
         raise UserError(f"lora {path}: this is a whole pipeline; give it as --model")
-    for file in (path / folder / name for folder in FOLDERS for name in FILES):
-        if file.is_file():
-            return file
+    if file := first_in(path):
+        return file
     if path.exists():
-        raise UserError(f"lora {path}: no LoRA there; give a run, a checkpoint, a folder of diffusers or PEFT, or the file itself")
-    hub = f"; if it is on the hub, give the folder that `hf download {path}` prints" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
-    raise UserError(f"lora {path}: no such file or folder{hub}")
+        inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and first_in(folder)] if path.is_dir() else []
+        where = f"; {' and '.join(map(str, inner[:4]))} have one" if inner else ""
+        rather = "give a run, a checkpoint, a folder of diffusers or PEFT, or the file itself"
+        raise UserError(f"lora {path}: no LoRA there{where or f'; {rather}'}")
+    repository = str(path).rpartition("@")[0] or str(path)  # an alpha may follow
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", repository)
+    raise UserError(
+        f"lora {path}: no such file or folder"
+        + (f"; if it is on the hub, give the folder that `hf download {repository}` prints" if on_hub else "")
+    )
+
+
+def first_in(path: Path) -> Path | None:
+    """The weights file of a folder, or none."""
+    return next((file for file in (path / folder / name for folder in FOLDERS for name in FILES) if file.is_file()), None)

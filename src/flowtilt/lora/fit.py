@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flowtilt.errors import UserError
-from flowtilt.lora import Lora
+from flowtilt.lora import Lora, baked
 from flowtilt.policy import ROLES, Policy
 
 
@@ -39,17 +39,20 @@ def check(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def load_lora(policy: Policy, lora: Lora) -> None:
-    """Every role of the policy starts as this LoRA, bit for bit; layers that it lacks start as they would without it, from B = 0.
+    """Every role of the policy starts as this LoRA; layers that it lacks start as they would without it, from B = 0.
+
+    Another scale than the policy's goes into B: bit for bit the same update where their ratio is a power of two.
 
     Raises:
-        UserError: another rank or alpha than the policy's, a layer that the policy does not train, or another base.
+        UserError: another rank than the policy's, a layer that the policy does not train, or another base.
     """
     check(lora, shapes_of(policy.model.network))
     rank, alpha = policy.config.r, float(policy.config.lora_alpha)
-    ranks, alphas = lora.ranks(), sorted(set(lora.alphas.values()))
-    if ranks != [rank] or alphas != [alpha]:
-        theirs = f"rank {_listed(ranks)} and alpha {_listed(alphas)}"
-        raise UserError(f"lora {lora.source}: {theirs}, but lora.rank is {rank} and lora.alpha {alpha:g}; set them to its own")
+    ranks = lora.ranks()
+    if ranks != [rank]:
+        theirs = ", ".join(map(str, ranks))
+        raise UserError(f"lora {lora.source}: rank {theirs}, but lora.rank is {rank}; set it to the file's own")
+    lora = baked(lora, alpha / rank)
     state = policy.state("current")
     trained = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
     beyond = lora.layers.keys() - trained
@@ -63,7 +66,3 @@ def load_lora(policy: Policy, lora: Lora) -> None:
         state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = a, b
     for role in ROLES:
         policy.load_state(role, state)
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)

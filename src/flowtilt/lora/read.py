@@ -1,9 +1,9 @@
-"""Reading LoRAs: diffusers' and PEFT's files, flat state dicts as RTDMD's generator_ema.pt, and our own checkpoints.
+"""Reading LoRAs: files of diffusers, PEFT, kohya, ComfyUI and ai-toolkit, flat state dicts as RTDMD's, and our own checkpoints.
 
-Tensor names tell the layers, so one reader serves all. What differs is who knows alpha: diffusers' file has
-it in its metadata, or in older files in a tensor beside the layer, or it is the rank; PEFT has it in
-adapter_config.json; a checkpoint's run in its recipe; a flat state dict nowhere, so that it must be told. The same
-places, but a checkpoint's state.json for the recipe, say which LoRAs lie beneath one that we trained.
+Tensor names tell the layers, so one reader serves all. What differs is who knows alpha: a header or a tensor beside
+the layer; PEFT's adapter_config.json; a checkpoint's run in its recipe; else diffusers and other tools take the rank, and
+a flat state dict must be told. The same places, but a checkpoint's state.json for the recipe, say which LoRAs lie beneath
+one that we trained.
 """
 
 import json
@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowtilt import weights
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
+from flowtilt.faults import first_line
 from flowtilt.lora import PARENTS, Lora
+from flowtilt.lora.alpha import by_config, in_header, number, read_config
 from flowtilt.lora.find import Found, find
+from flowtilt.lora.names import UNDERSCORED, own_name, to_diffusers
 
-PREFIXES = ("module.", "base_model.model.", "transformer.")
-"""Of DDP, PEFT and diffusers."""
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts that torch's wrappers put into names."""
-NAME = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?|lora\.(?P<old>down|up))\.weight")
-"""PEFT's names, with or without the adapter's, and diffusers' older ones."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to start that also change the base, so that B A alone is not the difference."""
-BEYOND_LORA = ("modules_to_save", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices")
-"""Keys of a PEFT configuration by which an adapter is more than W + scale B A."""
+NAME = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?|lora[._](?P<old>down|up))\.weight")
+"""PEFT's names, with or without the adapter's; diffusers' older ones; kohya's."""
+RANK_MEANT = ("transformer.", "diffusion_model.", "model.diffusion_model.", *UNDERSCORED)
+"""Beginnings of names of tools that take the rank for alpha where nothing tells it: diffusers, ComfyUI, ai-toolkit, kohya."""
+TEXT_ENCODERS = ("text_encoder", "lora_te", "text_model", "clip_l", "clip_g", "t5xxl")
+"""Beginnings of text encoders' layers in various tools' files."""
+OTHERS = {
+    "lokr_": "a LoKr of LyCORIS",
+    "hada_": "a LoHa of LyCORIS",
+    "oft_": "an OFT adapter",
+    "dora_scale": "a DoRA",
+    "lora_magnitude_vector": "a DoRA",
+    "_lora.down": "a LoRA of an early diffusers, for its attention processors",
+}
+"""What a tensor's name says of a file without LoRA pairs."""
+LARGEST = 3e38
+"""Near the largest fp32 number: an update beyond it would be infinite."""
 
 
 def read_lora(place: Path | str) -> Lora:
@@ -43,32 +51,67 @@ def read_lora(place: Path | str) -> Lora:
         UserError: there is none, it is damaged or incomplete, it is more than a LoRA, or nothing tells its alpha.
     """
     found = find(place)
-    tensors, metadata = _load(found.weights)
-    pairs, alphas = _sort(found.weights, tensors)
-    layers = {layer: _pair(found.weights, layer, sides) for layer, sides in pairs.items()}
-    if not layers:
-        first = f"{len(tensors)} tensors, {min(tensors)} first" if tensors else "nothing"
-        raise UserError(
-            f"lora {found.weights}: holds {first}; LoRA weights have names such as transformer_blocks.0.attn.to_q.lora_A.weight"
-        )
-    of_diffusers = any(name.startswith("transformer.") for name in tensors)
-    told = _alphas(found, {layer: len(a) for layer, (a, _) in layers.items()}, metadata, alphas, of_diffusers)
-    return Lora(layers, told, str(found.weights), _parents(found, metadata))
+    file = found.weights
+    tensors, metadata = _load(file)
+    pairs, beside = _sort(file, tensors)
+    if not pairs:
+        raise UserError(f"lora {file}: {_instead(tensors)}; LoRA weights have names such as transformer_blocks.0.attn.to_q.lora_A.weight")
+    named = {layer: _pair(file, layer, sides) for layer, sides in pairs.items()}
+    alphas = _alphas(found, {layer: len(a) for layer, (a, _) in named.items()}, metadata, beside, any(map(_means_rank, tensors)))
+    _check_size(file, named, alphas)
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    own_alphas: dict[str, float] = {}
+    for layer, (a, b) in named.items():
+        own = to_diffusers(layer, a, b)
+        if own is None:
+            raise UserError(
+                f"lora {file}: {layer} [{len(b)}, {a.shape[1]}] is named as another tool names layers, but is none of SD3 or FLUX.1; "
+                "convert the file to diffusers' format"
+            )
+        if twice := own.keys() & layers.keys():
+            raise UserError(f"lora {file}: holds {min(twice)} twice, under names of two tools")
+        layers |= own
+        own_alphas |= dict.fromkeys(own, alphas[layer])
+    return Lora(layers, own_alphas, str(file), _parents(found, metadata))
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors by their names in the file, and a safetensors file's metadata."""
     if file.suffix != ".safetensors":
-        tensors = weights.read(file)
-        other = next((f"{name}, a {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)), None)
-        if other:
-            raise UserError(f"lora {file}: holds {other}, instead of named tensors alone")
-        return tensors, {}
+        found = weights.read(file)
+        return {name: _dense(file, _text(file, name), value) for name, value in found.items()}, {}
     try:
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"lora {file}: not a readable safetensors file ({error})") from None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+            metadata = opened.metadata() or {}
+    except Exception as error:  # of a damaged header, or of a type that torch does not have
+        kind = f"{first_line(error)}" if isinstance(error, SafetensorError | OSError) else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"lora {file}: not a readable safetensors file ({kind})") from None
+    return {name: _dense(file, name, value) for name, value in tensors.items()}, metadata
+
+
+def _text(file: Path, name: object) -> str:
+    if not isinstance(name, str):
+        raise UserError(f"lora {file}: holds {name!r:.40} instead of a tensor's name")
+    return name
+
+
+def _dense(file: Path, name: str, value: object) -> Tensor:
+    """A tensor whose numbers are all in the file."""
+    if not isinstance(value, Tensor):
+        raise UserError(f"lora {file}: holds {name:.80}, a {type(value).__name__}, instead of named tensors alone")
+    odd = (
+        "on no device" if value.is_meta
+        else "sparse" if value.layout != torch.strided
+        else "nested" if value.is_nested
+        else "quantized" if value.is_quantized
+        else "complex" if value.is_complex()
+        else "larger than its storage" if value.untyped_storage().nbytes() < value.numel() * value.element_size()
+        else ""
+    )  # fmt: skip
+    if odd:
+        raise UserError(f"lora {file}: {name:.80} is {odd}; LoRA weights are plain tensors of real numbers")
+    return value.detach()
 
 
 def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
@@ -76,18 +119,26 @@ def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     adapters: set[str] = set()
+    seen: set[tuple[str, str, str | None]] = set()
     beyond = []
     for key, value in tensors.items():
-        name = _own_name(key)
+        name = own_name(key)
         match = NAME.fullmatch(name)
         if match:
             side = match["side"] or {"down": "A", "up": "B"}[match["old"]]
             adapters.add(match["adapter"] or "")
+            if (match["layer"], side, match["adapter"]) in seen:
+                raise UserError(f"lora {file}: holds lora_{side} of {match['layer']} twice, under two names")
+            seen.add((match["layer"], side, match["adapter"]))
             pairs.setdefault(match["layer"], {})[side] = value
         elif name.endswith(".alpha") and value.numel() == 1:
-            alphas[name.removesuffix(".alpha")] = float(value)
+            layer = name.removesuffix(".alpha")
+            alphas[layer] = number(file, layer, value.item())
         else:
             beyond.append(key)
+    text = next((layer for layer in pairs if layer.startswith(TEXT_ENCODERS)), None)
+    if text:
+        raise UserError(f"lora {file}: also changes the text encoder ({text}), which is not supported: only the network's layers can be")
     if pairs and beyond:
         raise UserError(
             f"lora {file}: also holds {min(beyond)}; an adapter with biases, DoRA's magnitudes or whole weights can't be added to a base"
@@ -95,18 +146,15 @@ def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str
     if len(adapters) > 1:
         names = ", ".join(sorted(name or "one without a name" for name in adapters))
         raise UserError(f"lora {file}: holds several adapters ({names}); save the one that is meant")
-    text = next((layer for layer in pairs if layer.startswith("text_encoder")), None)
-    if text:
-        raise UserError(f"lora {file}: also changes the text encoder ({text}), which is not supported: only the network's layers can be")
     return pairs, alphas
 
 
-def _own_name(key: str) -> str:
-    """A tensor's name without what wrappers, PEFT and diffusers put around it."""
-    name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
+def _instead(tensors: Mapping[str, Tensor]) -> str:
+    """What a file without pairs is."""
+    for part, kind in OTHERS.items():
+        if name := next((name for name in tensors if part in name), None):
+            return f"{kind} ({name}), which is not supported"
+    return f"holds {len(tensors)} tensors, {min(tensors)} first" if tensors else "holds nothing"
 
 
 def _pair(file: Path, layer: str, sides: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -114,85 +162,80 @@ def _pair(file: Path, layer: str, sides: Mapping[str, Tensor]) -> tuple[Tensor, 
         there, lacking = ("A", "B") if "A" in sides else ("B", "A")
         raise UserError(f"lora {file}: {layer} has lora_{there} and no lora_{lacking}; the file is incomplete")
     a, b = sides["A"], sides["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
         raise UserError(f"lora {file}: lora_A {list(a.shape)} and lora_B {list(b.shape)} of {layer} are no [r, in] and [out, r]")
+    for side, x in (("A", a), ("B", b)):
+        if not x.is_floating_point():
+            raise UserError(
+                f"lora {file}: lora_{side} of {layer} holds {str(x.dtype).removeprefix('torch.')}; weights are floating-point numbers"
+            )
     return a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous()
 
 
+def _check_size(file: Path, layers: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float]) -> None:
+    """Raises UserError where an update is not finite."""
+    for layer, (a, b) in layers.items():
+        largest = [float(x.abs().max()) for x in (a, b)]  # NaN and infinity come through
+        if largest[0] * largest[1] * abs(alphas[layer]) < LARGEST:  # each product of r terms, times alpha / r
+            continue
+        for side, x in (("A", a), ("B", b)):
+            if broken := int((~x.isfinite()).sum()):
+                raise UserError(
+                    f"lora {file}: lora_{side} of {layer} has {broken} of {x.numel()} values NaN or infinite; the file is broken"
+                )
+        raise UserError(f"lora {file}: the update of {layer} overflows, with an alpha of {alphas[layer]:g}")
+
+
+def _means_rank(name: str) -> bool:
+    return name.startswith(RANK_MEANT) or ".lora_down." in name
+
+
 def _alphas(
-    found: Found, ranks: Mapping[str, int], metadata: Mapping[str, str], tensors: Mapping[str, float], of_diffusers: bool
+    found: Found, ranks: Mapping[str, int], metadata: Mapping[str, str], beside: Mapping[str, float], means_rank: bool
 ) -> dict[str, float]:
-    """Alpha of each layer: what the user says, else what the file's own format says."""
+    """Alpha of each layer: what the user says, else what the file's own format says.
+
+    Args:
+        beside: alphas in tensors beside their layers.
+        means_rank: a file of a tool that takes the rank where nothing else is told.
+    """
     if found.alpha is not None:
         return dict.fromkeys(ranks, found.alpha)
-    if of_diffusers:
-        written = _json(found.weights, metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        config = {key.removeprefix("transformer."): value for key, value in written.items() if key.startswith("transformer.")}
-        if "lora_alpha" in config:
-            return _by_config(found.weights, config, ranks)
-        # without either, diffusers takes the rank
-        return {layer: tensors.get(layer, float(rank)) for layer, rank in ranks.items()}
+    file = found.weights
+    if config := in_header(file, metadata):
+        told = by_config(file, config, ranks)
+        if other := next((layer for layer in ranks if beside.get(layer, told[layer]) != told[layer]), None):
+            raise UserError(
+                f"lora {file}: its header has {told[other]:g} as alpha of {other}, the tensor beside that layer {beside[other]:g}; "
+                f"write {file}@ALPHA with what is right"
+            )
+        return told
+    if means_rank:
+        return {layer: beside.get(layer, float(rank)) for layer, rank in ranks.items()}
     if found.config:
-        return _by_config(found.config, _json(found.config, found.config.read_bytes()), ranks)
+        return by_config(found.config, read_config(found.config), ranks)
     if found.run:
         return dict.fromkeys(ranks, load_recipe(found.run / "recipe.toml").lora.alpha)
-    if ranks.keys() <= tensors.keys():
-        return {layer: tensors[layer] for layer in ranks}
+    if ranks.keys() <= beside.keys():
+        return {layer: beside[layer] for layer in ranks}
     raise UserError(
-        f"lora {found.weights}: its format does not tell alpha; write {found.weights}@ALPHA, RTDMD's being 64 for its rank 32, "
+        f"lora {file}: its format does not tell alpha; write {file}@ALPHA, RTDMD's being 64 for its rank 32, "
         "or put its adapter_config.json beside it"
     )
 
 
 def _parents(found: Found, metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Fingerprints of what lies beneath: as the file has them, else the configuration beside it, else its checkpoint."""
+    told: Any = []
     if found.run:
-        state = found.weights.parent / "state.json"
-        told = _json(state, state.read_bytes()).get("state", {}).get("parents", [])
+        state = read_config(found.weights.parent / "state.json").get("state", {})
+        told = state.get("parents", []) if isinstance(state, dict) else state
     else:
-        config = _json(found.config, found.config.read_bytes()) if found.config and PARENTS not in metadata else metadata
-        text = config.get(PARENTS, "[]")
+        text = (read_config(found.config) if found.config and PARENTS not in metadata else metadata).get(PARENTS, "[]")
         try:
             told = json.loads(text)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             told = text
     if not isinstance(told, list) or not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in told):
         raise UserError(f"lora {found.weights}: what it says of the LoRAs beneath it is damaged: {told!r:.80}")
     return tuple(told)
-
-
-def _json(file: Path, text: str | bytes) -> dict[str, Any]:
-    try:
-        read = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"lora {file}: its configuration is damaged ({error})") from None
-    if not isinstance(read, dict):
-        raise UserError(f"lora {file}: its configuration is a {type(read).__name__} instead of an object")
-    return read
-
-
-def _by_config(file: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Alpha of each layer as a PEFT configuration has it.
-
-    Under rsLoRA (arXiv 2312.03732) PEFT scales by alpha / sqrt(r); that is an alpha of sqrt(r) times as much here.
-    """
-    kind = str(config.get("peft_type") or "LORA").rpartition(".")[2]
-    start = str(config.get("init_lora_weights")).lower()
-    beyond = [key for key in BEYOND_LORA if config.get(key)] + ["bias"] * (config.get("bias") not in (None, "none"))
-    if kind != "LORA":
-        raise UserError(f"lora {file}: a {kind} adapter, not a LoRA")
-    if beyond:
-        raise UserError(f"lora {file}: {beyond[0]} = {config[beyond[0]]!r} makes it more than a LoRA; it can't be added to a base")
-    if start.startswith(CHANGES_BASE):
-        raise UserError(f"lora {file}: init_lora_weights = {start!r} changes the base, too; convert it to a plain LoRA with PEFT")
-    rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    found = {}
-    for layer, rank in ranks.items():
-        said = rank_of.get(get_pattern_key(list(rank_of), layer), config.get("r", rank))
-        alpha = alpha_of.get(get_pattern_key(list(alpha_of), layer), config.get("lora_alpha"))
-        if said != rank:
-            raise UserError(f"lora {file}: says rank {said} for {layer}, but the weights have rank {rank}; they don't belong together")
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            raise UserError(f"lora {file}: lora_alpha of {layer} is {alpha!r}; it must be a number")
-        found[layer] = alpha * rank**0.5 if config.get("use_rslora") else float(alpha)
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.files import whole_folder
-from flowtilt.lora import Lora, fingerprint
+from flowtilt.lora import Lora, are_named, fingerprint, is_named
 from flowtilt.lora.find import run_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers
@@ -58,7 +58,8 @@ def read_onto(place: Path | str, beneath: Sequence[Lora]) -> Lora:
 def leading(loras: Sequence[Lora]) -> Path:
     """The file of the LoRA whose run says how several are drawn: the first that is not beneath another one."""
     beneath = {parent for lora in loras for parent in lora.parents}
-    return Path(next((lora.source for lora in loras if beneath and fingerprint(lora) not in beneath), loras[0].source))
+    top = (lora for lora in loras if beneath and not any(is_named(lora, parent) for parent in beneath))
+    return Path(next(top, loras[0]).source)
 
 
 def keep(loras: Sequence[Lora], run: Path, **others: Lora) -> None:
@@ -75,7 +76,7 @@ def kept(run: Path) -> list[Path]:
 
 def _fits(lora: Lora, stack: Sequence[Lora]) -> bool:
     """Whether a LoRA can follow those: it names none, or the last of them."""
-    return not lora.parents or tuple(map(fingerprint, stack[-len(lora.parents) :])) == lora.parents
+    return not lora.parents or are_named(stack[-len(lora.parents) :], lora.parents)
 
 
 def _in_run(lora: Lora, above: tuple[str, ...]) -> list[Lora] | None:
@@ -86,7 +87,7 @@ def _in_run(lora: Lora, above: tuple[str, ...]) -> list[Lora] | None:
             found = _read(places, (*above, lora.source))
         except UserError:  # gone, or another one by now
             continue
-        if tuple(map(fingerprint, found)) == lora.parents:
+        if are_named(found, lora.parents):
             return found
     return None
 

@@ -1,6 +1,8 @@
 """Writing a LoRA for others: diffusers' file, a PEFT folder, RTDMD's flat state dict.
 
-Each comes with its alpha, and with the fingerprints of what lies beneath it under a key that others pass over.
+ComfyUI, `load_lora_weights(state_dict)` and others do not read the alpha that diffusers and PEFT write, and take the rank. So
+alpha is the rank in what is written, and the scale is in B; RTDMD's own settings have alpha = 2 x rank. The fingerprints of what
+lies beneath stand under a key that others pass over.
 """
 
 import json
@@ -17,12 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from flowtilt.errors import UserError
-from flowtilt.lora import PARENTS, Lora
+from flowtilt.lora import PARENTS, Lora, baked
 from flowtilt.lora.find import CONFIG
 from flowtilt.tensors import save_file, settle
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives its file."""
+RTDMD_RATIO = 2.0
+"""Alpha / rank in RTDMD's settings."""
 
 
 def peft_config(lora: Lora, base: str | None = None) -> LoraConfig:
@@ -40,7 +44,8 @@ def peft_config(lora: Lora, base: str | None = None) -> LoraConfig:
 
 
 def to_diffusers(lora: Lora, folder: Path) -> None:
-    """Writes pytorch_lora_weights.safetensors with alpha in its metadata, for `pipeline.load_lora_weights`."""
+    """Writes pytorch_lora_weights.safetensors, alpha = rank, for `pipeline.load_lora_weights` and whatever reads diffusers' files."""
+    lora = baked(lora)
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in peft_config(lora).to_dict().items()}
     layers: dict[str, Any] = dict(_named(lora, "{}.lora_{}.weight"))
     # of every pipeline whose network is its `transformer`, the file is the same
@@ -59,11 +64,12 @@ def add_parents(file: Path, parents: Sequence[str]) -> None:
 
 
 def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(pipeline.transformer, folder)`.
+    """Writes adapter_config.json and adapter_model.safetensors for `PeftModel.from_pretrained(pipeline.transformer, folder)`; alpha = rank.
 
     Args:
         base: the model's hub id or folder, which the configuration names.
     """
+    lora = baked(lora)
     _save_config(lora, folder, base)
     save_file(
         _named(lora, "base_model.model.{}.lora_{}.weight"), folder / "adapter_model.safetensors", {"format": "pt"} | _told(lora.parents)
@@ -73,12 +79,14 @@ def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
 def to_generator_ema(lora: Lora, folder: Path, base: str | None = None) -> None:
     """Writes generator_ema.pt, RTDMD's flat state dict, and beside it an adapter_config.json, since that tells neither alpha nor parents.
 
+    Alpha is 2 x rank, as RTDMD's 64 of rank 32.
+
     Raises:
-        UserError: its layers differ in rank or alpha; RTDMD reads one of each from its own settings.
+        UserError: its layers differ in rank; RTDMD reads one from its own settings.
     """
-    alphas = set(lora.alphas.values())
-    if len(lora.ranks()) > 1 or len(alphas) > 1:
-        raise UserError(f"lora {lora.source}: its layers differ in rank or alpha, and generator_ema.pt has one of each; choose --to peft")
+    if len(lora.ranks()) > 1:
+        raise UserError(f"lora {lora.source}: its layers differ in rank, and generator_ema.pt has one rank; choose --to peft")
+    lora = baked(lora, RTDMD_RATIO)
     _save_config(lora, folder, base)
     config = folder / CONFIG
     told = json.loads(config.read_text(encoding="utf-8")) | _told(lora.parents)

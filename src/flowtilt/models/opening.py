@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -17,6 +24,7 @@ from flowtilt.config import ModelSettings
 from flowtilt.errors import UserError
 from flowtilt.faults import HINT, first_line, is_fault, told
 from flowtilt.files import digest, shown
+from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
 from flowtilt.placement import stay_away
 from flowtilt.sharding import shard
@@ -118,7 +126,8 @@ def load_pipeline(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if os.path.isdir(place) and not os.path.exists(os.path.join(place, "model_index.json")):
-        raise UserError(f"model {path}: no model_index.json there; give the folder that save_pretrained wrote")
+        lora = "it has a LoRA: give it as --lora, and its base as --model" if first_in(Path(place)) else ""
+        raise UserError(f"model {path}: no model_index.json there; {lora or 'give the folder that save_pretrained wrote'}")
     loggers = [logging for logging in (diffusers_logging, transformers_logging) if logging.is_progress_bar_enabled()]
     for logging in loggers:
         logging.disable_progress_bar()
@@ -164,6 +173,11 @@ def _why(path: str, error: Exception) -> str:
     if any(issubclass(kind, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for kind in kinds) or "offline" in str(error).lower():
         how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
         return f"not on this machine, and {how}; fetch it where there is a network with `hf download {path}`, or give a folder that has it"
+    if any(issubclass(kind, EntryNotFoundError) for kind in kinds) and "model_index.json" in str(error):
+        return (
+            "no pipeline of diffusers (it has no model_index.json); a LoRA is given as --lora, the folder that "
+            f"`hf download {path}` prints, and a pipeline may be in a repository of another name, such as one with -diffusers at its end"
+        )
     if any(issubclass(kind, HfHubHTTPError) for kind in kinds):
         return f"the hub refused: {first_line(error)}"
     return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
