@@ -60,13 +60,13 @@ def evaluated(place, tmp_path, **options):
     return assess(tmp_path / "out", loras=[place], images=2, steps=1, **options)
 
 
-@pytest.mark.parametrize("at", [".", "a", "a/b"])
+@pytest.mark.parametrize("at", ["a/b/lora", "a/b", "a"])
 @pytest.mark.parametrize("place", ["a/b/lora", "a/b/lora/pytorch_lora_weights.safetensors"])
 def test_an_adapter_of_a_found_recipe_is_not_run(downloaded, tmp_path, at, place):
-    """Wherever it is found: beside the LoRA or in a folder above."""
-    if at == "." and not place.endswith("lora"):
-        at = "a"  # it is looked for two levels up, and no further
+    """Wherever it is found: beside the LoRA, in the folder above, or, for a checkpoint, in its run."""
     recipe(downloaded, f"model.adapter={downloaded}/evil.py:SD3", at=at)
+    if at == "a":
+        write_json(downloaded / "a" / "b" / "lora" / "state.json", {"state": {"parents": []}})
     place = downloaded / place
     for call in (drawn, evaluated):
         refused(lambda call=call: call(place, tmp_path), "model.adapter", "evil.py:SD3", "recipe.toml")
@@ -80,10 +80,10 @@ def test_an_adapter_of_a_found_recipe_is_not_run(downloaded, tmp_path, at, place
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["rewards.x={}/evil.py:score", 'evaluate.rewards=["x"]'], "rewards.x is"),
-        (["rewards.x={}/evil.py:score", "evaluate.rewards=[]"], "rewards.x is"),
-        (['rewards.x={{source="{}/evil.py:score"}}', 'evaluate.rewards=["x"]'], "rewards.x is"),
-        (['evaluate.rewards=["{}/evil.py:score"]'], None),  # a slash parts a reward from its detail
+        (["rewards.x=HERE/evil.py:score", 'evaluate.rewards=["x"]'], "rewards.x is"),
+        (["rewards.x=HERE/evil.py:score", "evaluate.rewards=[]"], "rewards.x is"),
+        (['rewards.x={source="HERE/evil.py:score"}', 'evaluate.rewards=["x"]'], "rewards.x is"),
+        (['evaluate.rewards=["HERE/evil.py:score"]'], None),  # a slash parts a reward from its detail
         (['evaluate.rewards=["evil.py:score"]'], "evil.py:score"),
         ([f'rewards.x="{SERVER}"', 'evaluate.rewards=["x"]'], SERVER),
         ([f'rewards.x={{source="unifiedreward",options={{server="{SERVER}"}}}}', 'evaluate.rewards=["x"]'], SERVER),
@@ -95,7 +95,7 @@ def test_rewards_of_a_found_recipe_are_neither_run_nor_contacted(downloaded, tmp
     monkeypatch.setenv("FLOWTILT_REWARD_KEY", "secret")
     monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *args, **options: pytest.fail("contacted a server"))
     monkeypatch.setattr("http.client.HTTPConnection.connect", lambda self: pytest.fail("contacted a server"))
-    recipe(downloaded, *(one.format(downloaded) for one in overrides), at="a/b")
+    recipe(downloaded, *(one.replace("HERE", str(downloaded)) for one in overrides), at="a/b")
     place = downloaded / "a" / "b" / "lora"
     if said:
         refused(lambda: evaluated(place, tmp_path, compat=compat), said)
