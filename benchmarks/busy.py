@@ -24,8 +24,8 @@ WAYS = {
     "asleep": {},  # what flowtilt sets
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-QUICK = ["rollout.prompts=4", "rollout.images_per_prompt=3", "rollout.steps=5", "objective.times_per_image=2"]
-BUSY = "while True: pass"
+QUICK = ["rollout.prompts=3", "rollout.images_per_prompt=4", "rollout.steps=4", "objective.times_per_image=1"]
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 def work() -> None:
@@ -33,8 +33,10 @@ def work() -> None:
     import torch
 
     from flowtilt import Trainer, load_recipe
+    from flowtilt.cli.quiet import quieten
     from flowtilt.phases import Phases
 
+    quieten()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(load_recipe("playground", [*QUICK, f"run={scratch}/run"]))
         step = 0
@@ -75,10 +77,13 @@ class Worker:
         self._process.wait()
 
 
-def measure(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each worker's rollouts, in turns."""
+def measure(workers: dict[str, Worker], rounds: int, seconds: float = 170.0) -> dict[str, list[float]]:
+    """Seconds of each worker's rollouts, in turns; no further round is begun after so many seconds."""
     found: dict[str, list[float]] = {name: [] for name in workers}
+    end = time.monotonic() + seconds
     for k in range(rounds):
+        if time.monotonic() > end:
+            break
         for name in list(workers)[:: 1 if k % 2 else -1]:
             found[name].append(round(workers[name].rollout(), 3))
     return found
