@@ -1,5 +1,6 @@
 """A run's report: one HTML file that opens offline, whatever the run has got to. No torch here."""
 
+import os
 from pathlib import Path
 
 from flowtilt.errors import UserError
@@ -18,7 +19,7 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: `run` is no folder, the disk is full or the folder cannot be written.
     """
-    if not run.is_dir():
+    if not os.path.isdir(run):  # also where the folder above it can't be read
         raise UserError(f"run {run}: no such folder; give the folder that flowtilt train has written")
     target = run / "report.html"
     write_atomic(target, page(load(run)))

@@ -145,9 +145,16 @@ def _by_step(records: list[Record]) -> list[Record]:
     return [latest[step] for step in sorted(latest)]
 
 
+def _indices(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob("step-*/index.json"))
+    except OSError:
+        return []
+
+
 def _samples(reader: Reader) -> dict[int, list[Sample]]:
     found = {}
-    for index in sorted((reader.folder / "samples").glob("step-*/index.json")):
+    for index in _indices(reader.folder / "samples"):
         digits = index.parent.name.removeprefix("step-")
         if not (digits.isascii() and digits.isdecimal()):
             continue

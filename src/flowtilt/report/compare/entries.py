@@ -1,5 +1,6 @@
 """One run as a comparison sees it: its recipe, its scores, and what each of them had cost."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +85,7 @@ def load_entry(folder: Path) -> Entry:
     Raises:
         UserError: the folder is no run, its recipe can't be read, or there is no score yet.
     """
-    if not (folder / "recipe.toml").is_file():
+    if not os.path.isfile(folder / "recipe.toml"):
         raise UserError(f"run {folder}: not a run (no recipe.toml there); give folders that flowtilt train has written")
     run = load(folder)
     scored = [record for record in run.evaluations if np.isfinite(number(record, "score"))]

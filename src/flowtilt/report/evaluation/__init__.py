@@ -1,5 +1,6 @@
 """The page of an evaluation: one HTML file that opens offline. No torch here."""
 
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ def write_evaluation_page(folder: Path) -> Path:
     Raises:
         UserError: there is no results.json, the disk is full or the folder cannot be written.
     """
-    if not (folder / "results.json").is_file():
+    if not os.path.isfile(folder / "results.json"):
         raise UserError(f"evaluation {folder}: no results.json; give the folder of an evaluation that has ended")
     target = folder / "report.html"
     write_atomic(target, page(*load(folder)))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from flowtilt.estimate import EXACT, Estimate
+from flowtilt.estimate import EXACT, FEW, FEWEST, Estimate
 from flowtilt.report.evaluation.bars import forest, rows, scale_of
 from flowtilt.report.evaluation.estimates import (
     KNOWN,
@@ -145,7 +145,9 @@ def tags(one: PromptSet, results: Results) -> str:
         if any(summary.by_tag for summary in column.of.values()):
             unfolded = " open" if not found else ""
             found.append(f"<details{unfolded}><summary>{escape(column.name)}</summary>{_tags_of(one, column, results)}</details>")
-    return f'<h3 class="set-name">{escape(one.name)}</h3>{_key(results)}{"".join(found)}' if found else ""
+    few = any(e.kind == FEW for column in one.columns for summary in column.of.values() for e in summary.by_tag.values())
+    why = f"<p>No interval: tags with fewer than {FEWEST} prompts have none.</p>" if few else ""
+    return f'<h3 class="set-name">{escape(one.name)}</h3>{_key(results)}{"".join(found)}{why}' if found else ""
 
 
 def _key(results: Results) -> str:
