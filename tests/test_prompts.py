@@ -310,8 +310,8 @@ def test_what_is_left_out_is_said_once_with_how_many(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.txt.gz", gzip.compress(b"a cat"), "gzip-compressed; unpack it"),
-        ("p.csv", gzip.compress(b"prompt\na cat"), "gzip-compressed; unpack it"),
+        ("p.txt.gz", gzip.compress(b"a cat", mtime=0), "gzip-compressed; unpack it"),
+        ("p.csv", gzip.compress(b"prompt\na cat", mtime=0), "gzip-compressed; unpack it"),
         ("p.parquet", b"PAR1\x15\x04\x15", "a Parquet file; pandas"),
         ("p.xlsx", b"PK\x03\x04\x14", "an Excel workbook"),
         ("p.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
