@@ -34,7 +34,7 @@ def work() -> None:
 
     from flowtilt import Trainer, load_recipe
     from flowtilt.cli.quiet import quieten
-    from flowtilt.phases import Phases
+    from flowtilt.training.timing import Phases
 
     quieten()
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.work:
         return work()
-    from flowtilt.environment import processor, versions
+    from flowtilt.io.environment import processor, versions
 
     workers = {name: Worker(environment) for name, environment in WAYS.items()}
     measure(workers, 1)

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.compiling import compile_blocks
 from flowtilt.flow import sigma_schedule
 from flowtilt.objectives.grpo import log_prob
+from flowtilt.policy.compiling import compile_blocks
 from flowtilt.seeding import noise
 from flowtilt.solvers import sde_step
 

@@ -21,8 +21,8 @@ from typing import Any
 import fuzzing
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from flowtilt.environment import processor, versions
 from flowtilt.errors import UserError
+from flowtilt.io.environment import processor, versions
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 KEPT = 10

@@ -27,7 +27,7 @@ from contest.settings import ABLATIONS, METHODS, QUICK, Plan
 from flowtilt.cli.quiet import quieten
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
-from flowtilt.files import write_atomic, write_json
+from flowtilt.io.files import write_atomic, write_json
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("search", "run", "ablate", "report")

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from flowtilt import Trainer, checkpoint, load_recipe
-from flowtilt.environment import processor
-from flowtilt.files import read_lines
-from flowtilt.runs import open_run
+from flowtilt import Trainer, load_recipe
+from flowtilt.io.environment import processor
+from flowtilt.io.files import read_lines
+from flowtilt.runs import checkpoint
+from flowtilt.runs.folder import open_run
 
 QUICK = [
     "rollout.prompts=6",
@@ -36,7 +37,7 @@ QUICK = [
     "checkpoint.every=1",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flowtilt.trainer"])
+CONTEXT.set_forkserver_preload(["flowtilt.training.trainer"])
 
 
 def train(folder: Path, steps: int) -> None:

@@ -22,7 +22,7 @@ from flowtilt.objectives.forward import old_policy_decay
 from flowtilt.objectives.nft import optimality
 from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.rewards import score
-from flowtilt.rollout import draw_times
+from flowtilt.sampling.sampler import draw_times
 from flowtilt.seeding import generator, noise
 from flowtilt.solvers import solve
 

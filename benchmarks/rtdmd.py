@@ -21,17 +21,17 @@ from contest.rtdmd_page import TEACHER, picture, with_table
 from contest.running import Job, run_all
 from contest.settings import Amount
 
+from flowtilt.build import evaluation_prompts, load_rewards, training_prompts
 from flowtilt.cli.quiet import quieten
 from flowtilt.config import load_recipe
-from flowtilt.distributed import World
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.distributed.world import World
 from flowtilt.evaluate import evaluate
-from flowtilt.files import write_atomic, write_json
-from flowtilt.memory import MicroBatch
+from flowtilt.io.files import write_atomic, write_json
 from flowtilt.models.opening import open_model
 from flowtilt.plan.passes import passes_in_all
-from flowtilt.rollout import Sampler
-from flowtilt.setup import evaluation_prompts, load_rewards, training_prompts
-from flowtilt.stack import Stack
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.sampling.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rtdmd.json"

@@ -3,7 +3,7 @@
     python benchmarks/serve_load.py                 1,000 at once, none may try twice
     python benchmarks/serve_load.py --kill          the server is killed in the midst and started again; clients are patient
 
-Clients are threads of a few processes and use what a training run uses (`flowtilt.web.post_json`). Server
+Clients are threads of a few processes and use what a training run uses (`flowtilt.io.web.post_json`). Server
 and clients share the machine, so latencies are of everything together. Every request carries images of its
 own, so that an answer to another's request would be seen.
 """
@@ -27,17 +27,17 @@ from pathlib import Path
 
 import torch
 
-from flowtilt.environment import processor
-from flowtilt.pictures import to_png
+from flowtilt.io.environment import processor
+from flowtilt.io.images import to_png
+from flowtilt.io.web import post_json
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
-from flowtilt.rewards.server import serve
+from flowtilt.rewards.serving.server import serve
 from flowtilt.seeding import generator
-from flowtilt.web import post_json
 
 REWARD = "jpeg_incompressibility"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flowtilt.rewards.server", "flowtilt.rewards.jpeg"])
+CONTEXT.set_forkserver_preload(["flowtilt.rewards.serving.server", "flowtilt.rewards.jpeg"])
 
 
 def server(port: int, max_batch: int) -> None:

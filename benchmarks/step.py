@@ -43,8 +43,8 @@ from models import SCALES, write
 from plain import PlainLoop
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.environment import processor
-from flowtilt.placement import SMALL as SMALL_GPU
+from flowtilt.device.placement import SMALL as SMALL_GPU
+from flowtilt.io.environment import processor
 from flowtilt.plan.memory import GIB
 from flowtilt.playground import pipeline_path
 

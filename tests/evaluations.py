@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowtilt.pictures import to_png
+from flowtilt.io.images import to_png
 from flowtilt.statistics import paired, summary
 
 NAN = math.nan

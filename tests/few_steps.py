@@ -5,11 +5,12 @@ import shutil
 
 from conftest import LIGHT, two_blocks
 
-from flowtilt import Trainer, checkpoint
+from flowtilt import Trainer
 from flowtilt.config import load_recipe
-from flowtilt.files import read_lines
-from flowtilt.runs import open_run
-from flowtilt.update import Update
+from flowtilt.io.files import read_lines
+from flowtilt.runs import checkpoint
+from flowtilt.runs.folder import open_run
+from flowtilt.training.optimizer import Update
 
 TINY = ["evaluate.every=0", "evaluate.images=2", "evaluate.samples=1", "checkpoint.every=1"]
 COLD = [*TINY, "steps=2", "rollout.prompts=5", "objective.consistency=0.01"]

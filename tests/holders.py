@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ranks import forked
 
-from flowtilt.locks import HOLDER, Hold
+from flowtilt.io.locks import HOLDER, Hold
 
 
 def _hold(folder, what):

@@ -14,11 +14,11 @@ from tiny_pipelines import aura_flow
 from flowtilt import UserError
 from flowtilt.cli import main
 from flowtilt.config import ModelSettings
-from flowtilt.files import read_lines
+from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.models.opening import open_model
-from flowtilt.rollout import Sampler, decode
-from flowtilt.stack import Stack
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.sampling.sampler import Sampler, decode
 
 PAGE = ROOT / "docs" / "add-a-model.md"
 

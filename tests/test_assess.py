@@ -11,7 +11,7 @@ from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
 from flowtilt.evaluate import each, spread
 from flowtilt.evaluate.assess import assess
-from flowtilt.files import read_lines
+from flowtilt.io.files import read_lines
 from flowtilt.playground import world
 from flowtilt.prompts import Prompt
 

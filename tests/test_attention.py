@@ -1,6 +1,6 @@
 """A job that stands still: the rank that is silent, or keeps the others waiting, is named once."""
 
-from flowtilt.attention import BUSY, IN_MESSAGE, STUCK, Attention
+from flowtilt.distributed.attention import BUSY, IN_MESSAGE, STUCK, Attention
 
 
 def lines(attention, seconds, reports, start=0.0):

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import T5Tokenizer
 
 from flowtilt.config import ModelSettings
+from flowtilt.device.placement import visiting
 from flowtilt.models import captions
 from flowtilt.models.captions import Captions, captions_of
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import open_model
-from flowtilt.placement import visiting
 from flowtilt.playground import world as playground
 from flowtilt.prompts import Prompt
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flowtilt import catalogue, weights
+from flowtilt.cli import catalogue
 from flowtilt.errors import UserError
+from flowtilt.io import weights
 from flowtilt.prompts import sets
 from flowtilt.rewards import BUILT_IN
 

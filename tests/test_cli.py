@@ -13,7 +13,7 @@ from PIL import Image
 import flowtilt
 from flowtilt.cli import main, parser
 from flowtilt.config import recipe_names
-from flowtilt.environment import is_older
+from flowtilt.io.environment import is_older
 from flowtilt.prompts.sets import SETS
 
 
@@ -204,7 +204,7 @@ def test_lists_are_in_columns_and_complete(capsys):
 
 
 def test_doctor_says_which_package_is_too_old(capsys, monkeypatch):
-    monkeypatch.setattr("flowtilt.environment.requires", lambda name: ["torch>=2.11", "peft>=99.1", 'rapidocr>=3; extra == "rewards"'])
+    monkeypatch.setattr("flowtilt.io.environment.requires", lambda name: ["torch>=2.11", "peft>=99.1", 'rapidocr>=3; extra == "rewards"'])
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("OLD     peft") and "needs 99.1 or newer - pip install 'peft>=99.1'" in line for line in lines)

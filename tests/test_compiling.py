@@ -5,8 +5,9 @@ import torch
 from conftest import quick
 from test_policy import build, gradients
 
-from flowtilt import Trainer, trainer
-from flowtilt.compiling import compile_blocks
+from flowtilt import Trainer
+from flowtilt.policy.compiling import compile_blocks
+from flowtilt.training import trainer
 
 
 def velocities(policy, inputs):

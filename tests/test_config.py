@@ -24,7 +24,7 @@ from flowtilt.config import (
     validate,
 )
 from flowtilt.errors import UserError
-from flowtilt.sources import absolute
+from flowtilt.io.user_code import absolute
 
 FEW = settings(deadline=None, max_examples=25)
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}

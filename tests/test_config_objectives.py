@@ -2,10 +2,10 @@
 
 import pytest
 
+from flowtilt.build import build_objective
 from flowtilt.config import Recipe, known_keys, load_recipe
 from flowtilt.config.objectives import NFTSettings
 from flowtilt.errors import UserError
-from flowtilt.setup import build_objective
 
 KINDS = ("nft", "awm", "epg", "pepg", "par", "ram", "grpo")
 OF_STUDENTS = ("acdmd", "rtdmd")

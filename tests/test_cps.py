@@ -7,20 +7,20 @@ import torch
 from conftest import quick
 
 from flowtilt import Trainer, UserError
+from flowtilt.build import build_objective
 from flowtilt.cli import main
 from flowtilt.config import EvaluateSettings, load_recipe, to_toml
 from flowtilt.evaluate.assess import assess
-from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
+from flowtilt.io.files import read_lines
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.rollout import Sampler, sampler_of
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.sampling.sampler import Sampler, sampler_of
+from flowtilt.sampling.trajectory import collector
 from flowtilt.seeding import noise, step_noise
-from flowtilt.setup import build_objective
 from flowtilt.solvers import solve, solve_cps
-from flowtilt.stack import Stack
-from flowtilt.trajectory import collector
 
 TEXTS = ["a red circle", "two crosses", "a yellow square above a green circle"]
 CPS = ["rollout.solver=cps", "rollout.steps=4"]

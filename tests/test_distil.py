@@ -7,17 +7,18 @@ import pytest
 import torch
 from few_steps import cold, going_on, kept, largest, recorded
 
-from flowtilt import Trainer, checkpoint
-from flowtilt.distributed import World
-from flowtilt.files import read_lines
+from flowtilt import Trainer
+from flowtilt.distributed.world import World
 from flowtilt.flow import sigma_schedule
+from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.objectives.rtdmd import draw_renoise_times
-from flowtilt.phases import Phases
 from flowtilt.plan.passes import passes_in_all
-from flowtilt.runs import open_run
+from flowtilt.runs import checkpoint
+from flowtilt.runs.folder import open_run
 from flowtilt.seeding import generator, noise
 from flowtilt.solvers import sde_step
+from flowtilt.training.timing import Phases
 
 CPU = torch.device("cpu")
 N, S, ETA = 5, 4, 0.9

@@ -13,8 +13,8 @@ from ranks import together
 from test_trainer import rewards, weights
 
 from flowtilt.cli import main
-from flowtilt.distributed import World
-from flowtilt.files import read_lines
+from flowtilt.distributed.world import World
+from flowtilt.io.files import read_lines
 
 
 def launch(folder, processes, *overrides):

@@ -9,7 +9,7 @@ from conftest import QUICK
 
 from flowtilt.cli import main, parser
 from flowtilt.config import load_recipe, recipe_names
-from flowtilt.files import read_lines
+from flowtilt.io.files import read_lines
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

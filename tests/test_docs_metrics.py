@@ -7,10 +7,10 @@ import pytest
 from conftest import QUICK, two_blocks
 
 from flowtilt import Trainer
+from flowtilt.build import OBJECTIVES
 from flowtilt.config import load_recipe
-from flowtilt.files import read_lines
-from flowtilt.guards.rules import RULES
-from flowtilt.setup import OBJECTIVES
+from flowtilt.io.files import read_lines
+from flowtilt.training.guards.rules import RULES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
 REWARD = """

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from flowtilt import download
-from flowtilt.download import blob_id, fetch
 from flowtilt.errors import UserError
+from flowtilt.io import download
+from flowtilt.io.download import blob_id, fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_download import CONTENT, SHA256
 
-from flowtilt.download import fetch_hub, wrong
 from flowtilt.errors import UserError
+from flowtilt.io.download import fetch_hub, wrong
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b"{}", "model.safetensors": CONTENT, "vocab.json": b"[]"}

@@ -12,7 +12,7 @@ from flowtilt import UserError
 from flowtilt.cli import main
 from flowtilt.evaluate.images import save_scores, score_images
 from flowtilt.evaluate.pairs import find_pairs
-from flowtilt.pictures import to_png
+from flowtilt.io.images import to_png
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.files import read_prompts
 from flowtilt.rewards.playground import PlaygroundPartial
@@ -321,7 +321,7 @@ def test_every_format_is_found_hidden_folders_are_not_and_the_rest_is_said(tmp_p
 
 
 def test_a_contact_sheet_of_sample_has_no_score_and_is_named(tmp_path):
-    from flowtilt.sample import sample
+    from flowtilt.evaluate.side_by_side import sample
 
     sample(["a red circle", "a blue square"], tmp_path / "sheet.png", steps=1)
     grey(tmp_path / "z.png", 51)

@@ -14,18 +14,19 @@ from reading import from_pretrained
 from safetensors.torch import load_file
 from test_lora import random_lora, same
 
-from flowtilt import Trainer, UserError, card, load_recipe
+from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import export as command
-from flowtilt.export import FORMATS, export
 from flowtilt.lora.fit import shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers, to_peft
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.rollout import Sampler, decode
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.runs import card
+from flowtilt.runs.export import FORMATS, export
+from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise
-from flowtilt.stack import Stack
 
 TEXTS = ["a red circle left of a blue square", "three green triangles"]
 STEPS = 4

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import flowtilt
 from flowtilt.cli import main
 from flowtilt.errors import UserError
-from flowtilt.files import append_line, digest, disk_errors, read_lines, whole_folder, write_atomic, write_json
-from flowtilt.pictures import to_png
-from flowtilt.tensors import save_file
+from flowtilt.io.files import append_line, digest, disk_errors, read_lines, whole_folder, write_atomic, write_json
+from flowtilt.io.images import to_png
+from flowtilt.io.tensors import save_file
 
 
 def full_disk(*_, **__):

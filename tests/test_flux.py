@@ -14,16 +14,16 @@ from tiny_pipelines import flux
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import main
 from flowtilt.config import ModelSettings
-from flowtilt.export import export
-from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
+from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.flux import Flux, _shift
 from flowtilt.models.opening import load_pipeline, open_model
-from flowtilt.policy import ROLES, Policy
-from flowtilt.rollout import Sampler, decode
-from flowtilt.stack import Stack
+from flowtilt.policy.roles import ROLES, Policy
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.runs.export import export
+from flowtilt.sampling.sampler import Sampler, decode
 
 TEXTS = ["a red cat", "two dogs", "a red cat"]
 CPU = torch.device("cpu")

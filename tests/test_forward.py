@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowtilt import Trainer
+from flowtilt.build import OBJECTIVES, build_objective
 from flowtilt.config import load_recipe
-from flowtilt.files import read_lines
 from flowtilt.flow import add_noise, predict_x0
+from flowtilt.io.files import read_lines
 from flowtilt.objectives.forward import norm_hinge, norm_ratio, velocity_kl, x0_error
-from flowtilt.rollout import TrainingBatch
-from flowtilt.setup import OBJECTIVES, build_objective
+from flowtilt.sampling.sampler import TrainingBatch
 
 FEW = settings(deadline=None, max_examples=25)
 STEPS = "rollout.steps=9"

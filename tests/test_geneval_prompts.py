@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flowtilt.errors import UserError
 from flowtilt.prompts import load_prompts
 from flowtilt.prompts.geneval import SPACES, caption, generate, to_lines
+from flowtilt.prompts.geneval_objects import RELATIONS, TAGS
 from flowtilt.rewards.geneval import GenEval, judge
-from flowtilt.rewards.geneval.objects import RELATIONS, TAGS
 
 FEW = settings(deadline=None, max_examples=25)
 

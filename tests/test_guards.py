@@ -6,9 +6,9 @@ import math
 import pytest
 
 from flowtilt.config import known_keys, load_recipe
-from flowtilt.guards import Guards, rules
-from flowtilt.guards.history import BLOCK, START
-from flowtilt.guards.rules import RULES
+from flowtilt.training.guards import Guards, rules
+from flowtilt.training.guards.history import BLOCK, START
+from flowtilt.training.guards.rules import RULES
 
 FORWARD = ["nft", "awm", "epg", "pepg", "par", "ram"]
 CONTRAST = {"nft": "deviation", "awm": "anchor", "epg": "log_ratio", "pepg": "log_ratio", "par": "log_ratio"}

@@ -5,10 +5,10 @@ import torch
 from conftest import quick
 
 from flowtilt import Trainer
-from flowtilt.files import read_lines
-from flowtilt.image_metrics import image_features, image_metrics
-from flowtilt.rollout import Sampler, decode
+from flowtilt.io.files import read_lines
+from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise
+from flowtilt.training.image_metrics import image_features, image_metrics
 
 BRIGHT = """
 def bright(images, prompts):

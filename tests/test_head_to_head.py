@@ -18,13 +18,13 @@ from head_to_head import Contest
 from safetensors.torch import load_file
 
 from flowtilt import Trainer, UserError, load_recipe
+from flowtilt.build import evaluation_prompts, training_prompts
 from flowtilt.config import to_toml
-from flowtilt.files import append_line, write_json
+from flowtilt.io.files import append_line, write_json
 from flowtilt.objectives.elbo import elbo, epg_loss
 from flowtilt.objectives.forward import x0_error
 from flowtilt.objectives.nft import optimality
 from flowtilt.plan.passes import passes_of
-from flowtilt.setup import evaluation_prompts, training_prompts
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6", "evaluate.steps=2")

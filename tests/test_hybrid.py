@@ -8,26 +8,27 @@ import pytest
 import torch
 from few_steps import going_on, kept, largest, recorded, rl
 
-from flowtilt import Trainer, UserError, checkpoint
+from flowtilt import Trainer, UserError
 from flowtilt.config.objectives import RTDMDSettings
-from flowtilt.fake_score import Samples
-from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
+from flowtilt.io.files import read_lines
 from flowtilt.lora import fingerprint
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import read_stack
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.rtdmd import draw_renoise_times, kappa, subgrpo_steps
-from flowtilt.phases import Phases
 from flowtilt.plan.passes import passes_in_all
 from flowtilt.playground import smooth
-from flowtilt.rollout import Sampler
-from flowtilt.runs import open_run
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.runs import checkpoint
+from flowtilt.runs.folder import open_run
+from flowtilt.sampling.sampler import Sampler
+from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import generator, noise, step_noise
 from flowtilt.solvers import sde_step
-from flowtilt.stack import Stack
-from flowtilt.trajectory import Trajectory
+from flowtilt.training.rtdmd.fake_score import Samples
+from flowtilt.training.timing import Phases
 
 CPU = torch.device("cpu")
 N, K, S, ETA = 12, 4, 4, 0.9

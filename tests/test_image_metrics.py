@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowtilt.image_metrics import BLANK, FEATURES, SAME, image_features, image_metrics
+from flowtilt.training.image_metrics import BLANK, FEATURES, SAME, image_features, image_metrics
 
 
 def flat(value, number=1, side=64):

@@ -12,8 +12,11 @@ from ranks import ended, start, together
 from test_trainer import rewards
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flowtilt import UserError, attention, distributed, lifeline, runs
+from flowtilt import UserError
 from flowtilt.cli import main
+from flowtilt.distributed import attention, lifeline
+from flowtilt.distributed import world as distributed
+from flowtilt.runs import folder as runs
 
 REWARD = """
 import os

@@ -18,8 +18,8 @@ from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.policy import ROLES, Policy
-from flowtilt.stack import Stack, recipe_of
+from flowtilt.policy.roles import ROLES, Policy
+from flowtilt.policy.tuned_model import Stack, recipe_of
 
 WRITERS = {"diffusers": to_diffusers, "peft": to_peft, "generator_ema": to_generator_ema}
 Q = "transformer_blocks.0.attn.to_q"

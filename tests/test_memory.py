@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from flowtilt.device.micro_batch import FEWEST, START, MicroBatch
 from flowtilt.errors import UserError
-from flowtilt.memory import FEWEST, START, MicroBatch
 
 
 def work(most, tried):

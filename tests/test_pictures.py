@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from flowtilt import UserError
-from flowtilt.pictures import ENDINGS, SHEET, from_pil, read_image, to_bytes, to_pil, to_png
+from flowtilt.io.images import ENDINGS, SHEET, from_pil, read_image, to_bytes, to_pil, to_png
 
 
 def saved(picture, format="PNG", **options):

@@ -6,11 +6,11 @@ from conftest import quick
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.models.captions import IN_MEMORY
-from flowtilt.phases import Phases
 from flowtilt.plan import Machine, make_plan
 from flowtilt.plan.memory import CONTEXT, GIB, PROCESS
 from flowtilt.plan.meter import measure
 from flowtilt.plan.text import summary, table
+from flowtilt.training.timing import Phases
 
 FULL = ("sd35m", "sd35m-geneval", "sd35m-hpsv2", "sd35m-multireward", "sd35m-ocr", "sd35m-pickscore")
 HALVED = [1152 >> k for k in range(11)]

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowtilt import load_recipe
+from flowtilt.build import build_policy
 from flowtilt.config import recipe_names
-from flowtilt.distributed import World
+from flowtilt.distributed.world import World
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
@@ -22,10 +23,9 @@ from flowtilt.plan.meter import measure
 from flowtilt.plan.network import batch, build_pipeline, conditioning, costs_of, training, weights_of
 from flowtilt.plan.shapes import outcome
 from flowtilt.playground import pipeline_path
-from flowtilt.policy import Policy
+from flowtilt.policy.roles import Policy
 from flowtilt.rewards.named import parse
-from flowtilt.rollout import TrainingBatch
-from flowtilt.setup import build_policy
+from flowtilt.sampling.sampler import TrainingBatch
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ import torch
 from flowtilt.errors import UserError
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
-from flowtilt.policy import ROLES, Policy
+from flowtilt.policy.roles import ROLES, Policy
 
 
 def build(merge=None, dtype="float32", rank=4, alpha=16.0, blocks=4):

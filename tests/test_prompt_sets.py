@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flowtilt.download import PAUSES, blob_id
 from flowtilt.errors import UserError
+from flowtilt.io.download import PAUSES, blob_id
 from flowtilt.prompts import Prompt, load_prompts, sets
 from flowtilt.prompts.sets import SETS, PromptSet, Source
 

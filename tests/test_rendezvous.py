@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from flowtilt import UserError
-from flowtilt.rendezvous import _follow, _lead
-from flowtilt.threads import in_threads
+from flowtilt.distributed.rendezvous import _follow, _lead
+from flowtilt.io.threads import in_threads
 
 
 def start(store, size, token, late=()):

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from flowtilt.config import load_recipe, to_toml
-from flowtilt.display import Display
+from flowtilt.config.held_out import score_name_of
 from flowtilt.errors import UserError
 from flowtilt.evaluate.results import results_of
-from flowtilt.held_out import score_name_of
 from flowtilt.report import write_report
 from flowtilt.report.axes import nice_step, round_ticks, thin, value_axis
 from flowtilt.report.image_scores import change, score_summary
 from flowtilt.report.numbers import duration, short
+from flowtilt.training.display import Display
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"

@@ -11,11 +11,13 @@ import torch
 from conftest import LONGER, quick
 from ranks import forked
 
-from flowtilt import Trainer, UserError, checkpoint, files
-from flowtilt.files import read_lines
-from flowtilt.locks import FILES
-from flowtilt.policy import ROLES
-from flowtilt.runs import open_run
+from flowtilt import Trainer, UserError
+from flowtilt.io import files
+from flowtilt.io.files import read_lines
+from flowtilt.io.locks import FILES
+from flowtilt.policy.roles import ROLES
+from flowtilt.runs import checkpoint
+from flowtilt.runs.folder import open_run
 
 
 def contents(run):

@@ -11,8 +11,8 @@ from flowtilt.lora import Lora
 from flowtilt.lora.fit import shapes_of
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
-from flowtilt.policy import Policy
-from flowtilt.stack import Stack
+from flowtilt.policy.roles import Policy
+from flowtilt.policy.tuned_model import Stack
 
 COLD = {"mixed": True, "seed": 1}
 BENEATH_FAKE = {"rank": 2, "alpha": 3.0, "seed": 2, "ends": ("to_k", "to_v")}

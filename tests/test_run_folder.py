@@ -14,13 +14,15 @@ from conftest import LONGER, quick
 from holders import held_by
 from ranks import forked
 
-from flowtilt import Trainer, UserError, checkpoint, runs
-from flowtilt.checkpoint import Checkpoint
+from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
-from flowtilt.distributed import World
+from flowtilt.distributed.world import World
 from flowtilt.evaluate.folder import opened
-from flowtilt.files import append_line, read_lines
-from flowtilt.locks import FILES, Hold
+from flowtilt.io.files import append_line, read_lines
+from flowtilt.io.locks import FILES, Hold
+from flowtilt.runs import checkpoint
+from flowtilt.runs import folder as runs
+from flowtilt.runs.checkpoint import Checkpoint
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -100,7 +102,7 @@ def test_a_folder_is_held_once_in_one_process_too(tmp_path):
 
 def test_a_file_system_without_locks_still_refuses_a_second_process_of_this_machine(tmp_path, monkeypatch, capsys):
     with held_by("a training run", tmp_path) as pid:
-        monkeypatch.setattr("flowtilt.locks.FileLock.acquire", lambda *_, **__: (_ for _ in ()).throw(OSError(38, "no locks")))
+        monkeypatch.setattr("flowtilt.io.locks.FileLock.acquire", lambda *_, **__: (_ for _ in ()).throw(OSError(38, "no locks")))
         assert str(pid) in refused(Hold, tmp_path, "a training run")
     Hold(tmp_path, "a training run").release()
     assert "has no locks" in capsys.readouterr().err

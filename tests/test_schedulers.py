@@ -10,10 +10,10 @@ from flowtilt.models.flux import Flux
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.rollout import Sampler, decode
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.schedulers import CPSScheduler
 from flowtilt.seeding import noise
-from flowtilt.stack import Stack
 
 TEXTS = ["two crosses", "a yellow square above a green circle"]
 START = noise(0, "test", [(0,), (1,)], (8, 8, 8))

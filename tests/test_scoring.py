@@ -9,7 +9,7 @@ import torch
 
 from flowtilt import RewardOutput, UserError
 from flowtilt.prompts import Prompt
-from flowtilt.scoring import PARTS, Scoring
+from flowtilt.rewards.overlapped import PARTS, Scoring
 
 IMAGES = torch.linspace(0, 1, 20).view(20, 1, 1, 1).repeat(1, 3, 4, 4)
 PROMPTS = [Prompt(str(k)) for k in range(20)]
@@ -102,9 +102,9 @@ def test_leaving_early_waits_for_no_judge():
 def test_a_program_ends_while_a_judge_is_still_at_it():
     code = """
 import time, torch
-from flowtilt.scoring import Scoring
-from flowtilt import threads
-from flowtilt.threads import in_threads
+from flowtilt.rewards.overlapped import Scoring
+from flowtilt.io import threads
+from flowtilt.io.threads import in_threads
 threads.GRACE = 1.0
 class Slow:
     off_device = True

@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiny_pipelines import sd35
 
 from flowtilt import Trainer, UserError, load_recipe
-from flowtilt.files import read_lines
+from flowtilt.io.files import read_lines
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 

@@ -12,7 +12,7 @@ from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.sd3 import SD3
 from flowtilt.plan.geometry import KNOWN
 from flowtilt.plan.network import build_pipeline, conditioning
-from flowtilt.policy import Policy
+from flowtilt.policy.roles import Policy
 
 PUBLISHED = {  # blocks, second attentions, normalised queries and keys
     "stabilityai/stable-diffusion-3-medium-diffusers": (24, 0, False),

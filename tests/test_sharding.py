@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
-from flowtilt.files import read_lines
-from flowtilt.policy import ROLES
-from flowtilt.runs import open_run
+from flowtilt.io.files import read_lines
+from flowtilt.policy.roles import ROLES
+from flowtilt.runs.folder import open_run
 
 # 5 prompts of 3 images on 2 ranks are 7 and 8 images, an optimizer step's share of them is anything; 35 images are 2 blocks
 UNEVEN = [

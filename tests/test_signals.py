@@ -11,11 +11,13 @@ from conftest import LIGHT, LONGER, QUICK, quick, two_blocks
 from ranks import ended, forked, start
 from test_resume import contents
 
-from flowtilt import Trainer, checkpoint, signals
+from flowtilt import Trainer
 from flowtilt.cli import main
-from flowtilt.files import read_lines
-from flowtilt.runs import open_run
-from flowtilt.torchrun import interrupted_status
+from flowtilt.distributed import signals
+from flowtilt.distributed.torchrun import interrupted_status
+from flowtilt.io.files import read_lines
+from flowtilt.runs import checkpoint
+from flowtilt.runs.folder import open_run
 
 ALL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flowtilt import UserError
+from flowtilt.io.user_code import absolute
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
 from flowtilt.rewards.named import parse
-from flowtilt.sources import absolute
 
 GREY = torch.full((1, 3, 2, 2), 0.5)
 

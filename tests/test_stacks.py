@@ -12,10 +12,11 @@ from safetensors import safe_open
 from test_export import LOADERS, by_diffusers, by_us, load_as_diffusers, plain
 from test_lora import WRITERS, Q, flat, model, random_lora, same
 
-from flowtilt import UserError, checkpoint
+from flowtilt import UserError
+from flowtilt.build import build_policy
 from flowtilt.config import load_recipe, to_toml
 from flowtilt.evaluate.assess import assess
-from flowtilt.export import export, write_lora
+from flowtilt.evaluate.side_by_side import sample
 from flowtilt.lora import PARENTS, Lora, baked, fingerprint, is_named, join
 from flowtilt.lora.find import CONFIG
 from flowtilt.lora.fit import check, load_lora, shapes_of
@@ -23,9 +24,9 @@ from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import keep, kept, leading, read_onto, read_stack
 from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.playground import pipeline_path
-from flowtilt.policy import Policy
-from flowtilt.sample import sample
-from flowtilt.setup import build_policy
+from flowtilt.policy.roles import Policy
+from flowtilt.runs import checkpoint
+from flowtilt.runs.export import export, write_lora
 
 COLD = {"mixed": True, "seed": 1}
 RL = {"rank": 2, "alpha": 3.0, "seed": 2, "ends": ("to_q", "to_v")}
@@ -268,7 +269,7 @@ def test_training_goes_on_only_upon_what_a_lora_was_trained_on(cold, tuned, tmp_
 
 
 def test_a_policy_of_a_recipe_does_not_start_from_the_top_of_a_stack_alone(tuned, tmp_path):
-    from flowtilt import distributed
+    from flowtilt.distributed import world as distributed
 
     with pytest.raises(UserError, match=r"name in lora\.on what was beneath it"):
         build_policy(quick(tmp_path / "next", f"lora.init={tuned}", "lora.rank=2", "lora.alpha=3", whole=True), distributed.start())

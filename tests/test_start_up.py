@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from flowtilt import UserError
-from flowtilt.pace import BEFORE, LAST, Pace
-from flowtilt.torchrun import place
+from flowtilt.distributed.torchrun import place
+from flowtilt.training.pace import BEFORE, LAST, Pace
 
 
 def shell(line, **environment):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from flowtilt.threads import Background, in_threads
+from flowtilt.io.threads import Background, in_threads
 
 
 def test_threads_keep_order_and_their_number():
@@ -54,7 +54,7 @@ def test_what_was_not_begun_when_the_background_closed_is_not_done():
 
 COMPUTES = """
 import sys, threading, torch
-from flowtilt.threads import Background, in_threads
+from flowtilt.io.threads import Background, in_threads
 begun = threading.Barrier(4)
 
 def compute(wait=True):
@@ -82,8 +82,8 @@ def test_threads_that_compute_do_not_abort_a_program_that_ends():
 def test_a_thread_that_waits_for_a_server_is_not_waited_for():
     code = """
 import socket, threading, time
-from flowtilt import threads
-from flowtilt.web import post_json
+from flowtilt.io import threads
+from flowtilt.io.web import post_json
 threads.GRACE = 600.0
 silent = socket.create_server(("127.0.0.1", 0))
 url = f"http://127.0.0.1:{silent.getsockname()[1]}"

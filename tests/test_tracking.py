@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import quick
 
-from flowtilt import Trainer, UserError, load_recipe, tracking
+from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.evaluate import Evaluation
-from flowtilt.files import read_lines
-from flowtilt.runs import open_run
+from flowtilt.io.files import read_lines
+from flowtilt.runs import tracking
+from flowtilt.runs.folder import open_run
 
 FAKE = """
 calls = []

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
-from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
+from flowtilt.io.files import read_lines
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.rollout import Pairs, Sampler, decode
+from flowtilt.policy.tuned_model import Stack
+from flowtilt.sampling.sampler import Pairs, Sampler, decode
 from flowtilt.seeding import noise
 from flowtilt.solvers import solve
-from flowtilt.stack import Stack
 
 
 def weights(run, role="current"):

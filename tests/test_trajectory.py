@@ -5,14 +5,14 @@ import torch
 from conftest import LONGER, quick
 
 from flowtilt import Trainer, UserError
-from flowtilt.files import read_lines
 from flowtilt.flow import sigma_schedule
+from flowtilt.io.files import read_lines
 from flowtilt.objectives.grpo import grpo_loss
-from flowtilt.phases import Phases
-from flowtilt.rollout import Sampler
+from flowtilt.sampling.sampler import Sampler
+from flowtilt.sampling.trajectory import PathSampler, collector
 from flowtilt.seeding import noise
 from flowtilt.solvers import log_prob, sde_step
-from flowtilt.trajectory import PathSampler, collector
+from flowtilt.training.timing import Phases
 
 GRPO = ["objective.type=grpo", "objective.clip_range=1e-3", "objective.kl=0.01"]
 
@@ -69,7 +69,7 @@ def test_without_noise_it_is_the_ode(trainer):
 
 def test_no_other_objective_draws_noise(trainer, tmp_path):
     recipe = quick(tmp_path / "nft")
-    from flowtilt.setup import build_objective
+    from flowtilt.build import build_objective
 
     policy = trainer.policy
     start, given = noise(0, "x", [(0,), (1,)], policy.model.latent_shape), policy.model.encode(["a", "b"])

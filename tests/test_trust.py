@@ -6,15 +6,16 @@ import pytest
 from conftest import QUICK, quick, two_blocks
 from test_lora import random_lora
 
-from flowtilt import UserError, runs, trust
+from flowtilt import UserError
 from flowtilt.cli import main
-from flowtilt.config import load_recipe, to_toml
+from flowtilt.config import load_recipe, to_toml, trust
 from flowtilt.evaluate.assess import assess
-from flowtilt.export import export
-from flowtilt.files import write_json
+from flowtilt.evaluate.side_by_side import sample
+from flowtilt.io.files import write_json
 from flowtilt.lora.write import to_diffusers
 from flowtilt.playground import pipeline_path
-from flowtilt.sample import sample
+from flowtilt.runs import folder as runs
+from flowtilt.runs.export import export
 
 EVIL = """
 from pathlib import Path
@@ -224,7 +225,7 @@ def test_what_the_user_gives_needs_no_flag_and_the_run_is_then_known(downloaded,
         runs.write_recipe(resume, found)
         raise Started
 
-    monkeypatch.setattr("flowtilt.trainer.Trainer", trainer)
+    monkeypatch.setattr("flowtilt.training.trainer.Trainer", trainer)
     for words in (["train", str(tmp_path / "mine.toml"), "--resume", str(run)], ["train", "--resume", str(run)]):
         with pytest.raises(Started):
             main(words)

@@ -17,13 +17,15 @@ import pytest
 import torch
 from conftest import quick
 
-from flowtilt import RewardOutput, Trainer, UserError, signals, usercode
-from flowtilt.files import read_lines
+from flowtilt import RewardOutput, Trainer, UserError
+from flowtilt.distributed import signals
+from flowtilt.io import containment as usercode
+from flowtilt.io.containment import contained
+from flowtilt.io.files import read_lines
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
-from flowtilt.rewards.answers import seed_of
 from flowtilt.rewards.gradient import reward_gradient
-from flowtilt.usercode import contained
+from flowtilt.rewards.serving.answers import seed_of
 
 IMAGES = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 PROMPTS = [Prompt(f"picture {k}", metadata={"include": [{"class": "dog"}]}) for k in range(4)]

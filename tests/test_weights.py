@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowtilt import weights
 from flowtilt.errors import UserError
-from flowtilt.weights import NEEDED, WEIGHTS, Hub, Url
+from flowtilt.io import weights
+from flowtilt.io.weights import NEEDED, WEIGHTS, Hub, Url
 
 
 @pytest.fixture(autouse=True)

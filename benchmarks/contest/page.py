@@ -12,7 +12,7 @@ import numpy as np
 
 from contest.settings import TARGET
 from flowtilt.config import load_recipe
-from flowtilt.files import write_atomic
+from flowtilt.io.files import write_atomic
 from flowtilt.report.compare import Comparison
 from flowtilt.report.compare.comparison import Reach
 from flowtilt.report.compare.curves import score_chart, tone

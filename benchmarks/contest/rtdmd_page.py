@@ -11,19 +11,19 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from contest.page import between, median, run_on, table
+from flowtilt.build import evaluation_prompts, training_prompts
 from flowtilt.config import load_recipe
+from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.evaluate import draw, spread
-from flowtilt.files import write_atomic
+from flowtilt.io.files import write_atomic
+from flowtilt.io.images import to_pil
 from flowtilt.lora.stacked import read_stack
-from flowtilt.memory import MicroBatch
 from flowtilt.models.opening import open_model
-from flowtilt.pictures import to_pil
 from flowtilt.playground import verify
+from flowtilt.policy.tuned_model import Stack
 from flowtilt.report.compare.spans import span
 from flowtilt.report.numbers import short
-from flowtilt.rollout import Sampler, sampler_of
-from flowtilt.setup import evaluation_prompts, training_prompts
-from flowtilt.stack import Stack
+from flowtilt.sampling.sampler import Sampler, sampler_of
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results: written by benchmarks/rtdmd.py -->", "<!-- end of results -->"

@@ -17,10 +17,10 @@ from typing import Any
 
 from contest.settings import Amount
 from flowtilt.config import Recipe, load_recipe
-from flowtilt.files import read_lines
+from flowtilt.io.files import read_lines
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flowtilt.trainer"])
+CONTEXT.set_forkserver_preload(["flowtilt.training.trainer"])
 INTERRUPTED = 130
 
 
@@ -105,7 +105,7 @@ def _train(job: Job) -> bool:
     import torch
 
     from flowtilt import Trainer
-    from flowtilt.runs import open_run
+    from flowtilt.runs.folder import open_run
 
     torch.set_num_threads(1)
     while True:

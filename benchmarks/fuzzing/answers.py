@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from flowtilt.errors import UserError, printable
+from flowtilt.io.web import Again, understood
+from flowtilt.rewards.serving.wire import read_answer
 from flowtilt.rewards.unifiedreward import content_of, points
-from flowtilt.rewards.wire import read_answer
-from flowtilt.web import Again, understood
 
 GOOD = {"scores": [0.5, None], "notes": ["", "why"], "details": {"strict": [1, 0]}, "version": {"reward": "r"}}
 CHAT = {"choices": [{"message": {"content": "Final Score: 4"}}]}

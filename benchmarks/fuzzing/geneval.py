@@ -6,9 +6,9 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from flowtilt.prompts.files import read_prompts
+from flowtilt.prompts.geneval_objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.rewards.geneval import judge
 from flowtilt.rewards.geneval.metadata import parse
-from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS, TAGS
 from fuzzing._mutations import json_values, mutated
 
 LINES = [

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowtilt.pictures import read_image
+from flowtilt.io.images import read_image
 from fuzzing._mutations import damaged
 
 MODES = {

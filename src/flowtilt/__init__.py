@@ -7,14 +7,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowtilt.openmp import wait_asleep
+from flowtilt.io.openmp import wait_asleep
 
 if TYPE_CHECKING:
     from flowtilt.config import Recipe, load_recipe
     from flowtilt.errors import UserError
     from flowtilt.prompts import Prompt
     from flowtilt.rewards import RewardOutput
-    from flowtilt.trainer import Trainer
+    from flowtilt.training.trainer import Trainer
 
 wait_asleep()  # while torch is not loaded yet
 
@@ -25,7 +25,7 @@ _FROM = {
     "Prompt": "flowtilt.prompts",
     "Recipe": "flowtilt.config",
     "RewardOutput": "flowtilt.rewards",
-    "Trainer": "flowtilt.trainer",
+    "Trainer": "flowtilt.training.trainer",
     "UserError": "flowtilt.errors",
     "load_recipe": "flowtilt.config",
 }

@@ -2,14 +2,16 @@
 
 import sys
 
-from flowtilt import signals
+from flowtilt.distributed import signals
 
 
 def main() -> int:
     """Runs the command that was typed; returns its exit status."""
     signals.install()  # before the imports: they take a second, in which a signal may come
     try:
-        from flowtilt import cli, output, threads
+        from flowtilt import cli
+        from flowtilt.cli import output
+        from flowtilt.io import threads
 
         output.make_robust()
         status = output.closed(cli.main(sys.argv[1:]))

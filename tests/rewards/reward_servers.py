@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from flowtilt.pictures import to_png
+from flowtilt.io.images import to_png
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
-from flowtilt.rewards.listening import Server
-from flowtilt.rewards.service import app
+from flowtilt.rewards.serving.listening import Server
+from flowtilt.rewards.serving.service import app
 
 
 @contextmanager

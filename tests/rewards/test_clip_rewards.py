@@ -8,7 +8,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flowtilt.errors import UserError
-from flowtilt.pictures import to_pil
+from flowtilt.io.images import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, RewardOutput, clip, load_reward, openclip, pixels, score
 from flowtilt.rewards.aesthetic import Aesthetic, fold

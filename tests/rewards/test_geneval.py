@@ -10,9 +10,9 @@ import torch
 
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
+from flowtilt.prompts.geneval_objects import CLASSES, COLORS
 from flowtilt.rewards import load_reward, score
 from flowtilt.rewards.geneval import CROPS, GenEval, colors, detect, score_batch
-from flowtilt.rewards.geneval.objects import CLASSES, COLORS
 
 PAINT = {"red": (220, 30, 30), "blue": (40, 60, 230), "green": (30, 200, 60), "black": (10, 10, 10)}
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtilt.errors import UserError
+from flowtilt.prompts.geneval_objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.rewards.geneval import judge, kept
 from flowtilt.rewards.geneval.metadata import parse
-from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.rewards.geneval.rules import need_color, relations
 
 CASES = json.loads((Path(__file__).parent / "golden" / "geneval_cases.json").read_text())["cases"]

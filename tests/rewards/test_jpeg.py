@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowtilt.pictures import to_pil
+from flowtilt.io.images import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward
 from flowtilt.rewards.jpeg import compressibility, incompressibility

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerModel
 
-from flowtilt import weights
 from flowtilt.errors import UserError
+from flowtilt.io import weights
 from flowtilt.rewards import keymap
 from flowtilt.rewards.geneval import mask2former
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowtilt import UserError
-from flowtilt.files import digest
+from flowtilt.io.files import digest
 from flowtilt.rewards import PAPER, RewardOutput, reference
 from flowtilt.rewards.jpeg import incompressibility
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
@@ -104,7 +104,7 @@ def test_a_version_tells_the_weights_and_what_the_reward_says_of_itself(nowhere)
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
     """Grey pictures instead of the published ones: the k-th has brightness k / 10."""
-    from flowtilt.pictures import to_png
+    from flowtilt.io.images import to_png
 
     paths = []
     for k in range(5):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from flowtilt.errors import UserError
-from flowtilt.pictures import from_pil
+from flowtilt.io.images import from_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput, load_reward, ocr, score
 from flowtilt.rewards.ocr import OCR, levenshtein, plain, target, text_score

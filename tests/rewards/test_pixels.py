@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from flowtilt.pictures import to_pil
+from flowtilt.io.images import to_pil
 from flowtilt.rewards.pixels import bicubic_crop, bicubic_crop_tensor, bilinear_crop, fit_longest, normalize
 from flowtilt.seeding import generator
 

@@ -16,7 +16,7 @@ from tiny_pipelines import sd35
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.evaluate.assess import assess
-from flowtilt.files import read_lines
+from flowtilt.io.files import read_lines
 from flowtilt.prompts.geneval import generate, to_lines
 from flowtilt.rewards import clip, openclip
 from flowtilt.rewards.geneval import detect, mask2former

@@ -16,12 +16,12 @@ from ranks import forked
 from reward_servers import ask, grey, levels, logged, prompt, running, wait_until
 
 from flowtilt.errors import UserError
-from flowtilt.pictures import to_bytes
+from flowtilt.io.images import to_bytes
 from flowtilt.playground import world
 from flowtilt.rewards import RewardOutput, applies, load_reward, score, served, server
 from flowtilt.rewards.playground import Playground
-from flowtilt.rewards.served import Served
-from flowtilt.rewards.wire import Limits, answer, read_answer
+from flowtilt.rewards.serving.client import Served
+from flowtilt.rewards.serving.wire import Limits, answer, read_answer
 from flowtilt.seeding import generator
 
 

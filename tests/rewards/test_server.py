@@ -19,10 +19,10 @@ from PIL import Image
 from reward_servers import ask, asking, connected, grey, judged, levels, picky, running, wait_until
 
 from flowtilt.errors import UserError
-from flowtilt.pictures import to_pil, to_png
+from flowtilt.io.images import to_pil, to_png
 from flowtilt.rewards import listening, wire
-from flowtilt.rewards.server import serve
-from flowtilt.rewards.wire import Limits, key_from_environment, picture
+from flowtilt.rewards.serving.server import serve
+from flowtilt.rewards.serving.wire import Limits, key_from_environment, picture
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_bodies_that_are_held_together_have_a_limit_and_one_alone_has_not():
 FULL = """
 import resource, socket, sys, threading, time
 from flowtilt.rewards import listening, wire
-from flowtilt.rewards.server import serve
+from flowtilt.rewards.serving.server import serve
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
 def clients(line):
     if line.startswith("serving"):
@@ -266,7 +266,7 @@ def test_a_missing_extra_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, f"flowtilt.rewards.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn: pip install 'flowtilt\[serve\]'"):
-        import flowtilt.rewards.server  # noqa: F401
+        import flowtilt.rewards.serving.server  # noqa: F401
 
 
 # images ----------------------------------------------------------------------------------------------

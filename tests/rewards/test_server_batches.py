@@ -15,8 +15,8 @@ pytest.importorskip("starlette")
 
 from reward_servers import ask, asking, connected, grey, judged, levels, picky, prompt, running, wait_until
 
-from flowtilt.rewards.batching import Batcher
-from flowtilt.rewards.wire import Limits
+from flowtilt.rewards.serving.batching import Batcher
+from flowtilt.rewards.serving.wire import Limits
 
 
 class Gate:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from flowtilt.errors import UserError
-from flowtilt.pictures import from_pil, to_pil
+from flowtilt.io.images import from_pil, to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
 from flowtilt.rewards.unifiedreward import KEY, URL, UnifiedReward, points

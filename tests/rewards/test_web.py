@@ -11,11 +11,11 @@ from reward_servers import prompt
 
 from flowtilt.cli import main
 from flowtilt.errors import UserError, printable
+from flowtilt.io.web import Refused, post_json
 from flowtilt.rewards import wire
-from flowtilt.rewards.served import Served
+from flowtilt.rewards.serving.client import Served
+from flowtilt.rewards.serving.wire import key_for, read_answer
 from flowtilt.rewards.unifiedreward import UnifiedReward
-from flowtilt.rewards.wire import key_for, read_answer
-from flowtilt.web import Refused, post_json
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ NASTY = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eabc\r\x00"
 
 @pytest.mark.parametrize("status", [200, 302, 401, 404, 503])
 def test_a_servers_control_characters_stay_out_of_what_is_said(status, capsys, monkeypatch):
-    monkeypatch.setattr("flowtilt.rewards.served.FIRST", 0.1)
+    monkeypatch.setattr("flowtilt.rewards.serving.client.FIRST", 0.1)
     body = ("{" + NASTY).encode()
     with answering(head(status, Location="http://x/\x1b[2J", **{"Content-Length": len(body)}) + body) as (url, _):
         assert main(["score", __file__.replace("test_web.py", ""), "--rewards", f"r={url}"]) == 2

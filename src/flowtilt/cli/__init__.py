@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import flowtilt
-from flowtilt import signals, torchrun
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
 from flowtilt.cli.quiet import quieten
+from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError, printable
 
 EPILOG = """examples:
@@ -89,7 +89,7 @@ def _all_ranks(ending: signals.Ending) -> Iterator[None]:
         ending.status = torchrun.interrupted_status()
         yield
         return
-    from flowtilt.lifeline import together
+    from flowtilt.distributed.lifeline import together
 
     quieten()
     with together():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
-from flowtilt.files import write_json
+from flowtilt.io.files import write_json
 
 ABOUT = """Which of several runs got further for its compute. Reads the folders of runs, finished or not; trains and draws nothing.
 Runs whose recipes differ only in the seed are one method, drawn as the median and the span of its seeds; the first is the baseline."""

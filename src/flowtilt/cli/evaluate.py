@@ -103,15 +103,15 @@ def _score(args: argparse.Namespace) -> int:
         raise UserError(f"score: -o {args.output}: give a .jsonl or .csv file")
     import torch
 
+    from flowtilt.build import load_prompts
     from flowtilt.evaluate.images import judge_images, save_scores, with_columns
     from flowtilt.evaluate.pairs import find_pairs
     from flowtilt.evaluate.results import results_of
-    from flowtilt.files import is_stream
+    from flowtilt.io.files import is_stream
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
     from flowtilt.report.evaluation.terminal import table
     from flowtilt.rewards.named import load_named, parse, with_compat
-    from flowtilt.setup import load_prompts
 
     file = Path(args.prompts) if args.prompts and is_path(args.prompts) else None
     prompts = read_prompts(file) if file else load_prompts(args.prompts) if args.prompts else None  # read_prompts keeps repeated captions

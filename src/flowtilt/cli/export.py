@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     quieten()
-    from flowtilt.export import export
+    from flowtilt.runs.export import export
 
     print(export(args.loras, args.output, args.to, model=args.model))
     return 0

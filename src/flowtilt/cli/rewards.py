@@ -47,8 +47,8 @@ def _serve(args: argparse.Namespace) -> int:
     import torch
 
     from flowtilt.rewards.named import parse, with_compat
-    from flowtilt.rewards.server import serve
-    from flowtilt.rewards.wire import key_from_environment
+    from flowtilt.rewards.serving.server import serve
+    from flowtilt.rewards.serving.wire import key_from_environment
 
     rewards = [with_compat(one) if args.compat else one for one in parse(args.rewards)]
     named = {one.name: {"source": one.source, "options": one.options} for one in rewards}
@@ -63,7 +63,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _download(args: argparse.Namespace) -> int:
     quieten(progress=sys.stderr.isatty())
-    from flowtilt import catalogue
+    from flowtilt.cli import catalogue
 
     if args.list:
         for item in catalogue.listing():
@@ -91,7 +91,7 @@ def _prompts(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write(written)
         return 0
-    from flowtilt.files import write_atomic
+    from flowtilt.io.files import write_atomic
 
     write_atomic(args.output, written)
     print(args.output)
@@ -100,7 +100,7 @@ def _prompts(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     quieten()
-    from flowtilt.doctor import diagnose
+    from flowtilt.cli.doctor_report import diagnose
     from flowtilt.rewards import PAPER
     from flowtilt.rewards.reference import compare
 

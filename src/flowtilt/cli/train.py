@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowtilt import signals, torchrun
 from flowtilt.cli.quiet import quieten
 from flowtilt.cli.words import TRUST
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
+from flowtilt.config.held_out import score_name_of
+from flowtilt.config.trust import RECIPE, check, of_recipe
+from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
-from flowtilt.held_out import score_name_of
-from flowtilt.trust import RECIPE, check, of_recipe
 
 
 def add(commands: Any) -> None:
@@ -60,7 +60,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.init_lora:
         args.overrides = [*args.overrides, f"lora.init={json.dumps(args.init_lora)}"]
     if args.resume:
-        from flowtilt.runs import open_run
+        from flowtilt.runs.folder import open_run
 
         believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
         recipe = open_run(args.resume, args.overrides, believed)
@@ -72,9 +72,10 @@ def _train(args: argparse.Namespace) -> int:
     else:
         raise UserError(f"train: which recipe? one of {', '.join(recipe_names())}, a .toml file, or --resume RUN")
 
-    from flowtilt import distributed, runs
-    from flowtilt.sameness import facts
-    from flowtilt.trainer import Trainer
+    from flowtilt.distributed import world as distributed
+    from flowtilt.distributed.sameness import facts
+    from flowtilt.runs import folder as runs
+    from flowtilt.training.trainer import Trainer
 
     world, resume = distributed.start(), args.resume
     world.agree({"--resume": str(resume or ""), **facts(recipe)})
@@ -115,7 +116,7 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
 
 def _sample(args: argparse.Namespace) -> int:
     quieten()
-    from flowtilt.sample import sample
+    from flowtilt.evaluate.side_by_side import sample
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps: must be at least 1, not {args.steps}")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from flowtilt.config.errors import explain
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
-from flowtilt.sources import is_missing_file
+from flowtilt.io.user_code import is_missing_file
 
 LONGEST_NUMBER = 300
 """Digits of a whole number in a recipe; every key's own bound is far below."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from flowtilt.sources import absolute
+from flowtilt.io.user_code import absolute
 
 WEIGHT = 1e6
 """Bound of weights, scales and rates: far above any that makes sense, far below what overflows in fp32."""

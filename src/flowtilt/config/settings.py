@@ -22,7 +22,7 @@ from flowtilt.config.objectives import (
     Settings,
     Weight,
 )
-from flowtilt.sources import absolute
+from flowtilt.io.user_code import absolute
 
 IMAGES = 10_000_000
 """Bound of images, and of prompts."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtilt.distributed import World
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
 from flowtilt.rewards.judging import judge
-from flowtilt.rollout import Sampler, decode
+from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise, step_noise
 
 Row = tuple[int, int]

@@ -6,29 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt import distributed
+from flowtilt.build import judges_of, load_prompts
 from flowtilt.config import ModelSettings, Recipe, load_recipe
-from flowtilt.environment import versions
+from flowtilt.config.trust import of_model, of_rewards
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.device.placement import home
+from flowtilt.distributed import world as distributed
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
 from flowtilt.evaluate.folder import PromptSet, opened, run
-from flowtilt.files import digest
+from flowtilt.io.environment import versions
+from flowtilt.io.files import digest
 from flowtilt.lora import Lora
 from flowtilt.lora.stacked import leading, read_stack
-from flowtilt.memory import MicroBatch
 from flowtilt.models.base import Model
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import fingerprint, open_model
-from flowtilt.placement import home
+from flowtilt.policy.tuned_model import Stack, default_evaluation, model_settings, recipe_of, vouch
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
 from flowtilt.rewards import Reward, applicable
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
-from flowtilt.rollout import Sampler, sampler_of
-from flowtilt.setup import judges_of, load_prompts
-from flowtilt.stack import Stack, default_evaluation, model_settings, recipe_of, vouch
-from flowtilt.trust import of_model, of_rewards
+from flowtilt.sampling.sampler import Sampler, sampler_of
 
 
 def assess(

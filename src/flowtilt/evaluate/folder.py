@@ -15,22 +15,22 @@ from typing import Any
 
 from torch import Tensor
 
-from flowtilt.distributed import World
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK, Row, draw
 from flowtilt.evaluate.progress import progress
 from flowtilt.evaluate.results import results_of
-from flowtilt.files import append_line, clean, disk_errors, made_by, read_errors, read_lines, write_atomic, write_json, write_lines
-from flowtilt.locks import FILES as LOCKS
-from flowtilt.locks import HOLDER, Hold
-from flowtilt.memory import MicroBatch
+from flowtilt.io.files import append_line, clean, disk_errors, made_by, read_errors, read_lines, write_atomic, write_json, write_lines
+from flowtilt.io.images import to_pil, to_png
+from flowtilt.io.locks import FILES as LOCKS
+from flowtilt.io.locks import HOLDER, Hold
 from flowtilt.models.base import Drawing
-from flowtilt.pictures import to_pil, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
 from flowtilt.rewards import Reward
 from flowtilt.rewards.judging import judge
-from flowtilt.rollout import Sampler
+from flowtilt.sampling.sampler import Sampler
 
 PROTOCOL, SCORES = "protocol.json", "scores.jsonl"
 WRITTEN = {PROTOCOL, SCORES, "results.json", "report.html", HOLDER}

@@ -14,8 +14,8 @@ from torch import Tensor
 from flowtilt.errors import UserError
 from flowtilt.evaluate.gather import Pair
 from flowtilt.evaluate.progress import progress
-from flowtilt.files import write_atomic
-from flowtilt.pictures import LARGEST, read_image
+from flowtilt.io.files import write_atomic
+from flowtilt.io.images import LARGEST, read_image
 from flowtilt.rewards import PAPER, Reward, score
 from flowtilt.rewards.versions import built_in_name
 

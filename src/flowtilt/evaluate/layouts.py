@@ -10,8 +10,8 @@ from typing import Any
 from flowtilt.errors import UserError
 from flowtilt.evaluate.folder import image_path
 from flowtilt.evaluate.gather import Pair, by_number, grouped, hidden
-from flowtilt.files import read_lines
-from flowtilt.pictures import ENDINGS
+from flowtilt.io.files import read_lines
+from flowtilt.io.images import ENDINGS
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.files import read_prompts
 from flowtilt.report.numbers import counted

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flowtilt.errors import UserError
 from flowtilt.evaluate.gather import Pair, grouped
-from flowtilt.notices import notice
-from flowtilt.pictures import ENDINGS
+from flowtilt.io.images import ENDINGS
+from flowtilt.io.notices import notice
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.files import read_prompts
 from flowtilt.report.numbers import counted

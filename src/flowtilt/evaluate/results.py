@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from flowtilt.environment import versions
+from flowtilt.io.environment import versions
 from flowtilt.statistics import bounds_of, paired, summary
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from flowtilt.errors import UserError
 from flowtilt.lora import Lora, baked
-from flowtilt.policy import ROLES, Policy
+from flowtilt.policy.roles import ROLES, Policy
 
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:

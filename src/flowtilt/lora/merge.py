@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowtilt.errors import UserError
-from flowtilt.faults import first_line
+from flowtilt.io.tensors import save_file
+from flowtilt.io.user_errors import first_line
 from flowtilt.lora import Lora
 from flowtilt.lora.fit import check
 from flowtilt.models.opening import folder_of
-from flowtilt.tensors import save_file
 
 NETWORK = "transformer"
 """The folder of the network in a pipeline's."""

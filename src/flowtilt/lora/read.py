@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowtilt import weights
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
-from flowtilt.faults import first_line
+from flowtilt.io import weights
+from flowtilt.io.user_errors import first_line
 from flowtilt.lora import PARENTS, Lora
 from flowtilt.lora.alpha import by_config, in_header, number, read_config
 from flowtilt.lora.find import Found, find

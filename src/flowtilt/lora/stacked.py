@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
-from flowtilt.files import whole_folder
+from flowtilt.io.files import whole_folder
 from flowtilt.lora import Lora, are_named, fingerprint, is_named
 from flowtilt.lora.find import run_of
 from flowtilt.lora.read import read_lora

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from flowtilt.errors import UserError
+from flowtilt.io.tensors import save_file, settle
 from flowtilt.lora import PARENTS, Lora, baked
 from flowtilt.lora.find import CONFIG
-from flowtilt.tensors import save_file, settle
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives its file."""

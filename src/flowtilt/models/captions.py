@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from flowtilt.device.placement import visiting
 from flowtilt.errors import UserError
-from flowtilt.files import cache_folder, write_atomic
+from flowtilt.io.files import cache_folder, write_atomic
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.placement import visiting
 
 IN_MEMORY = 2 * 2**30
 """Bytes of embeddings kept in the computer's memory; the least recently used go first."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowtilt.io.notices import notice
 from flowtilt.models.base import Model
-from flowtilt.notices import notice
 from flowtilt.prompts import Prompt
 
 

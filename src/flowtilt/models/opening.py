@@ -21,15 +21,15 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flowtilt.config import ModelSettings
+from flowtilt.device.placement import stay_away
 from flowtilt.errors import UserError
-from flowtilt.faults import HINT, first_line, is_fault, told
-from flowtilt.files import digest, shown
+from flowtilt.io.containment import contained
+from flowtilt.io.files import digest, shown
+from flowtilt.io.user_code import from_file, search_path
+from flowtilt.io.user_errors import HINT, first_line, is_fault, told
 from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
-from flowtilt.placement import stay_away
-from flowtilt.sharding import shard
-from flowtilt.sources import from_file, search_path
-from flowtilt.usercode import contained
+from flowtilt.policy.lockstep import shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

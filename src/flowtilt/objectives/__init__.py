@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flowtilt.policy import Policy
+    from flowtilt.policy.roles import Policy
 
 
 class Collecting(Protocol):

@@ -13,16 +13,16 @@ import torch
 
 from flowtilt.config import Recipe
 from flowtilt.config.objectives import GRPOSettings
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.device.placement import SMALL
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK
-from flowtilt.memory import MicroBatch
 from flowtilt.models.captions import IN_MEMORY
-from flowtilt.placement import SMALL
 from flowtilt.plan.judges import Judging
 from flowtilt.plan.machine import Machine
 from flowtilt.plan.network import Costs
 from flowtilt.rewards.judging import PART
-from flowtilt.scoring import PARTS
+from flowtilt.rewards.overlapped import PARTS
 
 GIB = 2**30
 CONTEXT = 0.5 * GIB

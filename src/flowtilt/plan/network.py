@@ -16,8 +16,8 @@ from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import Config, Geometry, find_geometry
 from flowtilt.plan.meter import ROWS, Line, Work, measure, measure_rows
-from flowtilt.policy import Policy
-from flowtilt.rollout import TrainingBatch
+from flowtilt.policy.roles import Policy
+from flowtilt.sampling.sampler import TrainingBatch
 
 
 @dataclass(frozen=True)

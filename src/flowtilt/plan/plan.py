@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flowtilt.build import judges_of, rewards_of
 from flowtilt.config import Recipe
 from flowtilt.config.objectives import MatchingSettings
 from flowtilt.errors import UserError
@@ -14,7 +15,6 @@ from flowtilt.plan.memory import GIB, Fitted, Memory, Phase
 from flowtilt.plan.meter import Line, added, scaled
 from flowtilt.plan.network import Costs, Weights, costs_of
 from flowtilt.plan.passes import evaluations_in_all, evaluations_per_image, passes_in_all
-from flowtilt.setup import judges_of, rewards_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flowtilt.columns import aligned, wrapped
+from flowtilt.io.columns import aligned, wrapped
 from flowtilt.plan.memory import CONTEXT, GIB, SPARE
 from flowtilt.plan.meter import added
 from flowtilt.plan.plan import Plan

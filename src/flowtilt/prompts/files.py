@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
-from flowtilt.notices import notice
+from flowtilt.io.notices import notice
 from flowtilt.prompts.decoding import decode, visible
 from flowtilt.prompts.prompt import Prompt
 from flowtilt.prompts.tables import Row, read_rows

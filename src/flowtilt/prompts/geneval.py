@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from flowtilt.errors import UserError
+from flowtilt.prompts.geneval_objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.prompts.prompt import Prompt
-from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.seeding import generator
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}

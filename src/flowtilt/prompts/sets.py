@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from flowtilt.download import fetch
 from flowtilt.errors import UserError
-from flowtilt.files import cache_folder
+from flowtilt.io.download import fetch
+from flowtilt.io.files import cache_folder
 from flowtilt.prompts.files import load_prompts
 from flowtilt.prompts.prompt import Prompt
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from flowtilt.errors import UserError
-from flowtilt.files import write_atomic
+from flowtilt.io.files import write_atomic
 from flowtilt.report.loading import load
 from flowtilt.report.page import page
 

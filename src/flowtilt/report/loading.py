@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flowtilt.config.held_out import is_held_out
 from flowtilt.estimate import UNKNOWN, Estimate
-from flowtilt.held_out import is_held_out
 from flowtilt.report.image_scores import IMAGE_SCORES, change, estimate_of, read_image_scores
 from flowtilt.report.numbers import Array, counted, number
 from flowtilt.report.reading import Reader, Record

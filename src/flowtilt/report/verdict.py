@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from flowtilt import held_out
+from flowtilt.config import held_out
 from flowtilt.estimate import EXACT, Estimate
 from flowtilt.report.loading import Record, Run
 from flowtilt.report.numbers import counted, decimals_apart, duration, fixed, number

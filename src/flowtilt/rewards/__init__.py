@@ -22,12 +22,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flowtilt import sources
 from flowtilt.errors import UserError
-from flowtilt.faults import HINT, hint, is_fault, told
+from flowtilt.io import user_code as sources
+from flowtilt.io.containment import contained
+from flowtilt.io.user_errors import HINT, hint, is_fault, told
 from flowtilt.prompts import Prompt
-from flowtilt.rewards.answers import checked, details_of, notes_of, seed_of
-from flowtilt.usercode import contained
+from flowtilt.rewards.serving.answers import checked, details_of, notes_of, seed_of
 
 BUILT_IN = {
     "pickscore": "flowtilt.rewards.pickscore:PickScore",
@@ -134,7 +134,7 @@ def modules_of(reward: Reward) -> tuple[nn.Module, ...]:
 def find_reward(name: str, source: str) -> Any:
     """The function or class behind `source`, not yet built; see `load_reward`."""
     if source.startswith(("http://", "https://")):
-        from flowtilt.rewards.served import Served
+        from flowtilt.rewards.serving.client import Served
 
         return Served
     target = BUILT_IN.get(source, source)

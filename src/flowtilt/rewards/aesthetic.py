@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowtilt import weights
 from flowtilt.errors import UserError
+from flowtilt.io import weights
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import clip, pixels
 

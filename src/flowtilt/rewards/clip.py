@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from flowtilt import weights
 from flowtilt.errors import UserError
+from flowtilt.io import weights
 from flowtilt.rewards import keymap, openclip
 from flowtilt.rewards.pixels import normalize
 

@@ -7,13 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flowtilt import sources
 from flowtilt.errors import UserError
-from flowtilt.faults import hint, is_fault, told
+from flowtilt.io import user_code as sources
+from flowtilt.io.containment import contained
+from flowtilt.io.user_errors import hint, is_fault, told
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies
-from flowtilt.rewards.answers import seed_of
-from flowtilt.usercode import contained
+from flowtilt.rewards.serving.answers import seed_of
 
 DIFFERENTIABLE = ("pickscore", "clipscore", "hpsv2", "imagereward", "playground_smooth")
 """The built-in rewards that have a gradient."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from flowtilt import weights
+from flowtilt.io import weights
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import keymap, pixels
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.pictures import to_pil
+from flowtilt.io.images import to_pil
 from flowtilt.prompts import Prompt
 
 

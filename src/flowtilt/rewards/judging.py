@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowtilt.placement import visiting
+from flowtilt.device.placement import visiting
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, modules_of, score
 

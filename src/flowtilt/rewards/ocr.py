@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowtilt.errors import UserError
-from flowtilt.pictures import to_pil
+from flowtilt.io.images import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
 from flowtilt.rewards.quotes import quoted

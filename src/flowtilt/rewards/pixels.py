@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flowtilt.pictures import to_pil
+from flowtilt.io.images import to_pil
 
 Rounding = Literal["floor", "half_even"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtilt import weights
-from flowtilt.download import fetch
 from flowtilt.errors import UserError
-from flowtilt.pictures import read_image
+from flowtilt.io import weights
+from flowtilt.io.download import fetch
+from flowtilt.io.images import read_image
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, RewardOutput, load_reward
 

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowtilt import weights
-from flowtilt.files import digest
+from flowtilt.io import weights
+from flowtilt.io.files import digest
+from flowtilt.io.user_code import is_ours
 from flowtilt.rewards import BUILT_IN, Reward
-from flowtilt.sources import is_ours
 
 _NAMES = {target: name for name, target in BUILT_IN.items()}
 

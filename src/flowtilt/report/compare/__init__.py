@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flowtilt.files import write_atomic
+from flowtilt.io.files import write_atomic
 from flowtilt.report.compare.comparison import Comparison, as_json, compare
 from flowtilt.report.compare.page import page
 from flowtilt.report.compare.terminal import text

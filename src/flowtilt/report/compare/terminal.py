@@ -1,6 +1,6 @@
 """A comparison as plain text for a terminal."""
 
-from flowtilt.columns import aligned, wrapped
+from flowtilt.io.columns import aligned, wrapped
 from flowtilt.report.compare.comparison import Comparison
 from flowtilt.report.compare.tables import Table, by_cost, lead, phrase, scores, totals
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from flowtilt.errors import UserError
-from flowtilt.files import write_atomic
+from flowtilt.io.files import write_atomic
 from flowtilt.report.document import document, section
 from flowtilt.report.evaluation import extremes, tables
 from flowtilt.report.evaluation.headline import headline, subject

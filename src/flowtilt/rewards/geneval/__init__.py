@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
+from flowtilt.prompts.geneval_objects import CLASSES
 from flowtilt.rewards import RewardOutput
 from flowtilt.rewards.geneval.metadata import parse
-from flowtilt.rewards.geneval.objects import CLASSES
 from flowtilt.rewards.geneval.rules import Verdict, judge, kept, need_color, threshold
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowtilt.pictures import to_bytes
+from flowtilt.io.images import to_bytes
+from flowtilt.prompts.geneval_objects import COLORS
 from flowtilt.rewards import clip
-from flowtilt.rewards.geneval.objects import COLORS
 from flowtilt.rewards.pixels import bicubic_crop
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from flowtilt import weights
 from flowtilt.errors import UserError
-from flowtilt.pictures import to_bytes
+from flowtilt.io import weights
+from flowtilt.io.images import to_bytes
 from flowtilt.rewards.geneval import mask2former
 
 LONGEST, SHORTEST = 1333, 800

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
 
-from flowtilt import weights
 from flowtilt.errors import UserError
+from flowtilt.io import weights
 from flowtilt.rewards import keymap
 
 CLASSES = 80

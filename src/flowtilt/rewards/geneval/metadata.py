@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from flowtilt.errors import UserError
-from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS, TAGS
+from flowtilt.prompts.geneval_objects import CLASSES, COLORS, RELATIONS, TAGS
 
 MOST_OBJECTS = 1000
 """Objects of a class that a prompt may ask for; no detector finds as many."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from flowtilt.prompts.geneval_objects import CLASSES, COLORS, RELATIONS
 from flowtilt.rewards.geneval.metadata import Entry, Request, name_among, parse, real, wrong
-from flowtilt.rewards.geneval.objects import CLASSES, COLORS, RELATIONS
 
 MOST = 16
 """Objects of one class that are kept."""

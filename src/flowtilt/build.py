@@ -1,0 +1,160 @@
+"""From a recipe's names to the things they name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from flowtilt.config import Recipe
+from flowtilt.config.held_out import SPLIT
+from flowtilt.config.objectives import ObjectiveSettings, RTDMDSettings
+from flowtilt.device.placement import home
+from flowtilt.distributed.world import World
+from flowtilt.errors import UserError
+from flowtilt.io.containment import contained
+from flowtilt.lora import Lora, are_named, join
+from flowtilt.lora.find import run_of
+from flowtilt.lora.fit import check, load_lora, shapes_of
+from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import BENEATH, read_onto
+from flowtilt.models.opening import open_model
+from flowtilt.objectives.awm import AWM
+from flowtilt.objectives.elbo import EPG, PAR, PEPG
+from flowtilt.objectives.forward import ForwardProcess
+from flowtilt.objectives.grpo import GRPO
+from flowtilt.objectives.nft import NFT
+from flowtilt.objectives.ram import RAM
+from flowtilt.playground import world as playground
+from flowtilt.policy.lockstep import Lockstep
+from flowtilt.policy.roles import Policy
+from flowtilt.prompts import Prompt, sets
+from flowtilt.rewards import Reward, applicable, applies
+from flowtilt.rewards.named import Named, load_named
+
+
+def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start: bool = True) -> Policy:
+    """The recipe's model with fresh adapters on top of `below`, spread over the ranks where the recipe says so and there are several.
+
+    Args:
+        start: begin with the weights of `lora.init`; a run that goes on has its own.
+
+    Raises:
+        UserError: a LoRA belongs to another base, or has layers that are not trained.
+    """
+    sharded = recipe.shard == "base" and world.size > 1
+    model = open_model(recipe.model, world.device, sharded)
+    merge = False if sharded else None  # merged weights would be whole on every rank
+    shapes = shapes_of(model.network)
+    for lora in below:
+        check(lora, shapes)
+    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, below=below)
+    if start and recipe.lora.init:
+        load_lora(policy, read_onto(recipe.lora.init, below))
+    if sharded:
+        Lockstep(policy, world)
+    return policy
+
+
+def fake_beneath(recipe: Recipe, resume: Path | None) -> Lora | None:
+    """The LoRA from which a second stage's fake score goes on; none where the recipe has none.
+
+    That of a second stage comes joined with the one that lay beneath it.
+
+    Raises:
+        UserError: there is none where the recipe says, or what lay beneath it is gone.
+    """
+    o = recipe.objective
+    if not isinstance(o, RTDMDSettings) or not o.matching:
+        return None
+    if resume and (resume / BENEATH / "fake").is_dir():
+        return read_lora(resume / BENEATH / "fake")
+    where = o.fake or (str(Path(recipe.lora.on[-1]) / "fake") if recipe.lora.on else None)
+    if where is None:
+        return None
+    try:
+        fake = read_lora(where)
+        if not fake.parents:
+            return fake
+        below = read_lora((run_of(where) or Path(where)) / BENEATH / "fake")
+        if not are_named([below], fake.parents):
+            raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
+        return join([below, fake])
+    except UserError as error:
+        raise UserError(f"objective.fake: {error}; name the fake/ of a distillation's run, or set objective.matching = 0") from None
+
+
+OBJECTIVES: dict[str, type[ForwardProcess | GRPO]] = {
+    "nft": NFT,
+    "awm": AWM,
+    "epg": EPG,
+    "pepg": PEPG,
+    "par": PAR,
+    "ram": RAM,
+    "grpo": GRPO,
+}
+
+
+def build_objective(settings: ObjectiveSettings) -> ForwardProcess | GRPO:
+    """The method of a recipe's `[objective]`; the training times are the learner's."""
+    return OBJECTIVES[settings.type](**settings.model_dump(exclude={"type", "times", "times_per_image"}))
+
+
+def training_prompts(recipe: Recipe) -> list[Prompt]:
+    """The prompts to train on.
+
+    Raises:
+        UserError: the file or set can't be used, or has fewer prompts than a rollout.
+    """
+    prompts = load_prompts(recipe.prompts, "train")
+    if len(prompts) < recipe.rollout.prompts:
+        few = f"{len(prompts)} prompts, but a rollout takes {recipe.rollout.prompts}"
+        raise UserError(f"prompts {recipe.prompts}: {few}; add prompts or lower rollout.prompts")
+    return prompts
+
+
+def evaluation_prompts(recipe: Recipe, training: list[Prompt]) -> list[Prompt]:
+    """The prompts to evaluate on: the recipe's own, else the playground's other split, else the training prompts."""
+    source = recipe.evaluate.prompts or (recipe.prompts if recipe.prompts in SPLIT else None)
+    return load_prompts(source, "test") if source else training
+
+
+def load_prompts(source: str, split: str = "test") -> list[Prompt]:
+    """The prompts of a file or a named set; `split`, "train" or "test", is the playground's, whose search is judged by its validation."""
+    if source == "playground-search":
+        return playground.search_prompts("train" if split == "train" else "validation")
+    if source == "playground":
+        return playground.prompts("train" if split == "train" else "test")
+    return sets.load(source)
+
+
+def rewards_of(recipe: Recipe) -> list[Named]:
+    """The recipe's `[rewards]`."""
+    return [Named(name, settings.source or name, settings.keywords()) for name, settings in recipe.reward_table().items()]
+
+
+def judges_of(recipe: Recipe) -> list[Named]:
+    """The rewards of the recipe's evaluation; one that is trained, too, is the same one."""
+    trained = {one.name: one for one in rewards_of(recipe)}
+    names = dict.fromkeys(column.partition("/")[0] for column in recipe.evaluate.rewards)
+    return [trained.get(name, Named(name, name)) for name in names] or list(trained.values())
+
+
+def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The rewards that train and those that judge; what does both is loaded once, and off the device where models only visit it."""
+    away = home(recipe.model.offload, device)
+    trained, _ = load_named(rewards_of(recipe), device=device, home=away)
+    only = [one for one in judges_of(recipe) if one.name not in trained]
+    others = load_named(only, device=device, home=away)[0] if only else {}
+    return trained, {one.name: (trained | others)[one.name] for one in judges_of(recipe)}
+
+
+def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Raises UserError at the first prompt whose images none of the rewards could judge, or a reward that judges no prompt's."""
+    with contained("rewards"):
+        for prompt in prompts:
+            why = {name: applies(reward, prompt) for name, reward in rewards.items()}
+            if all(why.values()):
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
+                raise UserError(f'prompts {prompt.where or "given"}: no reward applies to "{prompt.text}" ({reasons})')
+    for name, why in applicable(prompts, rewards)[1].items():
+        raise UserError(f"rewards.{name}: applies to none of the prompts ({why}); give it the weight 0, or prompts that it can judge")

@@ -1,0 +1,137 @@
+"""One writer per folder: a lock that the system takes back from a killed process, and a note of who holds it.
+
+Beside the lock lies the note, since a locked file can't be read everywhere. The lock file stays: whoever deleted it could
+let two processes in, one of them waiting for the file that is gone.
+"""
+
+import errno
+import gc
+import json
+import os
+import socket
+import sys
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from flowtilt.errors import UserError
+from flowtilt.io.files import disk_errors, write_atomic
+
+LOCK, HOLDER = ".lock", ".holder.json"
+FILES = (LOCK, HOLDER)
+"""What a lock adds to its folder."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What file systems without locks answer."""
+
+
+class Hold:
+    """A folder that only this process writes to, until `release` or the end of the process, however it ends.
+
+    Where the file system has no locks, the note alone keeps others on the same machine away.
+
+    Args:
+        folder: has to exist.
+        what: who writes there, for the message to others.
+        patience: seconds to wait for another process that is just ending.
+
+    Raises:
+        UserError: another process holds it, or no lock file can be made; the message says who, where and since when.
+    """
+
+    def __init__(self, folder: Path, what: str, patience: float = 0.0):
+        self.folder, self._what, self._pid = folder, what, os.getpid()
+        self._lock: Any = None
+        lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
+        with disk_errors(folder / LOCK):
+            try:
+                self._acquire(lock, patience)
+            except Timeout:
+                raise self._refusal() from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._without_lock()
+        self._lock = lock
+        started = datetime.now().astimezone().isoformat(" ", "seconds")
+        try:
+            write_atomic(folder / HOLDER, json.dumps({"pid": self._pid, "host": socket.gethostname(), "since": started, "what": what}))
+        except UserError:
+            self.release()
+            raise
+
+    def _acquire(self, lock: Any, patience: float) -> None:
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            if not _is_this_process(_holder(self.folder)):
+                raise
+            gc.collect()  # an object that nobody uses any more may hold it
+            lock.acquire(timeout=0)
+
+    def _without_lock(self) -> None:
+        holder = _holder(self.folder)
+        if holder.get("host") == socket.gethostname() and _is_alive(holder.get("pid")):
+            raise self._refusal()
+        if holder:
+            print(
+                f"flowtilt: {self.folder}: its file system has no locks; make sure that {_described(holder)} has ended",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _refusal(self) -> UserError:
+        holder = _holder(self.folder)
+        if _is_this_process(holder):
+            return UserError(
+                f"{self.folder}: held by {holder.get('what', 'another')} of this very process since {holder.get('since')}; "
+                "call close() on the object that holds it"
+            )
+        return UserError(f"{self.folder}: held by {_described(holder)}; wait until it ends or stop it, or choose another folder")
+
+    def release(self) -> None:
+        """Lets others write there. Does nothing the second time, or in a forked process."""
+        lock, self._lock = self._lock, None
+        if lock is None or os.getpid() != self._pid:
+            return
+        with suppress(OSError):  # the folder may be gone
+            (self.folder / HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.release(force=True)
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:
+            self.release()
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    """The note of a folder; empty where there is none, or none that can be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / HOLDER).read_bytes())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _described(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"{holder.get('what')}, process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+
+
+def _is_this_process(holder: dict[str, Any]) -> bool:
+    return holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname()
+
+
+def _is_alive(pid: Any) -> bool:
+    if os.name == "nt" or not isinstance(pid, int) or pid <= 0:
+        return True  # on Windows os.kill would end the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

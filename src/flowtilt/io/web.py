@@ -1,0 +1,179 @@
+"""One request over HTTP, patiently: no redirect is followed, and an answer has a largest size and a deadline."""
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from flowtilt.errors import UserError, printable
+from flowtilt.io import threads
+
+AGAIN = (408, 425, 429, 500, 502, 503, 504)
+"""Answers after which the same request may succeed."""
+MOST = 2**20
+"""Bytes of an answer that are read, unless the caller allows more."""
+WORDS = 2000
+"""Bytes that are read of a refusal."""
+
+
+class Refused(UserError):
+    """The server answered, and will answer the same again; `status` is its HTTP status."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Again(Exception):
+    """An answer after which the same request may succeed."""
+
+
+def post_json(
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    key: str | None = None,
+    timeout: float = 120,
+    patience: float = 60,
+    most: int = MOST,
+    waiting: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """POSTs JSON and returns the JSON object that comes back.
+
+    Connection errors, timeouts, cut-off answers and the statuses of `AGAIN` are tried again after growing
+    pauses, until `patience` seconds have passed since the first failure.
+
+    Args:
+        key: sent as a bearer token, to this address alone.
+        timeout: seconds for one try, until the whole answer is here.
+        patience: seconds; 0 tries once.
+        most: bytes of an answer.
+        waiting: gets a line that says why, once, when a first try has failed.
+
+    Raises:
+        Refused: any other status, a redirect among them, or a larger answer; a wrong key says so.
+        UserError: patience has run out; names the last failure.
+    """
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError(f"{url}: its key has a line break or a sign outside ASCII; set it again")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    first: float | None = None
+    pause = 0.25
+    while True:
+        try:
+            with threads.waiting():
+                status, location, answer = _asked(request, timeout, most)
+            return understood(url, status, location, answer, most)
+        except UserError:
+            raise
+        except (OSError, ValueError, EOFError) as error:  # URLError, timeouts, resets, JSON that was cut off
+            failure = str(getattr(error, "reason", "") or error or type(error).__name__)
+        except Again as error:
+            failure = str(error)
+        except Exception as error:  # http.client's own
+            failure = f"{type(error).__name__} {error}".strip()
+        failure = printable(failure)[:300]
+        now = time.monotonic()
+        if first is None:
+            first = now
+            if waiting and patience:
+                waiting(f"{url}: {failure}; trying again for up to {patience:.0f} s")
+        if now - first + pause > patience:
+            raise UserError(f"{url}: no answer in {patience:.0f} s of trying: {failure}")
+        with threads.waiting():
+            time.sleep(pause)
+        pause = min(2 * pause, 10)
+
+
+def understood(url: str, status: int, location: str, answer: bytes, most: int = MOST) -> dict[str, Any]:
+    """The JSON object of an answer of status 200, of whose bytes at least `most` + 1 are here if it has more.
+
+    Args:
+        location: where a redirect leads.
+
+    Raises:
+        Refused: another status that will come again, or a larger answer.
+        Again: a status of `AGAIN`.
+        ValueError: no JSON object.
+    """
+    if 300 <= status < 400:
+        where = f" to {printable(' '.join(location.split()))[:200]}" if location else ""
+        raise Refused(status, f"{url}: redirects{where} ({status}), which is not followed; write the address of the server itself")
+    told = _told(answer) if status != 200 else ""
+    if status in (401, 403):
+        raise Refused(status, f"{url}: the key was refused ({status}{told})")
+    if status in AGAIN:
+        raise Again(f"{status}{told}")
+    if status != 200:
+        raise Refused(status, f"{url}: refused with {status}{told}")
+    if len(answer) > most:
+        raise Refused(status, f"{url}: answers with more than {most} bytes, which is no answer to this request")
+    try:
+        found = json.loads(answer)
+    except RecursionError:
+        raise ValueError("the answer is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("the answer is not a JSON object")
+    return found
+
+
+class _AsItIs(urllib.request.HTTPErrorProcessor):
+    """Returns answers of all statuses: urllib follows redirects from here."""
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
+
+
+def _asked(request: urllib.request.Request, timeout: float, most: int) -> tuple[int, str, bytes]:
+    """Status, location and at most `most` + 1 bytes of an answer.
+
+    In a thread of its own: a socket's timeout is one of each read, and a server that sends a byte now and then meets it forever.
+
+    Raises:
+        TimeoutError: it is not all here after `timeout` seconds.
+    """
+    done: SimpleQueue[tuple[int, str, bytes] | Exception] = SimpleQueue()
+    late = threading.Event()
+
+    def ask() -> None:
+        try:
+            with urllib.request.build_opener(_AsItIs).open(request, timeout=timeout) as answer:
+                limit = most + 1 if answer.status == 200 else WORDS
+                body = bytearray()
+                while len(body) < limit and not late.is_set() and (part := answer.read1(min(65536, limit - len(body)))):
+                    body += part
+                if len(body) < limit and answer.length:
+                    raise EOFError("the answer was cut off")
+                done.put((answer.status, answer.headers.get("Location", ""), bytes(body)))
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=ask, name="request", daemon=True).start()
+    try:
+        found = done.get(timeout=timeout)
+    except Empty:
+        raise TimeoutError(f"no whole answer in {timeout:g} s") from None
+    finally:
+        late.set()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _told(answer: bytes) -> str:
+    """The server's own words, short."""
+    text = answer[:WORDS].decode(errors="replace")
+    try:
+        found = json.loads(text)
+        text = found.get("error", text) if isinstance(found, dict) else text
+        text = text.get("message", text) if isinstance(text, dict) else text
+    except (ValueError, RecursionError):
+        pass
+    text = printable(" ".join(str(text).split()))[:200]
+    return f": {text}" if text else ""

@@ -1,0 +1,116 @@
+"""LoRAs on a pipeline, for drawing: "tuned" adds all of them up, "base" is without any."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from flowtilt.config import EvaluateSettings, ModelSettings, Recipe, load_recipe
+from flowtilt.config.trust import RECIPE
+from flowtilt.config.trust import check as check_trust
+from flowtilt.lora import Lora, join
+from flowtilt.lora.find import run_of
+from flowtilt.lora.fit import check, linear_layers, shapes_of
+from flowtilt.lora.write import peft_config
+from flowtilt.models.base import Model
+from flowtilt.models.conditioning import Conditioning
+from flowtilt.runs.inputs import found_again
+
+
+def recipe_of(place: Path) -> Recipe | None:
+    """The recipe of the run that a LoRA lies in, none for one from elsewhere; to be read, not to be run: see `vouch`."""
+    run = run_of(place)
+    return found_again(load_recipe(run / RECIPE), run) if run else None
+
+
+def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:
+    """Raises UserError where `parts` of the recipe of `recipe_of` may not be run; see `trust.check`.
+
+    Args:
+        given: the user trusts them.
+    """
+    if run := run_of(place):
+        check_trust(run, parts, given)
+
+
+def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:
+    """The model of that path (none is the recipe's own, else the playground), otherwise as in the recipe of its LoRA.
+
+    Args:
+        resolution: instead of the recipe's.
+    """
+    settings = recipe.model if recipe else ModelSettings(path="playground")
+    if path not in (None, settings.path):
+        settings = settings.model_copy(update={"path": path, "revision": None})
+    return settings if resolution is None else settings.model_copy(update={"resolution": resolution})
+
+
+def default_evaluation(path: str | None) -> EvaluateSettings:
+    """How a model without a recipe is evaluated: the playground as its recipe says, any other as DiffusionNFT does."""
+    return load_recipe("playground").evaluate if path in (None, "playground") else EvaluateSettings()
+
+
+class Stack:
+    """A model with LoRAs.
+
+    On an fp32 base the sum is merged exactly as `Policy` merges, so that a run's LoRA draws the same bits
+    here as in training; on a half-precision base PEFT's layers add it to each activation, in the base's
+    precision, as `Policy` does.
+
+    Args:
+        model: on a half-precision base its network gets an adapter.
+        loras: what adds up.
+
+    Raises:
+        UserError: a LoRA changes a layer that this model lacks, or that has another shape here.
+    """
+
+    def __init__(self, model: Model, loras: Sequence[Lora]):
+        self.model = model
+        shapes = shapes_of(model.network)
+        for lora in loras:
+            check(lora, shapes)
+        self._weights: dict[str, Tensor] = {}
+        self._layers: dict[str, Any] = {}  # PEFT types its layers as bare modules
+        if model.network.dtype == torch.float32:
+            self._weights = self._merged(loras)
+        elif loras:
+            self._layers = self._adapted(join(loras))
+            self._activate(False)
+
+    @torch.no_grad()
+    def _merged(self, loras: Sequence[Lora]) -> dict[str, Tensor]:
+        found = {}
+        linear = linear_layers(self.model.network)
+        for lora in loras:
+            for layer, (a, b) in lora.layers.items():
+                weight = found.get(f"{layer}.weight", linear[layer].weight)
+                found[f"{layer}.weight"] = torch.addmm(weight, b.to(weight.device), a.to(weight.device), alpha=lora.scale(layer))
+        return found
+
+    def _adapted(self, lora: Lora) -> dict[str, Any]:
+        network = self.model.network
+        device, dtype = self.model.device, network.dtype  # asked once: the network walks over all of its parameters
+        network.add_adapter(peft_config(lora), adapter_name="stack")
+        adapted: dict[str, Any] = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
+        for name, (a, b) in lora.layers.items():
+            adapted[name].lora_A["stack"].weight.data = a.to(device, dtype)
+            adapted[name].lora_B["stack"].weight.data = b.to(device, dtype)
+        return adapted
+
+    def _activate(self, on: bool) -> None:
+        for layer in self._layers.values():
+            layer.enable_adapters(on)
+
+    def velocity(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """v [N, ...] fp32 of "tuned" or "base" at x_t [N, ...] and t [] or [N]."""
+        if role == "base" or not self._layers:
+            return self.model.velocity(x_t, t, conditioning, self._weights if role == "tuned" else None)
+        self._activate(True)
+        try:
+            return self.model.velocity(x_t, t, conditioning)
+        finally:
+            self._activate(False)

@@ -1,0 +1,74 @@
+"""A rollout's scores, part by part: what a server judges is on its way while the next part is sampled."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowtilt.io.containment import contained
+from flowtilt.io.threads import Background
+from flowtilt.prompts import Prompt
+from flowtilt.rewards import Reward, applies, score
+from flowtilt.rewards.judging import joined, judge
+
+PARTS = 8
+"""Parts of a rollout where a reward works off the device: the last part's scores are waited for, the others are not."""
+
+
+class Scoring:
+    """Takes images as they are drawn and gives all scores in the end; a context, so that no request outlives it.
+
+    Rewards in this process share its device with the sampler and wait for the end.
+
+    Args:
+        rewards: name -> reward; those with a true `off_device` (a server, the CPU) are asked at once.
+        device: where the others see the images.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], device: torch.device | str = "cpu"):
+        self._device = device
+        self._names = list(rewards)
+        self._elsewhere = {name: reward for name, reward in rewards.items() if getattr(reward, "off_device", False)}
+        self._local = {name: reward for name, reward in rewards.items() if name not in self._elsewhere}
+        self._background = Background() if self._elsewhere else None
+        self._asked: list[Future[tuple[dict[str, Tensor], list[str]]]] = []
+        self._images: list[Tensor] = []
+        self._prompts: list[Prompt] = []
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._background:
+            self._background.close()
+
+    def parts(self, number: int) -> Sequence[Tensor]:
+        """Rows [n] of each part of `number` images: one part where all rewards are here."""
+        return torch.arange(number).split(-(-number // PARTS) if self._elsewhere else max(1, number))
+
+    def add(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
+        """Images [n, 3, H, W] in [0, 1] of `prompts`."""
+        self._prompts += prompts
+        if self._local:
+            self._images.append(images)
+        if self._background:
+            self._asked.append(self._background.submit(partial(score, self._elsewhere, images, list(prompts))))
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores [N] by column, and for each reward where [N] it has none though it applies to the prompt.
+
+        Raises:
+            UserError: a reward failed.
+        """
+        found = joined([future.result()[0] for future in self._asked])
+        if self._local:
+            images = self._images[0] if len(self._images) == 1 else torch.cat(self._images)
+            found |= judge(self._local, images, self._prompts, self._device)[0]
+        found = {column: found[column] for name in self._names for column in found if column.partition("/")[0] == name}
+        rewards = {**self._elsewhere, **self._local}
+        with contained("rewards"):
+            able = {name: [not applies(rewards[name], prompt) for prompt in self._prompts] for name in self._names}
+        missing = {name: found[name].isnan() & torch.tensor(able[name], dtype=torch.bool) for name in self._names}
+        return found, missing

@@ -1,0 +1,171 @@
+"""The model card of a run's LoRA: what it is, how it scored, and the code that loads it."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from flowtilt.runs import folder as runs
+from flowtilt.config import Recipe
+from flowtilt.lora.stacked import kept
+from flowtilt.policy.roles import Policy
+
+BESIDE, WITHIN = "beside this folder", "in this folder"
+ON_TOP = "- on top of {others}, which has to be loaded, too; `flowtilt export` joins all in one file\n"
+JOINED = "- joined with what it was trained on top of: this one file is all\n"
+LOADS = re.compile(r"^pipe\.load_lora_weights\(.*\)$(\n^pipe\.(load_lora_weights|set_adapters)\(.*\)$)*", re.MULTILINE)
+HEAD = re.compile(r"\A---\n.*?^---\n", re.MULTILINE | re.DOTALL)
+
+CARD = """# {name}
+
+A LoRA of rank {rank} (alpha {alpha:g}) on {base}, {made} with {objective} by flowtilt.
+
+- rewards: {rewards}
+- rollouts: {steps}, of {prompts} prompts x {images} images; seed {seed}
+{on_top}- score: {before} before, {after} after ({protocol})
+- weights: the exponential moving average
+
+```python
+{load}
+{add}
+{sampling}
+image = pipe({prompt!r}, {options}).images[0]
+```
+
+The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same LoRA usually scores lower.
+
+The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run.
+"""
+
+LOAD = """import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base!r}{revision}, dtype=torch.{dtype}).to("{device}")"""
+
+LOAD_PLAYGROUND = """from diffusers import StableDiffusion3Pipeline
+from flowtilt.playground import pipeline_path
+
+pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())"""
+
+LEVELS = """# the noise levels of the evaluation; num_inference_steps={steps} alone may take slightly others
+sigmas = [1 - k / {steps} for k in range({steps})]"""
+
+CPS = """from flowtilt.schedulers import CPSScheduler
+
+# the stochastic steps of the evaluation, at its noise levels
+pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta={eta!r})"""
+
+LICENSES = {
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "playground": "apache-2.0",
+}
+"""Licences by base, in the hub's words, as their publishers state them; a LoRA is bound by that of its base."""
+
+
+def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
+    """The card of a run after `step` rollouts, with its first and newest scores."""
+    before, after = ("not measured" if score is None else f"{score:.3f}" for score in runs.scores(run))
+    m = recipe.model
+    revision = f", revision={m.revision!r}" if m.revision else ""
+    device, dtype = ("cpu", "float32") if m.dtype == "float32" else ("cuda", "bfloat16" if m.dtype == "auto" else m.dtype)
+    playground = m.path == "playground"
+    beneath = kept(run)
+    e = recipe.evaluate
+    cps = e.solver == "cps"
+    call = {"num_inference_steps": repr(e.steps)} if cps else {"sigmas": "sigmas"}
+    call |= {name: repr(value) for name, value in policy.model.call_options(e.guidance).items()}
+    return metadata(recipe) + CARD.format(
+        name=recipe.name,
+        base="the pipeline that comes with flowtilt" if playground else f"`{m.path}`",
+        made="distilled" if recipe.objective.type == "acdmd" else "reinforced",
+        objective=recipe.objective.type,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.rank,
+        rewards=", ".join(f"{name} x {reward.weight:g}" for name, reward in recipe.reward_table().items()),
+        steps=step,
+        prompts=recipe.rollout.prompts,
+        images=recipe.rollout.images_per_prompt,
+        seed=recipe.seed,
+        before=before,
+        after=after,
+        protocol=recipe.protocol(),
+        load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
+        on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
+        add=_added([*beneath, run / "lora"]),
+        recipe=BESIDE,
+        prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
+        sampling=CPS.format(eta=e.eta) if cps else LEVELS.format(steps=e.steps),
+        options=", ".join(f"{name}={value}" for name, value in call.items()),
+        defaults="another scheduler and other text lengths" if cps else "other noise levels and text lengths",
+    )
+
+
+def metadata(recipe: Recipe, library: str = "diffusers") -> str:
+    """The block above a card that a hub reads; a base that is no hub id is left out of it.
+
+    Args:
+        library: what loads the LoRA: "diffusers" or "peft".
+    """
+    path = recipe.model.path
+    base = path if _is_hub_id(path) else None
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name=library,
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "lora", "flowtilt", recipe.objective.type],
+        **_license(path),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _license(base: str) -> dict[str, Any]:
+    """The licence field; a licence that the hub has no word for is named, with a link."""
+    name = LICENSES.get(base)
+    if name in (None, "apache-2.0"):
+        return {"license": name}
+    return {"license": "other", "license_name": name, "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}
+
+
+def _is_hub_id(path: str) -> bool:
+    """Whether a base is OWNER/NAME on the hub, and no folder here."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return "/" in path and not Path(path).exists()
+
+
+def _added(folders: Sequence[Path]) -> str:
+    """The lines by which diffusers adds the LoRAs of those folders."""
+    if len(folders) == 1:
+        return f"pipe.load_lora_weights({_quoted(folders[0])})"
+    names = [f"beneath_{number}" for number in range(1, len(folders))] + ["top"]
+    lines = [f'pipe.load_lora_weights({_quoted(folder)}, adapter_name="{name}")' for folder, name in zip(folders, names, strict=True)]
+    return "\n".join([*lines, f"pipe.set_adapters({json.dumps(names)}, {[1] * len(names)})"])
+
+
+def exported(text: str, recipe: Recipe, rank: int, alpha: float, output: Path, to: str) -> str:
+    """The card of a run for the export of its LoRA, joined with what lies beneath it, to `output` in the format `to`."""
+    load = {
+        "diffusers": f"pipe.load_lora_weights({_quoted(output)})",
+        "peft": f"from peft import PeftModel\n\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, {_quoted(output)})",
+    }[to]
+    text = HEAD.sub(lambda _: metadata(recipe, to), text, count=1)
+    text = LOADS.sub(lambda _: load, text, count=1)
+    text = re.sub(f"^{ON_TOP.format(others='.*')}", JOINED, text, count=1, flags=re.MULTILINE)
+    text = re.sub(r"^A LoRA of rank \S+ \(alpha [^)]+\)", f"A LoRA of rank {rank} (alpha {alpha:g})", text, count=1, flags=re.MULTILINE)
+    return text.replace(BESIDE, WITHIN)
+
+
+def _quoted(path: Path) -> str:
+    """A path as Python reads it."""
+    return json.dumps(str(path), ensure_ascii=False)

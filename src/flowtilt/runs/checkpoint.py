@@ -1,0 +1,161 @@
+"""Checkpoints: folders of safetensors and JSON, whole or not there at all.
+
+checkpoints/step-000100/ holds state.json (clocks, the SHA-256 of every other file, and its own) and one
+safetensors file for each LoRA role and for the optimizer. A folder appears by one rename; one whose
+digests do not match is set aside for the one before it. Other names in checkpoints/ are the user's.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowtilt.errors import UserError
+from flowtilt.io.files import digest, read_errors, set_aside, whole_folder, write_json
+from flowtilt.io.tensors import save_file
+
+FORMAT = 4
+READABLE = (3, 4)
+"""Format 3 is of flowtilt 0.1.0, which had no checksum of state.json."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that decides the next step.
+
+    Args:
+        step: rollouts done.
+        state: clocks and counters, JSON.
+        tensors: file name without ending -> tensors by name.
+    """
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes a checkpoint and then removes all but the newest `keep`; returns its folder.
+
+    Raises:
+        UserError: no space left; the older checkpoints are untouched.
+    """
+    folder = run / "checkpoints" / f"step-{checkpoint.step:06d}"
+    with whole_folder(folder) as temporary:
+        for name, tensors in checkpoint.tensors.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
+        digests = {file.name: digest(file) for file in sorted(temporary.glob("*.safetensors"))}
+        record = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "sha256": digests}
+        write_json(temporary / "state.json", {**record, "own_sha256": _checksum(record)})
+    prune(run, keep)
+    return folder
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep`."""
+    for _, old in numbered(run / "checkpoints")[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or none where none was ever written; warns of each damaged one and sets it aside.
+
+    Raises:
+        UserError: there are checkpoints and none of them is whole, or one can't be read, which says nothing of its content.
+    """
+    folders = [folder for _, folder in numbered(run / "checkpoints")]
+    damaged: list[tuple[Path, Exception]] = []
+    for folder in reversed(folders):
+        try:
+            found = _read(folder)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # whatever a torn file makes a parser raise
+            damaged.append((folder, error))
+            continue
+        for other, error in damaged:
+            aside = set_aside(other)
+            warnings.warn(
+                f"checkpoint {other.name} is damaged ({error}) and is now {aside.name}; going on from the one before", stacklevel=2
+            )
+        return found
+    if damaged:
+        folder, error = damaged[0]
+        raise UserError(f"{run}: none of its {len(damaged)} checkpoints is whole ({folder.name}: {error}); restore one, or start a new run")
+    return None
+
+
+def at(run: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` rollouts, which `newest` has found to be whole."""
+    return _read(run / "checkpoints" / f"step-{step:06d}")
+
+
+def number_of(name: str) -> int | None:
+    """The step of a folder that flowtilt names so; none for any other name."""
+    match = re.fullmatch(r"step-([0-9]{6,})", name)
+    number = int(match[1]) if match and len(match[1]) < 20 else None
+    return number if number is not None and name == f"step-{number:06d}" else None
+
+
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The folders that flowtilt has made for single steps in `folder`, by step; [] where there is no such folder.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    with read_errors(folder):
+        try:
+            places = list(folder.iterdir())
+        except FileNotFoundError:
+            return []
+        found = [(number_of(place.name), place) for place in places if place.is_dir() and not place.is_symlink()]
+    return sorted((number, place) for number, place in found if number is not None)
+
+
+def _read(folder: Path) -> Checkpoint:
+    """A checkpoint; raises UserError where a file can't be read, and other errors where it is damaged."""
+    with read_errors(folder):
+        try:
+            record = json.loads((folder / "state.json").read_bytes().decode())
+            if record["format"] not in READABLE:
+                raise ValueError(f"format {record['format']}, this version reads {' and '.join(map(str, READABLE))}")
+            if record["format"] > 3 and record.pop("own_sha256") != _checksum(record):
+                raise ValueError("state.json is not what was written")
+            for name, expected in record["sha256"].items():
+                if digest(folder / name) != expected:
+                    raise ValueError(f"{name} is not what was written")
+            tensors = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ValueError(f"{Path(error.filename or folder).name} is missing") from error
+    if record["step"] != number_of(folder.name):
+        raise ValueError(f"it is a copy of the one of step {record['step']}")
+    return Checkpoint(record["step"], record["state"], tensors)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON, whatever its white space and the order of its keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's averages and counters as flat tensors, "index.name"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value.detach().cpu() for index, values in state.items() for name, value in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

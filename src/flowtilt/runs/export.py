@@ -1,0 +1,101 @@
+"""The result of a run: a LoRA that plain diffusers loads; and LoRAs in others' formats."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowtilt.runs.card import exported, model_card
+from flowtilt.config import Recipe, load_recipe
+from flowtilt.errors import UserError
+from flowtilt.io.files import whole_folder
+from flowtilt.lora import Lora, join
+from flowtilt.lora.fit import check
+from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
+from flowtilt.lora.stacked import leading, read_stack
+from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
+from flowtilt.policy.roles import Policy
+from flowtilt.policy.tuned_model import model_settings, recipe_of
+from flowtilt.config.trust import RECIPE, is_ours, remember
+
+FORMATS = {
+    "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
+    "peft": 'in diffusers: pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "{folder}")',
+    "generator_ema": "in RTDMD: {folder}/generator_ema.pt with rank {rank} and alpha {alpha:g}, which the file does not tell",
+    "pipeline": 'in diffusers: DiffusionPipeline.from_pretrained("{folder}"); here: --model {folder}',
+}
+"""What a LoRA is written as, and how it is loaded again."""
+
+
+def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Sequence[str] = ()) -> Path:
+    """Writes the EMA weights to `run`/lora with a model card; the folder is replaced as a whole.
+
+    Args:
+        parents: fingerprints of the LoRAs beneath it, of which `lora.stacked.keep` has put copies into the run.
+    """
+    folder = run / "lora"
+    with whole_folder(folder) as temporary:
+        policy.save_lora(str(temporary))
+        add_parents(temporary / DIFFUSERS, parents)
+        (temporary / "README.md").write_text(model_card(policy, run, recipe, step), encoding="utf-8")
+    return folder
+
+
+def write_fake(policy: Policy, run: Path, parents: Sequence[str]) -> None:
+    """Writes the fake score of a distillation to `run`/fake, from where a second stage goes on with it."""
+    with whole_folder(run / "fake") as temporary:
+        policy.save_lora(str(temporary), "fake")
+        add_parents(temporary / DIFFUSERS, parents)
+
+
+def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: str | None = None) -> str:
+    """Writes one LoRA, or several joined exactly, into a new folder; returns a line that says how it is loaded.
+
+    What a LoRA was trained on top of is joined with it, so that what is written needs the base alone.
+
+    Args:
+        places: runs, checkpoints, folders or files, as `read_stack` takes them.
+        to: one of `FORMATS`.
+        model: hub id or folder of the base; none is that of the first one's run. A base that is on disk is checked to fit.
+
+    Raises:
+        UserError: nothing to read, no base to merge into or another one than the LoRA's, a target that is taken, or no space.
+    """
+    loras, output = read_stack(places), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"export: {output} is there already; choose a new folder with -o")
+    recipe = recipe_of(leading(loras))
+    base = model_settings(model, recipe) if model or recipe else None
+    lora = join(loras)
+    if to == "pipeline":
+        if base is None:
+            raise UserError(f"export: {lora.source} does not tell its base; name the pipeline to merge into with --model")
+        source = pipeline_folder(base.path, base.revision)
+        with whole_folder(output) as temporary:
+            to_pipeline(loras, source, temporary)
+        return FORMATS[to].format(folder=output)
+    if base and (folder := local_folder(base.path)):
+        check(lora, shapes_in(folder))
+    name = base.path if base and base.path != "playground" else None
+    with whole_folder(output) as temporary:
+        if to == "diffusers":
+            to_diffusers(lora, temporary)
+        elif to == "peft":
+            to_peft(lora, temporary, name)
+        else:
+            to_generator_ema(lora, temporary, name)
+        if to != "generator_ema" and len(loras) == 1 + len(loras[-1].parents):
+            _take_card(lora, Path(loras[-1].source).parent, temporary, output, to)
+    if (output / RECIPE).is_file() and is_ours(Path(loras[-1].source).parent.parent):
+        remember(output)  # a copy of the user's own recipe is the user's own
+    return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=RTDMD_RATIO * lora.ranks()[0])
+
+
+def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> None:
+    """Puts the card and the recipe of a run, whose newest LoRA in `own` this is, or is the top of, beside its export."""
+    card, recipe = own / "README.md", own.parent / "recipe.toml"
+    if own.name != "lora" or not card.is_file() or not recipe.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    rank = lora.ranks()[-1]
+    (folder / "README.md").write_text(exported(text, load_recipe(recipe), rank, rank, output, to), encoding="utf-8")
+    shutil.copy(recipe, folder / RECIPE)

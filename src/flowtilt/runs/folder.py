@@ -1,0 +1,258 @@
+"""A run's folder: made, found again, and put back to where its newest checkpoint is.
+
+recipe.toml, sources.json (what it was made of), torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl,
+guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RTDMD's fake score), summary.json, report.html.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowtilt.runs import checkpoint
+from flowtilt.distributed import world as distributed
+from flowtilt.runs import inputs
+from flowtilt.config import Recipe, load_recipe, to_toml
+from flowtilt.errors import UserError
+from flowtilt.evaluate import Evaluation
+from flowtilt.io.files import (
+    append_line,
+    clean,
+    disk_errors,
+    made_by,
+    parse_lines,
+    read_errors,
+    read_lines,
+    whole_folder,
+    write_atomic,
+    write_json,
+    write_lines,
+)
+from flowtilt.io.locks import FILES as LOCKS
+from flowtilt.io.locks import HOLDER, Hold
+from flowtilt.io.images import to_png
+from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
+from flowtilt.config.trust import RECIPE, of_recipe, remember
+
+JOB = "torchrun.txt"
+"""The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
+WRITTEN = {
+    *("recipe.toml", inputs.SOURCES, JOB, "environment.json", *LOGS, "summary.json", "report.html"),
+    *("lora", "on", "fake", HOLDER),
+}
+"""What flowtilt writes into a run's folder, besides the folders of `STEPS`."""
+STEPS = ("checkpoints", "samples")
+"""Folders with a folder for each of some steps."""
+MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
+"""Keys that a resumed run may set anew: they do not touch what was computed before."""
+RUN = "a training run"
+PATIENCE = 60.0
+"""Seconds that a restart of torchrun waits for the end of the processes before it."""
+
+
+def create(recipe: Recipe) -> Hold:
+    """Makes a new run's folder with its recipe, and holds it. No other process gets the same folder.
+
+    Raises:
+        UserError: the folder that the recipe names holds something already, or can't be made.
+    """
+    hold = _claim(Path(recipe.run)) if recipe.run else _next(Path("runs"), recipe.name)
+    try:
+        if name := distributed.job():
+            write_atomic(hold.folder / JOB, name)
+        write_recipe(hold.folder, recipe)
+    except BaseException:
+        hold.release()
+        raise
+    return hold
+
+
+def _next(runs: Path, name: str) -> Hold:
+    """runs/name, or the first number of it that nobody has."""
+    number = 1
+    with disk_errors(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = runs / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return Hold(folder, RUN)
+
+
+def _claim(folder: Path) -> Hold:
+    """The folder of that name, if nothing is in it but what a killed start leaves."""
+    _check_free(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    hold = Hold(folder, RUN)
+    try:
+        _check_free(folder)  # another start may have been quicker
+        with read_errors(folder):
+            clean(folder, WRITTEN.__contains__)
+    except BaseException:
+        hold.release()
+        raise
+    return hold
+
+
+def _check_free(folder: Path) -> None:
+    with read_errors(folder):
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise UserError(f"run {folder}: a file; choose another run=…")
+        names = {path.name for path in folder.iterdir()}
+    left = names - {JOB, *LOCKS}
+    if "recipe.toml" in left:
+        raise UserError(f"run {folder}: not empty; go on with `flowtilt train --resume {folder}` or choose another run=…")
+    if any(made_by(name) not in ("recipe.toml", JOB, HOLDER) for name in left):
+        raise UserError(f"run {folder}: not empty and no run; choose another run=…")
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes a run's recipe, and notes it as the user's own where it runs code of its own."""
+    write_atomic(folder / RECIPE, to_toml(recipe))
+    if of_recipe(recipe):
+        remember(folder)
+
+
+def of_job(recipe: Recipe, world: distributed.World) -> Path | None:
+    """The run that an earlier start of this torchrun job made, where torchrun has restarted it; none where there is none."""
+    # where another machine failed, torchrun does not count this one's restart
+    if not world.any(distributed.restarts() > 0):
+        return None
+
+    def find() -> str | None:
+        folders = [Path(recipe.run)] if recipe.run else Path("runs").glob(f"{recipe.name}*")
+        made = [folder / JOB for folder in folders if (folder / "recipe.toml").is_file() and (folder / JOB).is_file()]
+        ours = [place for place in made if place.read_text(encoding="utf-8") == distributed.job()]
+        return str(max(ours, key=lambda place: place.stat().st_mtime).parent) if ours else None
+
+    found = world.first(find)
+    return Path(found) if found else None
+
+
+def open_run(folder: Path | str, overrides: Sequence[str], recipe: Recipe | None = None) -> Recipe:
+    """The recipe of an existing run, with overrides that may change; `recipe` is what the user believes it to be.
+
+    Raises:
+        UserError: the folder is no run, the run is another recipe's, or a key may not change.
+    """
+    folder = Path(folder)
+    check_run(folder)
+    place = folder / "recipe.toml"
+    kept = inputs.found_again(load_recipe(place), folder)
+    for key in (item.partition("=")[0].strip() for item in overrides):
+        if key.partition(".")[0] not in MAY_CHANGE:
+            raise UserError(f"override {key}: a resumed run can't change it; only {', '.join(MAY_CHANGE)}")
+    if recipe is not None:
+        believed = inputs.found_again(recipe, folder)
+        ours, theirs = kept.model_dump(exclude=set(MAY_CHANGE)), believed.model_dump(exclude=set(MAY_CHANGE))
+        differing = [key for key in ours if ours[key] != theirs[key]]
+        if differing:
+            raise UserError(
+                f"{folder}: a run of another recipe ({', '.join(differing)} differ); leave the recipe out to go on with the run's own"
+            )
+    return inputs.found_again(load_recipe(place, overrides), folder)
+
+
+def check_run(folder: Path) -> None:
+    """Raises UserError where a folder is no run, or can't be read."""
+    with read_errors(folder):
+        if folder.is_dir():
+            list(folder.iterdir())  # a folder that can't be listed would look empty
+        if not (folder / "recipe.toml").is_file():
+            raise UserError(f"{folder}: not a run (no recipe.toml there); give the folder that training made")
+
+
+def resume(folder: Path) -> Hold:
+    """Holds a run to go on with, and deletes what a kill has left half-written in it.
+
+    Raises:
+        UserError: it is no run, another process holds it, or it has made progress and has no checkpoint to go on from.
+    """
+    check_run(folder)
+    hold = Hold(folder, RUN, PATIENCE if distributed.restarts() else 0.0)
+    try:
+        with read_errors(folder), disk_errors(folder):
+            clean(folder, WRITTEN.__contains__)
+            for name in STEPS:
+                clean(folder / name, lambda name: checkpoint.number_of(name) is not None)
+        check_progress(folder)
+    except BaseException:
+        hold.release()
+        raise
+    return hold
+
+
+def check_progress(folder: Path) -> None:
+    """Raises UserError where a run has got beyond its beginning and has no checkpoint: to go on would begin anew, over its results."""
+    if checkpoint.numbered(folder / "checkpoints"):
+        return
+    with read_errors(folder):
+        steps = [record["step"] for name in LOGS for record in read_log(folder / name)]
+        begun = any((folder / name).exists() for name in ("lora", "summary.json"))
+    if begun or max(steps, default=0) > 0:
+        reached = f"rollout {max(steps)}" if max(steps, default=0) > 0 else "its first checkpoint"
+        raise UserError(
+            f"{folder}: has reached {reached}, but checkpoints/ has none to go on from; put its checkpoints back, or start a new run "
+            f"(lora.init={folder} begins with its weights)"
+        )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of one of a run's logs; those that don't say their step are left out."""
+    return [record for record in read_lines(path) if _has_step(record)]
+
+
+def _has_step(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("step"), int) and not isinstance(record["step"], bool)
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Takes back what was logged after `step`, so that the resumed run writes it once; the user's own files stay."""
+    with read_errors(folder):
+        for name in LOGS:
+            records, damaged = parse_lines(folder / name)
+            kept = [record for record in records if _has_step(record) and record["step"] <= step]
+            if damaged or (folder / name).exists():
+                read_lines(folder / name)  # warns of what is damaged
+                write_lines(folder / name, kept)
+        for number, samples in checkpoint.numbered(folder / "samples"):
+            if number > step:
+                with disk_errors(samples):
+                    shutil.rmtree(samples)
+
+
+def scores(folder: Path) -> tuple[float | None, float | None]:
+    """The score before training and the newest one; none where that evaluation is missing."""
+    found = {record["step"]: record.get("score") for record in read_log(folder / "evaluations.jsonl")}
+    return found.get(0), found[max(found)] if found else None
+
+
+def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) -> None:
+    """Logs an evaluation with its interval, and keeps every image's score and its samples as PNG files with captions and verdicts."""
+    with whole_folder(folder / "samples" / f"step-{step:06d}") as temporary:
+        for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
+            row["file"] = f"{k:02d}.png"
+            (temporary / f"{k:02d}.png").write_bytes(to_png(image))
+        write_json(temporary / "index.json", found.sample_rows)
+        (temporary / IMAGE_SCORES).write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
+    record = {
+        "step": step,
+        "column": found.column,
+        "score": found.score,
+        "estimate": score_summary({"column": found.column, **found.by_image}),
+        "images": found.images,
+        "by_tag": found.by_tag,
+        "rewards": found.rewards,
+        "stds": found.stds,
+        "missing": found.missing,
+        "seconds": seconds,
+    }
+    append_line(folder / "evaluations.jsonl", record)

@@ -1,0 +1,65 @@
+"""One AdamW and the weights it moves: gradients of all ranks joined, clipped, one step."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowtilt.config import OptimizerSettings
+from flowtilt.distributed.world import World
+from flowtilt.policy.roles import Policy
+from flowtilt.runs import checkpoint
+from flowtilt.training.timing import Phases
+
+
+class Update:
+    """Updates of one role; `count` is how many were made.
+
+    Args:
+        weights: of that role, which hold this rank's part of the gradient in .grad.
+        settings: the learning rate with its schedule, averages, decay and clip.
+    """
+
+    def __init__(self, policy: Policy, role: str, weights: Sequence[Tensor], settings: OptimizerSettings, world: World):
+        self._policy, self._role, self._settings, self._world = policy, role, settings, world
+        self.weights = list(weights)
+        self.count = 0
+        o = settings
+        self._optimizer = torch.optim.AdamW(self.weights, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+    def clear(self) -> None:
+        """A gradient of zeros, to which backward passes add."""
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+
+    def make(self, sums: Mapping[str, Tensor], phases: Phases) -> float:
+        """Joins gradients and `sums` over the ranks in one message, clips, steps; returns the norm before clipping.
+
+        A gradient that is not finite is left out: it would end in every weight.
+        """
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        with phases("sync"):
+            self._world.sum_([*gradients, *sums.values()])
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights, self._settings.clip))
+        if norm < float("inf"):  # false for NaN too
+            self._optimizer.step()
+            self._policy.changed(self._role)
+            self.count += 1
+        return norm
+
+    def rate(self) -> float:
+        """The learning rate of the next update: linear warm-up, then 1 / (1 + s / half_life)."""
+        o, s = self._settings, self.count
+        rate = o.lr * min(1.0, (s + 1) / (o.warmup + 1))
+        return rate if o.half_life is None else rate / (1 + s / o.half_life)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What AdamW remembers, for a checkpoint."""
+        return checkpoint.optimizer_tensors(self._optimizer)
+
+    def load(self, count: int, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what was saved."""
+        self.count = count
+        checkpoint.load_optimizer(self._optimizer, tensors)

@@ -1,0 +1,114 @@
+"""Rollouts: images of the collecting policy, their scores and advantages."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flowtilt.advantages import combine, flat_groups, group_advantages
+from flowtilt.config import Recipe
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.distributed.world import World
+from flowtilt.errors import UserError
+from flowtilt.objectives import Collecting
+from flowtilt.policy.roles import Policy
+from flowtilt.prompts import Prompt
+from flowtilt.rewards import Reward
+from flowtilt.rewards.overlapped import Scoring
+from flowtilt.sampling.sampler import decode
+from flowtilt.sampling.trajectory import Trajectory, collector
+from flowtilt.seeding import noise
+from flowtilt.training.image_metrics import image_features, image_metrics
+from flowtilt.training.learner import Scored
+from flowtilt.training.timing import Phases
+
+
+class Rollouts:
+    """Samples with the old policy and scores; advantages compare images of all ranks.
+
+    Args:
+        objective: what the rollouts are for.
+    """
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy, objective: Collecting, rewards: Mapping[str, Reward], world: World, micro_batch: MicroBatch
+    ):
+        self.recipe, self.policy, self.objective, self.rewards = recipe, policy, objective, rewards
+        self.world, self.micro_batch = world, micro_batch
+        self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
+
+    def draw(self, step: int, drawn: list[Prompt], phases: Phases) -> tuple[Scored, dict[str, float]]:
+        """Rollout number `step`, from 1, of the prompts `drawn`, with what there is to say of it.
+
+        Raises:
+            UserError: a reward fails, or leaves nothing to compare.
+        """
+        r, policy = self.recipe.rollout, self.policy
+        number = r.images()
+        mine = self.world.share(number)
+        own = [drawn[i // r.images_per_prompt] for i in mine]
+        groups = torch.arange(number) // r.images_per_prompt
+        positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
+        with phases("sample"):
+            conditioning = policy.model.encode([p.text for p in own])
+        parts: list[tuple[Tensor, Trajectory | None]] = []
+        features: list[Tensor] = []
+        collect = collector(self.recipe, self.objective, step)
+        with Scoring(self.rewards, self.world.device) as scoring:
+            for rows in scoring.parts(len(own)):
+                with phases("sample"):
+                    where, given = [positions[k] for k in rows], conditioning.select(rows)
+                    start = noise(self.recipe.seed, "rollout", where, policy.model.latent_shape).to(policy.model.device)
+                    x0, path = self.micro_batch.fit(
+                        "sample",
+                        lambda size, start=start, given=given, where=where: collect(policy, start, given, where, size),
+                        counter=policy,
+                    )
+                with phases("decode"):
+                    images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
+                    features.append(image_features(images))
+                scoring.add(images, [own[k] for k in rows])
+                parts.append((x0, path))
+            with phases("reward"):
+                scores, missing = scoring.finish()
+        with phases("sync"):
+            scores = self.world.gather_columns(scores, number)
+            looks = self.world.gather(torch.cat(features).to(self.world.device), number).cpu()
+            missing = self.world.gather_columns({name: value.float() for name, value in missing.items()}, number)
+        for name in (name for name, weight in self.weights.items() if weight):
+            if missing[name].any() and scores[name].isnan().all():
+                raise UserError(
+                    f"reward {name}: has no score (NaN) for any of the {int(missing[name].sum())} images of rollout {step}; "
+                    f"mend it, or give rewards.{name} the weight 0"
+                )
+        try:
+            total = combine(scores, self.weights, self.recipe.combine, groups)
+        except ValueError as error:
+            raise UserError(f"rewards: {error} (step {step})") from None
+        advantages = group_advantages(total, groups, self.recipe.advantage)
+        metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
+        kept = ~advantages.isnan()
+        if self.objective.drops_flat:
+            kept &= ~flat_groups(total, groups)
+        x0 = torch.cat([x0 for x0, _ in parts])
+        paths = [path for _, path in parts if path]
+        own_advantages = advantages[mine.start : mine.stop].to(x0.device)
+        scored = Scored(x0, own_advantages, conditioning, Trajectory.join(paths) if paths else None, mine, kept, own)
+        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
+
+
+def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:
+    """What a rollout's rewards say: of each reward its mean and std, of the total also the tops of its groups."""
+    found: dict[str, float] = {}
+    for name, value in {**scores, "total": total}.items():
+        known = value[~value.isnan()].double()
+        found[f"reward/{name}"] = float(known.mean()) if len(known) else float("nan")
+        found[f"reward/{name}_std"] = float(known.std(correction=0)) if len(known) else float("nan")
+    by_group = total.double().nan_to_num(nan=-torch.inf).view(int(groups[-1]) + 1, -1)
+    ordered = by_group.sort(1, descending=True).values
+    ordered = ordered.where(ordered.isfinite(), torch.nan)
+    for percent in (10, 25, 50, 75):
+        top = max(1, ordered.shape[1] * percent // 100)
+        found[f"reward/top_{percent}"] = float(ordered[:, :top].nanmean())
+    flat = flat_groups(total, groups).view(len(ordered), -1).any(1)
+    return {**found, "groups/without_variance": float(flat.double().mean())}

@@ -1,0 +1,158 @@
+"""Distillation to a few steps, RTDMD's cold start (AC-DMD, arXiv 2605.26108): no reward, no image, only captions and the teacher.
+
+A step is `fake_updates` updates of the fake score, each on fresh samples of the student, then one of the student. Every
+sample stops after a number of steps of its own, and its gradient reaches the last of these steps alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtilt.config import Recipe
+from flowtilt.config.objectives import ACDMDSettings
+from flowtilt.device.micro_batch import MicroBatch, parts
+from flowtilt.distributed.world import World
+from flowtilt.errors import UserError
+from flowtilt.flow import per_sample, sigma_schedule
+from flowtilt.models.conditioning import Conditioning
+from flowtilt.objectives.rtdmd import LEAST_GAP, MOST_TIME, kappa, surrogate
+from flowtilt.policy.roles import Policy
+from flowtilt.prompts import Prompt, PromptWalk
+from flowtilt.seeding import generator, noise, step_noise
+from flowtilt.solvers import sde_step
+from flowtilt.training.learner import averaged_update, memory_saver
+from flowtilt.training.optimizer import Update
+from flowtilt.training.rtdmd.fake_score import FakeScore, Samples
+from flowtilt.training.timing import Phases
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Where the simulation of n samples stopped: the state before the last step and its level, x_s after it and its level s."""
+
+    before: Tensor
+    sigma: Tensor
+    x_s: Tensor
+    s: Tensor
+
+
+@torch.no_grad()
+def simulate(
+    policy: Policy, start: Tensor, given: Conditioning, stops: Tensor, sigmas: Tensor, eta: float, fresh: Callable[[Tensor, int], Tensor]
+) -> Stopped:
+    """The student's own way from noise, each sample as far as `stops` says.
+
+    Args:
+        start: noise [n, ...].
+        stops: steps of each, [n] on the CPU, from 1 to the schedule's.
+        sigmas: the student's levels, [S + 1].
+        fresh: standard normal noise [m, ...] of the rows [m] at a step.
+    """
+    x, before, after = start.clone(), start.clone(), start.clone()
+    for j in range(int(stops.max())):
+        rows = (stops > j).nonzero().flatten()
+        there = rows.to(start.device)
+        s, s_next = sigmas[j].to(start.device), sigmas[j + 1].to(start.device)
+        v = policy.velocity("current", x[there], s, given.select(rows))
+        stepped, _, _ = sde_step(x[there], v, s, s_next, fresh(rows, j).to(start.device), "cps", eta)
+        before[there], after[there] = x[there], stepped
+        x[there] = stepped
+    levels = sigmas.to(start.device)
+    ends = stops.to(start.device)
+    return Stopped(before, levels[ends - 1], after, levels[ends])
+
+
+class Distillation:
+    """A student of few steps that comes to draw what its teacher draws with guidance in many.
+
+    Raises:
+        UserError: the student's first step ends at a level from which there are no times to noise to.
+    """
+
+    def __init__(self, recipe: Recipe, settings: ACDMDSettings, policy: Policy, walk: PromptWalk, world: World, micro_batch: MicroBatch):
+        self.recipe, self.settings, self.policy = recipe, settings, policy
+        self.walk, self.world, self.micro_batch = walk, world, micro_batch
+        first = sigma_schedule(recipe.rollout.steps, policy.model.shift)[1]
+        if not first + LEAST_GAP < MOST_TIME:
+            raise UserError(
+                f"rollout.steps: the first of {recipe.rollout.steps} steps ends at noise level {float(first):.3f}, and a fake score learns "
+                f"only below {MOST_TIME - LEAST_GAP:.2f}; take fewer"
+            )
+        self.images = recipe.rollout.images() * (settings.fake_updates + 1)
+        """Samples that a step simulates."""
+        self.fake = FakeScore(recipe, settings, policy, world, micro_batch)
+        self.student = Update(policy, "current", policy.parameters, recipe.optimizer, world)
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """By the role whose weights they move."""
+        return {"current": self.student, "fake": self.fake.update}
+
+    def step(self, step: int, phases: Phases) -> dict[str, float]:
+        """Step number `step`, from 1; returns metrics."""
+        means: dict[str, float] = {}
+        skipped = 0.0
+        updates, prompts, number = self.settings.fake_updates, self.recipe.rollout.prompts, self.recipe.rollout.images()
+        drawn: list[Prompt] = []
+        for k in range(updates):
+            drawn = self.walk.draw(((step - 1) * updates + k) * prompts, prompts)
+            with phases("sample"):
+                _, samples = self._simulated(step, k, drawn)
+            with phases("train"):
+                told = self.fake.learn(samples, number, phases)
+            skipped += told.pop("skipped_updates")
+            for name, value in told.items():
+                means[name] = means.get(name, 0.0) + value / updates
+        with phases("sample"):
+            stopped, samples = self._simulated(step, updates, drawn)
+        with phases("train"):
+            told = self._learn(stopped, samples, number, phases)
+        return means | told | {"skipped_updates": skipped + told["skipped_updates"]}
+
+    def _simulated(self, step: int, draw: int, drawn: list[Prompt]) -> tuple[Stopped, Samples]:
+        """This rank's share of a batch of the student's samples."""
+        r, policy, seed = self.recipe.rollout, self.policy, self.recipe.seed
+        mine = self.world.share(r.images())
+        positions = [(step, draw, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
+        given = policy.model.encode([drawn[i // r.images_per_prompt].text for i in mine])
+        sigmas = sigma_schedule(r.steps, policy.model.shift)
+        # every level equally often, whichever samples have it
+        order = torch.randperm(r.images(), generator=generator(seed, "stops", step, draw))
+        stops = (order % r.steps + 1)[mine.start : mine.stop]
+        start = noise(seed, "distil", positions, policy.model.latent_shape).to(policy.model.device)
+        fresh = step_noise(seed, "distil step", positions, policy.model.latent_shape)
+
+        def run(size: int) -> Stopped:
+            found = [
+                simulate(
+                    policy, start[rows.to(start.device)], given.select(rows), stops[rows], sigmas, r.cps_eta(),
+                    lambda within, j, rows=rows: fresh(rows[within], j),
+                )
+                for rows in parts(len(stops), size)
+            ]  # fmt: skip
+            return Stopped(*(torch.cat([getattr(part, name) for part in found]) for name in ("before", "sigma", "x_s", "s")))
+
+        stopped = self.micro_batch.fit("sample", run, counter=policy)
+        return stopped, Samples(stopped.x_s, stopped.s, given, positions)
+
+    def _learn(self, stopped: Stopped, samples: Samples, number: int, phases: Phases) -> dict[str, float]:
+        """The student's update."""
+        g, metrics = self.fake.gradient(samples)
+        # d x_s / d v = -kappa: teacher and fake score are done with before the student's graph begins
+        cotangent = -per_sample(kappa(stopped.sigma, stopped.s, self.recipe.rollout.cps_eta()), g) * g / math.prod(g.shape[1:])
+        sums = {name: value.sum() for name, value in metrics.items()}
+
+        def gradients(size: int) -> None:
+            self.student.clear()
+            for rows in parts(len(samples), size):
+                there = rows.to(g.device)
+                v = self.policy.velocity("current", stopped.before[there], stopped.sigma[there], samples.conditioning.select(rows))
+                (surrogate(v, cotangent[there]).sum() / number).backward()
+
+        self.micro_batch.fit("train", gradients, memory_saver(self.recipe, self.policy), self.policy)
+        norm = averaged_update(self.student, self.policy, self.recipe, sums, phases)
+        told = {name: float(value) / number for name, value in sums.items()}
+        return {**told, "grad_norm": norm, "skipped_updates": float(not norm < float("inf")), "lr": self.student.rate()}

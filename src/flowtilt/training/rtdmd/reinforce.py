@@ -1,0 +1,192 @@
+"""RTDMD's second stage (arXiv 2605.26108): a few-step student learns from rewards in three ways at once.
+
+SubGRPO, a policy gradient, trains a few of the stochastic steps; the last step, which is deterministic, follows the
+gradient of differentiable rewards through the VAE, and AC-DMD's, which keeps it near the teacher. The fake score goes
+on learning from the images that the student has finished. All of it is one loss, one mean over the rows of all images.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowtilt.config import Recipe
+from flowtilt.config.objectives import RTDMDSettings
+from flowtilt.device.micro_batch import MicroBatch, parts
+from flowtilt.device.placement import visiting
+from flowtilt.distributed.world import World
+from flowtilt.flow import predict_x0, sigma_schedule
+from flowtilt.lora import Lora
+from flowtilt.objectives.grpo import grpo_loss
+from flowtilt.objectives.rtdmd import subgrpo_steps, surrogate
+from flowtilt.policy.roles import Policy
+from flowtilt.prompts import Prompt
+from flowtilt.rewards import Reward, modules_of
+from flowtilt.rewards.gradient import differentiable, reward_gradient
+from flowtilt.sampling.trajectory import Trajectory
+from flowtilt.solvers import sde_step
+from flowtilt.training.learner import Scored, averaged_update, memory_saver, shares
+from flowtilt.training.optimizer import Update
+from flowtilt.training.rtdmd.fake_score import FakeScore, Samples
+from flowtilt.training.timing import Phases
+
+
+@dataclass(frozen=True)
+class SubGRPO:
+    """What its rollouts are: every step but the last draws noise and is kept."""
+
+    drops_flat: ClassVar[bool] = False
+    """The last step learns from every image."""
+
+    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
+        """All but the last, whichever rollout."""
+        return range(steps - 1)
+
+
+class Hybrid:
+    """The learner. Advantages come with the rollout; differentiable rewards are asked here.
+
+    Args:
+        beneath: the fake score from which this one goes on; none begins at the base.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: RTDMDSettings,
+        policy: Policy,
+        rewards: Mapping[str, Reward],
+        beneath: Lora | None,
+        world: World,
+        micro_batch: MicroBatch,
+    ):
+        self.recipe, self.settings, self.policy, self.world, self.micro_batch = recipe, settings, policy, world, micro_batch
+        self.objective = SubGRPO()
+        self.update = Update(policy, "current", policy.parameters, recipe.optimizer, world)
+        self.fake = FakeScore(recipe, settings, policy, world, micro_batch, [beneath] if beneath else []) if settings.matching else None
+        self._rewards = {name: rewards[name] for name in settings.backprop}
+        self._differentiable = {name: differentiable(name, reward) for name, reward in self._rewards.items()}
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """By the role whose weights they move."""
+        return {"current": self.update, **({"fake": self.fake.update} if self.fake else {})}
+
+    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+        """The fake score's update, then the student's; returns mean metrics."""
+        assert rollout.path is not None
+        r, o = self.recipe.rollout, self.settings
+        positions = [(step, 0, i // r.images_per_prompt, i % r.images_per_prompt) for i in rollout.indices]
+        finished = Samples(rollout.x0, torch.zeros(len(rollout.x0), device=rollout.x0.device), rollout.conditioning, positions)
+        metrics = self.fake.learn(finished, r.images(), phases) if self.fake else {}
+        trained = subgrpo_steps(step - 1, r.steps, o.trained_steps, self.recipe.seed)
+        means: dict[str, float] = {}
+        skipped, made = metrics.pop("skipped_updates", 0.0), 0
+        for chunk in shares(self.recipe, step, rollout):
+            if not chunk:
+                continue
+            own = torch.tensor(rollout.own(chunk), dtype=torch.long)
+            cotangent, told = self._last_step(rollout, rollout.path, finished, own)
+            sums = self.micro_batch.fit(
+                "train",
+                lambda size, own=own, cotangent=cotangent, chunk=chunk: self._gradients(rollout, own, trained, cotangent, len(chunk), size),
+                memory_saver(self.recipe, self.policy),
+                self.policy,
+            )
+            sums |= {name: value.sum() for name, value in told.items()}
+            norm = averaged_update(self.update, self.policy, self.recipe, sums, phases)
+            skipped += not norm < float("inf")
+            made += 1
+            for name, value in {**{name: float(value) / len(chunk) for name, value in sums.items()}, "grad_norm": norm}.items():
+                means[name] = means.get(name, 0.0) + value
+        self.policy.average("old", 0.0)
+        means = {name: value / made for name, value in means.items()}
+        skipped += self.recipe.optimizer.steps_per_rollout - made
+        return metrics | means | {"skipped_updates": skipped, "lr": self.update.rate()}
+
+    def _last_step(self, rollout: Scored, path: Trajectory, finished: Samples, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """dL / dv [n, ...] of the last step of the images `own`, and metrics [n]; x0_hat = x - sigma v, so it is -sigma dL / dx0_hat."""
+        o = self.settings
+        device = rollout.x0.device
+        sigma = self._sigmas()[-2].to(device)
+        there = own.to(device)
+        x0 = rollout.x0[there]
+        if len(own) and not self.policy.equal("old", "current"):
+            x0 = self._finished(path.states[own, -1].to(device), sigma, rollout, own)
+        pull, metrics = torch.zeros_like(x0), {}
+        if self.fake:
+            g, metrics = self.fake.gradient(replace(finished.select(own), x_s=x0))
+            pull = o.matching * g / math.prod(g.shape[1:])
+        if self._differentiable:
+            value, gradient = self._reward_gradient(x0, [rollout.prompts[k] for k in own.tolist()])
+            pull, metrics = pull - o.backprop_scale * gradient, metrics | {"backprop_reward": value}
+        return -sigma * pull, metrics
+
+    @torch.no_grad()
+    def _finished(self, x: Tensor, sigma: Tensor, rollout: Scored, own: Tensor) -> Tensor:
+        """x0_hat of the present weights, which earlier updates of this rollout have moved."""
+        given = rollout.conditioning.select(own)
+
+        def run(size: int) -> Tensor:
+            v = [self.policy.velocity("current", x[rows.to(x.device)], sigma, given.select(rows)) for rows in parts(len(own), size)]
+            return predict_x0(x, torch.cat(v), sigma)
+
+        return self.micro_batch.fit("sample", run, counter=self.policy)
+
+    def _reward_gradient(self, x0: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        o = self.settings
+        with ExitStack() as guests:
+            for reward in self._rewards.values():
+                guests.enter_context(visiting(modules_of(reward), self.world.device))
+            return self.micro_batch.fit(
+                "backprop",
+                lambda size: reward_gradient(
+                    self._differentiable, o.backprop, self.policy.model.decode, x0, prompts, margin=o.margin, chunk=size
+                ),
+            )
+
+    def _sigmas(self) -> Tensor:
+        return sigma_schedule(self.recipe.rollout.steps, self.policy.model.shift)
+
+    def _gradients(
+        self, rollout: Scored, own: Tensor, trained: Sequence[int], cotangent: Tensor, number: int, size: int
+    ) -> dict[str, Tensor]:
+        """Puts this rank's part of the gradient of the mean over the rows of `number` images into .grad; returns sums of metrics."""
+        assert rollout.path is not None
+        device, sigmas, steps = rollout.x0.device, self._sigmas(), self.recipe.rollout.steps
+        of = number * (len(trained) + 1)
+        sums = {name: torch.zeros((), device=device) for name in ("loss", "ratio_off")}
+        self.update.clear()
+        image = own.repeat_interleave(len(trained))
+        which = torch.tensor(trained).repeat(len(own))
+        for rows in parts(len(image), size):
+            loss, off = self._policy_gradient(rollout, rollout.path, image[rows], which[rows], sigmas)
+            (loss.sum() / of).backward()
+            sums["loss"] += loss.detach().sum() / len(trained)
+            sums["ratio_off"] += off.sum() / len(trained)
+        last = rollout.path.states[own, -1]
+        for rows in parts(len(own), size):
+            v = self.policy.velocity("current", last[rows].to(device), sigmas[steps - 1].to(device), rollout.conditioning.select(own[rows]))
+            (surrogate(v, cotangent[rows.to(device)]).sum() / of).backward()
+        return sums
+
+    def _policy_gradient(self, rollout: Scored, path: Trajectory, image: Tensor, step: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        """SubGRPO's loss [n] at stored steps, and |ratio - 1| [n]; log p is -mean (x' - mu)^2, without its 1 / (2 std^2)."""
+        o, device = self.settings, rollout.x0.device
+        x, x_next = path.states[image, step].to(device), path.states[image, step + 1].to(device)
+        s, s_next = sigmas[step].to(device), sigmas[step + 1].to(device)
+        v = self.policy.velocity("current", x, s, rollout.conditioning.select(image))
+        _, mean, _ = sde_step(x, v, s, s_next, torch.zeros_like(x), "cps", self.recipe.rollout.cps_eta())
+        new = _log_prob(x_next, mean)
+        # as stored it went through other batches: with equal weights the ratio is 1, not nearly 1
+        old = new.detach() if self.policy.equal("old", "current") else _log_prob(x_next, path.means[image, step].to(device))
+        advantages = rollout.advantages[image.to(device)].clamp(-o.advantage_clip, o.advantage_clip)
+        return grpo_loss(new, old, advantages, o.clip_range), ((new - old).detach().exp() - 1).abs()
+
+
+def _log_prob(x_next: Tensor, mean: Tensor) -> Tensor:
+    return -(x_next - mean).square().flatten(1).mean(1)
