@@ -18,11 +18,11 @@ from flowtilt import Trainer
 from flowtilt.advantages import combine, group_advantages
 from flowtilt.flow import sigma_schedule
 from flowtilt.objectives import ema_decay
+from flowtilt.objectives.batches import draw_times
 from flowtilt.objectives.forward import old_policy_decay
 from flowtilt.objectives.nft import optimality
 from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.rewards import score
-from flowtilt.sampling.sampler import draw_times
 from flowtilt.seeding import generator, noise
 from flowtilt.solvers import solve
 

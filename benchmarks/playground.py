@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from flowtilt import Trainer, load_recipe
+from flowtilt.build import sampler_of
 from flowtilt.evaluate import evaluate
 from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines
-from flowtilt.sampling.sampler import sampler_of
 
 FRESH_NOISE = 1_000_003
 

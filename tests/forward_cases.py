@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowtilt.flow import velocity_target
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.sampling.sampler import TrainingBatch
+from flowtilt.objectives.batches import TrainingBatch
 
 N, SHAPE = 4, (2, 3, 3)
 

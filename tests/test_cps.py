@@ -7,7 +7,7 @@ import torch
 from conftest import quick
 
 from flowtilt import Trainer, UserError
-from flowtilt.build import build_objective
+from flowtilt.build import build_objective, sampler_of
 from flowtilt.cli import main
 from flowtilt.config import EvaluateSettings, load_recipe, to_toml
 from flowtilt.evaluate.assess import assess
@@ -17,10 +17,10 @@ from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.tuned_model import Stack
-from flowtilt.sampling.sampler import Sampler, sampler_of
-from flowtilt.sampling.trajectory import collector
+from flowtilt.sampling.sampler import Sampler
 from flowtilt.seeding import noise, step_noise
 from flowtilt.solvers import solve, solve_cps
+from flowtilt.training.collector import collector
 
 TEXTS = ["a red circle", "two crosses", "a yellow square above a green circle"]
 CPS = ["rollout.solver=cps", "rollout.steps=4"]

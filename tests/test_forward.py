@@ -16,8 +16,8 @@ from flowtilt.build import OBJECTIVES, build_objective
 from flowtilt.config import load_recipe
 from flowtilt.flow import add_noise, predict_x0
 from flowtilt.io.files import read_lines
+from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.forward import norm_hinge, norm_ratio, velocity_kl, x0_error
-from flowtilt.sampling.sampler import TrainingBatch
 
 FEW = settings(deadline=None, max_examples=25)
 STEPS = "rollout.steps=9"

@@ -9,12 +9,12 @@ import pytest
 from conftest import quick
 
 from flowtilt import Trainer, UserError
+from flowtilt.build import inputs
 from flowtilt.cli import main
 from flowtilt.config import load_recipe
 from flowtilt.io.files import read_lines
 from flowtilt.lora.find import find
 from flowtilt.runs import folder as runs
-from flowtilt.runs import inputs
 
 REWARD = "import helper\n\ndef f(images, prompts):\n    return helper.mean(images)\n"
 

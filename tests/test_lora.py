@@ -10,16 +10,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from flowtilt import Trainer, UserError
+from flowtilt.build import recipe_of
 from flowtilt.lora import Lora, baked, join
 from flowtilt.lora.find import split_alpha
-from flowtilt.lora.fit import check, load_lora, shapes_of
+from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.roles import ROLES, Policy
-from flowtilt.policy.tuned_model import Stack, recipe_of
+from flowtilt.policy.start import load_lora
+from flowtilt.policy.tuned_model import Stack
 
 WRITERS = {"diffusers": to_diffusers, "peft": to_peft, "generator_ema": to_generator_ema}
 Q = "transformer_blocks.0.attn.to_q"

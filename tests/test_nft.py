@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flowtilt.flow import add_noise, predict_x0, sigma_schedule
 from flowtilt.objectives import ema_decay
+from flowtilt.objectives.batches import draw_times
 from flowtilt.objectives.nft import NFT, nft_loss, old_policy_decay, optimality, velocity_kl
-from flowtilt.sampling.sampler import draw_times
 from flowtilt.seeding import generator
 
 FEW = settings(deadline=None, max_examples=25)

@@ -16,6 +16,7 @@ from flowtilt.distributed.world import World
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
+from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import KNOWN, find_geometry
 from flowtilt.plan.judges import judging
@@ -25,7 +26,6 @@ from flowtilt.plan.shapes import outcome
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.roles import Policy
 from flowtilt.rewards.named import parse
-from flowtilt.sampling.sampler import TrainingBatch
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten

@@ -19,12 +19,13 @@ from flowtilt.evaluate.assess import assess
 from flowtilt.evaluate.side_by_side import sample
 from flowtilt.lora import PARENTS, Lora, baked, fingerprint, is_named, join
 from flowtilt.lora.find import CONFIG
-from flowtilt.lora.fit import check, load_lora, shapes_of
+from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import keep, kept, leading, read_onto, read_stack
 from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.roles import Policy
+from flowtilt.policy.start import load_lora
 from flowtilt.runs import checkpoint
 from flowtilt.runs.export import export, write_lora
 

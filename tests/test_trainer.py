@@ -14,9 +14,10 @@ from flowtilt.config import load_recipe
 from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.models.sd3 import SD3
+from flowtilt.objectives.batches import Pairs
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.tuned_model import Stack
-from flowtilt.sampling.sampler import Pairs, Sampler, decode
+from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise
 from flowtilt.solvers import solve
 

@@ -9,9 +9,10 @@ from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.sampling.sampler import Sampler
-from flowtilt.sampling.trajectory import PathSampler, collector
+from flowtilt.sampling.trajectory import PathSampler
 from flowtilt.seeding import noise
 from flowtilt.solvers import log_prob, sde_step
+from flowtilt.training.collector import collector
 from flowtilt.training.timing import Phases
 
 GRPO = ["objective.type=grpo", "objective.clip_range=1e-3", "objective.kl=0.01"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contest.settings import Amount
-from flowtilt.build import evaluation_prompts, training_prompts
+from flowtilt.build import evaluation_prompts, sampler_of, training_prompts
 from flowtilt.config import Recipe, load_recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.evaluate import BLOCK, Row, draw, each, spread
@@ -17,10 +17,11 @@ from flowtilt.flow import add_noise, sigma_schedule
 from flowtilt.io.files import write_json
 from flowtilt.lora.stacked import read_stack
 from flowtilt.models.opening import open_model
+from flowtilt.objectives.batches import draw_times
 from flowtilt.playground import verify
 from flowtilt.policy.tuned_model import Stack
 from flowtilt.prompts import Prompt
-from flowtilt.sampling.sampler import Sampler, draw_times, sampler_of
+from flowtilt.sampling.sampler import Sampler
 from flowtilt.seeding import generator, noise
 
 FRESH = 1_000_003

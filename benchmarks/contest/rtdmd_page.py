@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from contest.page import between, median, run_on, table
-from flowtilt.build import evaluation_prompts, training_prompts
+from flowtilt.build import evaluation_prompts, sampler_of, training_prompts
 from flowtilt.config import load_recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.evaluate import draw, spread
@@ -23,7 +23,7 @@ from flowtilt.playground import verify
 from flowtilt.policy.tuned_model import Stack
 from flowtilt.report.compare.spans import span
 from flowtilt.report.numbers import short
-from flowtilt.sampling.sampler import Sampler, sampler_of
+from flowtilt.sampling.sampler import Sampler
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results: written by benchmarks/rtdmd.py -->", "<!-- end of results -->"

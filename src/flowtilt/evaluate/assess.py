@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.build import judges_of, load_prompts
+from flowtilt.build import default_evaluation, judges_of, load_prompts, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.config.trust import of_model, of_rewards
 from flowtilt.device.micro_batch import MicroBatch
@@ -22,13 +22,13 @@ from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.base import Model
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import fingerprint, open_model
-from flowtilt.policy.tuned_model import Stack, default_evaluation, model_settings, recipe_of, vouch
+from flowtilt.policy.tuned_model import Stack
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
 from flowtilt.rewards import Reward, applicable
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
-from flowtilt.sampling.sampler import Sampler, sampler_of
+from flowtilt.sampling.sampler import Sampler
 
 
 def assess(

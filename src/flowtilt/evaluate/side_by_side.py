@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from flowtilt.build import default_evaluation, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config.trust import of_model
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_atomic
@@ -16,9 +17,9 @@ from flowtilt.io.images import SHEET, to_pil
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import open_model
-from flowtilt.policy.tuned_model import Stack, default_evaluation, model_settings, recipe_of, vouch
+from flowtilt.policy.tuned_model import Stack
 from flowtilt.prompts import Prompt
-from flowtilt.sampling.sampler import decode, sampler_of
+from flowtilt.sampling.sampler import decode
 from flowtilt.seeding import noise, step_noise
 
 FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

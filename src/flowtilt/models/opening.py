@@ -29,7 +29,7 @@ from flowtilt.io.user_code import from_file, search_path
 from flowtilt.io.user_errors import HINT, first_line, is_fault, told
 from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
-from flowtilt.policy.lockstep import shard
+from flowtilt.models.sharded import shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

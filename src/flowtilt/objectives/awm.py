@@ -22,7 +22,7 @@ from flowtilt.objectives.forward import ForwardProcess, Velocities, velocity_kl
 from flowtilt.objectives.grpo import grpo_loss
 
 if TYPE_CHECKING:
-    from flowtilt.sampling.sampler import TrainingBatch
+    from flowtilt.objectives.batches import TrainingBatch
 
 POWER = 0.25
 """p of the generalised Huber weighting."""

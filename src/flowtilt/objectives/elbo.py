@@ -23,7 +23,7 @@ from torch import Tensor
 from flowtilt.objectives.forward import ForwardProcess, Velocities, x0_error
 
 if TYPE_CHECKING:
-    from flowtilt.sampling.sampler import TrainingBatch
+    from flowtilt.objectives.batches import TrainingBatch
 
 
 def elbo(v: Tensor, v_target: Tensor, t: Tensor | float) -> Tensor:

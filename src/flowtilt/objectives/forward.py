@@ -15,8 +15,8 @@ from torch import Tensor
 from flowtilt.flow import add_noise, per_sample, velocity_target
 
 if TYPE_CHECKING:
+    from flowtilt.objectives.batches import TrainingBatch
     from flowtilt.policy.roles import Policy
-    from flowtilt.sampling.sampler import TrainingBatch
 
 LEAST_ERROR = 1e-5
 """The self-normalising weight is never smaller, in units of the latents."""

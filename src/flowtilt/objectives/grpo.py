@@ -23,8 +23,8 @@ from flowtilt.seeding import generator
 from flowtilt.solvers import log_prob, sde_step
 
 if TYPE_CHECKING:
+    from flowtilt.objectives.batches import TransitionBatch
     from flowtilt.policy.roles import Policy
-    from flowtilt.sampling.trajectory import TransitionBatch
 
 
 def grpo_loss(log_prob: Tensor, log_prob_old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

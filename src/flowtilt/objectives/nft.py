@@ -20,7 +20,7 @@ from torch import Tensor
 from flowtilt.objectives.forward import ForwardProcess, Velocities, old_policy_decay, velocity_kl, x0_error
 
 if TYPE_CHECKING:
-    from flowtilt.sampling.sampler import TrainingBatch
+    from flowtilt.objectives.batches import TrainingBatch
 
 __all__ = ["NFT", "nft_loss", "old_policy_decay", "optimality", "velocity_kl"]
 

@@ -23,7 +23,7 @@ from flowtilt.flow import per_sample
 from flowtilt.objectives.forward import ForwardProcess, Velocities, velocity_kl
 
 if TYPE_CHECKING:
-    from flowtilt.sampling.sampler import TrainingBatch
+    from flowtilt.objectives.batches import TrainingBatch
 
 
 def ram_loss(v: Tensor, v_old: Tensor, v_ref: Tensor, v_target: Tensor, advantages: Tensor, multiplier: float) -> Tensor:

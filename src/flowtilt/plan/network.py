@@ -13,11 +13,11 @@ from flowtilt.config import ModelSettings
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import DTYPES
 from flowtilt.models.sd3 import SD3
+from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import Config, Geometry, find_geometry
 from flowtilt.plan.meter import ROWS, Line, Work, measure, measure_rows
 from flowtilt.policy.roles import Policy
-from flowtilt.sampling.sampler import TrainingBatch
 
 
 @dataclass(frozen=True)

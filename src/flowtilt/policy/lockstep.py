@@ -13,25 +13,12 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from flowtilt.distributed.world import World
-from flowtilt.models.base import Model
 from flowtilt.policy.roles import Policy
 
 PLAIN, RECORDED, BACKWARD, MESSAGE = range(4)
 """What a rank can be about to do: a forward without and with a graph, a backward, a message."""
-
-
-def shard(model: Model, device: torch.device) -> None:
-    """Spreads a network over all ranks, wherever it lies before: block by block, so that it never lies whole on `device`.
-
-    Afterwards each rank holds 1 / size of every weight on `device`. Adapters come later and stay whole.
-    """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.blocks, model.network):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 class Lockstep:

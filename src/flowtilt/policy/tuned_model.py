@@ -1,56 +1,17 @@
 """LoRAs on a pipeline, for drawing: "tuned" adds all of them up, "base" is without any."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from flowtilt.config import EvaluateSettings, ModelSettings, Recipe, load_recipe
-from flowtilt.config.trust import RECIPE
-from flowtilt.config.trust import check as check_trust
 from flowtilt.lora import Lora, join
-from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.runs.inputs import found_again
-
-
-def recipe_of(place: Path) -> Recipe | None:
-    """The recipe of the run that a LoRA lies in, none for one from elsewhere; to be read, not to be run: see `vouch`."""
-    run = run_of(place)
-    return found_again(load_recipe(run / RECIPE), run) if run else None
-
-
-def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:
-    """Raises UserError where `parts` of the recipe of `recipe_of` may not be run; see `trust.check`.
-
-    Args:
-        given: the user trusts them.
-    """
-    if run := run_of(place):
-        check_trust(run, parts, given)
-
-
-def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:
-    """The model of that path (none is the recipe's own, else the playground), otherwise as in the recipe of its LoRA.
-
-    Args:
-        resolution: instead of the recipe's.
-    """
-    settings = recipe.model if recipe else ModelSettings(path="playground")
-    if path not in (None, settings.path):
-        settings = settings.model_copy(update={"path": path, "revision": None})
-    return settings if resolution is None else settings.model_copy(update={"resolution": resolution})
-
-
-def default_evaluation(path: str | None) -> EvaluateSettings:
-    """How a model without a recipe is evaluated: the playground as its recipe says, any other as DiffusionNFT does."""
-    return load_recipe("playground").evaluate if path in (None, "playground") else EvaluateSettings()
 
 
 class Stack:

@@ -14,7 +14,7 @@ from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pip
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy.roles import Policy
-from flowtilt.policy.tuned_model import model_settings, recipe_of
+from flowtilt.build import model_settings, recipe_of
 from flowtilt.config.trust import RECIPE, is_ours, remember
 
 FORMATS = {

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flowtilt.runs import checkpoint
-from flowtilt.runs import inputs
+from flowtilt.build import inputs
 from flowtilt.runs import folder as runs
 from flowtilt.runs.checkpoint import Checkpoint
 from flowtilt.config import Recipe

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowtilt.build import sampler_of
 from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.flow import sigma_schedule
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective, ema_decay
+from flowtilt.objectives.batches import Pairs, Transitions, draw_times
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import Prompt
-from flowtilt.sampling.sampler import Pairs, draw_times, sampler_of
-from flowtilt.sampling.trajectory import Trajectory, Transitions
+from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import generator
 from flowtilt.training.optimizer import Update
 from flowtilt.training.timing import Phases

@@ -16,8 +16,9 @@ from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
 from flowtilt.rewards.overlapped import Scoring
 from flowtilt.sampling.sampler import decode
-from flowtilt.sampling.trajectory import Trajectory, collector
+from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import noise
+from flowtilt.training.collector import collector
 from flowtilt.training.image_metrics import image_features, image_metrics
 from flowtilt.training.learner import Scored
 from flowtilt.training.timing import Phases

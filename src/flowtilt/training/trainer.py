@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from flowtilt.build import build_objective, build_policy, check_prompts, evaluation_prompts, fake_beneath, load_rewards, training_prompts
+from flowtilt.build import (
+    build_objective,
+    build_policy,
+    check_prompts,
+    evaluation_prompts,
+    fake_beneath,
+    inputs,
+    load_rewards,
+    sampler_of,
+    training_prompts,
+)
 from flowtilt.config import Recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
 from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
@@ -22,6 +32,7 @@ from flowtilt.distributed import world as distributed
 from flowtilt.distributed.sameness import digests
 from flowtilt.errors import UserError
 from flowtilt.evaluate import evaluate
+from flowtilt.evaluate.record import save_evaluation
 from flowtilt.io.environment import describe
 from flowtilt.io.files import append_line, write_json
 from flowtilt.lora import Lora, are_named, fingerprint
@@ -32,11 +43,10 @@ from flowtilt.policy.compiling import compile_blocks
 from flowtilt.prompts import PromptWalk
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
-from flowtilt.runs import checkpoint, inputs, tracking
+from flowtilt.runs import checkpoint, tracking
 from flowtilt.runs import folder as runs
 from flowtilt.runs.export import write_fake, write_lora
 from flowtilt.runs.shared import RunFolder
-from flowtilt.sampling.sampler import sampler_of
 from flowtilt.training.display import Display
 from flowtilt.training.guards import Guards
 from flowtilt.training.learner import Learner
@@ -310,7 +320,7 @@ class Trainer:
         if self.recipe.guards != "off":
             self._warn(self.guards.check_evaluation(found.rewards, found.stds, found.images), display)
         if self.world.rank == 0:
-            runs.save_evaluation(self.run_folder, self.clock.step, self.clock.seconds, found)
+            save_evaluation(self.run_folder, self.clock.step, self.clock.seconds, found)
             self.trackers.evaluation(self.clock.step, found)
             write_report(self.run_folder)
             display.evaluation(self.clock.step, found.score, found.by_tag)

@@ -17,6 +17,7 @@ from flowtilt.distributed.world import World
 from flowtilt.flow import per_sample
 from flowtilt.lora import Lora
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.guidance import guided
 from flowtilt.objectives.rtdmd import (
     consistency_loss,
     distribution_matching_gradient,
@@ -25,7 +26,6 @@ from flowtilt.objectives.rtdmd import (
     renoise,
 )
 from flowtilt.policy.roles import Policy
-from flowtilt.sampling.sampler import guided
 from flowtilt.seeding import generator
 from flowtilt.solvers import sde_step
 from flowtilt.training.learner import memory_saver

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import torch
 
-from flowtilt.config import Recipe
+from flowtilt.build.inputs import found_again
+from flowtilt.config.trust import RECIPE
+from flowtilt.config.trust import check as check_trust
+from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
+from flowtilt.sampling.sampler import Sampler
 from flowtilt.config.held_out import SPLIT
 from flowtilt.config.objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.device.placement import home
@@ -14,7 +18,8 @@ from flowtilt.errors import UserError
 from flowtilt.io.containment import contained
 from flowtilt.lora import Lora, are_named, join
 from flowtilt.lora.find import run_of
-from flowtilt.lora.fit import check, load_lora, shapes_of
+from flowtilt.lora.fit import check, shapes_of
+from flowtilt.policy.start import load_lora
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import BENEATH, read_onto
 from flowtilt.models.opening import open_model
@@ -158,3 +163,59 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
                 raise UserError(f'prompts {prompt.where or "given"}: no reward applies to "{prompt.text}" ({reasons})')
     for name, why in applicable(prompts, rewards)[1].items():
         raise UserError(f"rewards.{name}: applies to none of the prompts ({why}); give it the weight 0, or prompts that it can judge")
+
+
+def recipe_of(place: Path) -> Recipe | None:
+    """The recipe of the run that a LoRA lies in, none for one from elsewhere; to be read, not to be run: see `vouch`."""
+    run = run_of(place)
+    return found_again(load_recipe(run / RECIPE), run) if run else None
+
+
+def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:
+    """Raises UserError where `parts` of the recipe of `recipe_of` may not be run; see `trust.check`.
+
+    Args:
+        given: the user trusts them.
+    """
+    if run := run_of(place):
+        check_trust(run, parts, given)
+
+
+def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:
+    """The model of that path (none is the recipe's own, else the playground), otherwise as in the recipe of its LoRA.
+
+    Args:
+        resolution: instead of the recipe's.
+    """
+    settings = recipe.model if recipe else ModelSettings(path="playground")
+    if path not in (None, settings.path):
+        settings = settings.model_copy(update={"path": path, "revision": None})
+    return settings if resolution is None else settings.model_copy(update={"resolution": resolution})
+
+
+def default_evaluation(path: str | None) -> EvaluateSettings:
+    """How a model without a recipe is evaluated: the playground as its recipe says, any other as DiffusionNFT does."""
+    return load_recipe("playground").evaluate if path in (None, "playground") else EvaluateSettings()
+
+
+def sampler_of(
+    settings: RolloutSettings | EvaluateSettings,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    eta: float | None = None,
+) -> Sampler:
+    """The sampler of a recipe's rollout or evaluation; what is said besides takes the place of its settings.
+
+    Raises:
+        UserError: an eta that the solver does not have, or outside (0, 1].
+    """
+    solver = solver or settings.solver
+    if eta is None and solver == "cps":
+        eta = CPS_ETA if settings.eta is None else settings.eta
+    try:
+        return Sampler(solver, steps or settings.steps, settings.guidance if guidance is None else guidance, eta)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+

@@ -1,0 +1,32 @@
+"""An evaluation in a run's folder."""
+
+import json
+from pathlib import Path
+
+from flowtilt.evaluate import Evaluation
+from flowtilt.io.files import append_line, whole_folder, write_json
+from flowtilt.io.images import to_png
+from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
+
+
+def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) -> None:
+    """Logs an evaluation with its interval, and keeps every image's score and its samples as PNG files with captions and verdicts."""
+    with whole_folder(folder / "samples" / f"step-{step:06d}") as temporary:
+        for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
+            row["file"] = f"{k:02d}.png"
+            (temporary / f"{k:02d}.png").write_bytes(to_png(image))
+        write_json(temporary / "index.json", found.sample_rows)
+        (temporary / IMAGE_SCORES).write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
+    record = {
+        "step": step,
+        "column": found.column,
+        "score": found.score,
+        "estimate": score_summary({"column": found.column, **found.by_image}),
+        "images": found.images,
+        "by_tag": found.by_tag,
+        "rewards": found.rewards,
+        "stds": found.stds,
+        "missing": found.missing,
+        "seconds": seconds,
+    }
+    append_line(folder / "evaluations.jsonl", record)

@@ -1,0 +1,163 @@
+"""What an objective trains on: noised clean samples, or kept steps of a rollout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtilt.device.micro_batch import parts
+from flowtilt.models.base import Drawing
+from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.guidance import guided
+from flowtilt.sampling.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Noised samples for a forward-process objective; first axis n, one row a pair of image and time."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    advantages: Tensor
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of an image and a time, M rows that become a `TrainingBatch` part by part.
+
+    Args:
+        x0, advantages, conditioning: of the images, whose first axis is n.
+        image: which of the n each row is, [M] on the CPU.
+        t: [M] on the CPU.
+        eps: [M, ...] on the CPU, where a whole rollout's noise has room.
+    """
+
+    x0: Tensor
+    advantages: Tensor
+    conditioning: Conditioning
+    image: Tensor
+    t: Tensor
+    eps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are trained."""
+        return self.x0.device
+
+    def micro_batches(self, size: int) -> Iterator[TrainingBatch]:
+        """Consecutive parts of at most `size` rows."""
+        for rows in parts(len(self), size):
+            image, device = self.image[rows], self.device
+            yield TrainingBatch(
+                self.x0[image.to(device)],
+                self.eps[rows].to(device),
+                self.t[rows].to(device),
+                self.advantages[image.to(device)],
+                self.conditioning.select(image),
+            )
+
+
+def draw_times(kind: str, number: int, sigmas: Tensor, shift: float, rng: torch.Generator) -> Tensor:
+    """The training times of one image, [number] fp32 in (0, 1].
+
+    "rollout": `number` of the rollout's own levels `sigmas` [S + 1] without the final 0, in random order,
+    without replacement. "stratified": u uniform in (.02, 1), one in each of `number` equal strata, then
+    shifted as the levels are: t = k u / (1 + (k - 1) u).
+
+    Raises:
+        ValueError: an unknown kind, or more times than levels.
+    """
+    if kind == "rollout":
+        levels = len(sigmas) - 1
+        if number > levels:
+            raise ValueError(f"a rollout of {levels} steps has no {number} noise levels")
+        return sigmas[torch.randperm(levels, generator=rng)[:number]]
+    if kind == "stratified":
+        u = 0.02 + 0.98 * (torch.arange(number) + torch.rand(number, generator=rng)) / number
+        return shift * u / (1 + (shift - 1) * u)
+    raise ValueError(f"times {kind!r} is not 'rollout' or 'stratified'")
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """Steps from x at sigma to x_next at sigma_next, first axis n; `mean` and `log_prob` are of the policy that took them.
+
+    Args:
+        sigma_max: what `solvers.sde_step` has for sigma = 1.
+        empty, guidance: as the steps were drawn.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    mean: Tensor
+    log_prob: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    sigma_max: float
+    advantages: Tensor
+    conditioning: Conditioning
+    empty: Conditioning | None
+    guidance: float
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def velocity(self, drawing: Drawing, role: str) -> Tensor:
+        """v [n, ...] of a role at x, guided as the rollout was."""
+        return guided(drawing, role, self.conditioning, self.empty, self.guidance)(self.x, self.sigma)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Steps of a rollout's images, M rows that become a `TransitionBatch` part by part.
+
+    Args:
+        path, advantages, conditioning: of the images, whose first axis is n.
+        image, step: which of the n and which of its W steps each row is, [M] on the CPU.
+        sigmas: the levels of the W steps and the one after, [W + 1].
+    """
+
+    path: Trajectory
+    advantages: Tensor
+    conditioning: Conditioning
+    image: Tensor
+    step: Tensor
+    sigmas: Tensor
+    sigma_max: float
+    empty: Conditioning | None
+    guidance: float
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the steps are trained."""
+        return self.advantages.device
+
+    def micro_batches(self, size: int) -> Iterator[TransitionBatch]:
+        """Consecutive parts of at most `size` rows."""
+        for rows in parts(len(self), size):
+            image, j, device = self.image[rows], self.step[rows], self.device
+            yield TransitionBatch(
+                self.path.states[image, j].to(device),
+                self.path.states[image, j + 1].to(device),
+                self.path.means[image, j].to(device),
+                self.path.log_probs[image, j].to(device),
+                self.sigmas[j].to(device),
+                self.sigmas[j + 1].to(device),
+                self.sigma_max,
+                self.advantages[image.to(device)],
+                self.conditioning.select(image),
+                self.empty,
+                self.guidance,
+            )
