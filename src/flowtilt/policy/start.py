@@ -3,7 +3,7 @@
 import torch
 
 from flowtilt.errors import UserError
-from flowtilt.lora import Lora
+from flowtilt.lora import Lora, baked
 from flowtilt.lora.fit import check, shapes_of
 from flowtilt.policy.roles import ROLES, Policy
 
