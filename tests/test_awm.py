@@ -111,7 +111,7 @@ def test_the_old_policy_never_gets_a_gradient():
 def test_the_method_is_the_loss_on_clipped_advantages_and_the_anchor(weighting):
     policy, batch = policy_and_batch(current=0.5, old=0.2)
     settings = {"clip_range": 0.3, "advantage_clip": 4.0, "weighting": weighting, "anchor": 0.6, "consistency": 0.5}
-    found, metrics = AWM(**settings, old_policy="short").loss(policy, batch)
+    found, metrics = AWM(**settings, kl=0.0, old_policy="short").loss(policy, batch)
     x_t = add_noise(batch.x0, batch.eps, batch.t)
     v, v_old = (policy.velocity(role, x_t, batch.t, batch.conditioning) for role in ("current", "old"))
     logs = [matching_log_prob(each, batch.eps - batch.x0, batch.t, weighting) for each in (v, v_old)]

@@ -4,8 +4,8 @@ import pytest
 
 from flowtilt.build import build_objective
 from flowtilt.config import Recipe, known_keys, load_recipe
-from flowtilt.config.objectives import NFTSettings
 from flowtilt.errors import UserError
+from flowtilt.methods.nft import NFTSettings
 
 KINDS = ("nft", "awm", "epg", "pepg", "par", "ram", "grpo")
 OF_STUDENTS = ("acdmd", "rtdmd")
@@ -93,7 +93,7 @@ def test_an_option_that_is_misspelt_is_looked_for_at_home_first():
 )  # fmt: skip
 def test_settings_and_method_agree_on_whether_the_reference_is_asked(overrides, reference):
     settings = load_recipe("playground", [*overrides, STEPS]).objective
-    assert settings.reference == reference == build_objective(settings).asks_reference
+    assert settings.reference == reference == build_objective(settings).reference
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,10 @@ import pytest
 from conftest import QUICK, two_blocks
 
 from flowtilt import Trainer
-from flowtilt.build import OBJECTIVES
 from flowtilt.config import load_recipe
 from flowtilt.io.files import read_lines
+from flowtilt.methods import built_in
+from flowtilt.methods.forward import ForwardSettings
 from flowtilt.training.guards.rules import RULES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ FEW_STEPS = {
     "rtdmd": ["rewards.playground_smooth=0", "objective.backprop={playground_smooth=1.0}"],
 }
 """RTDMD's two stages, each with all that it can log."""
-KINDS = [*OBJECTIVES, *FEW_STEPS]
+KINDS = list(built_in())
 
 
 def logged(kind, folder):
@@ -95,7 +96,7 @@ def test_a_row_of_the_loss_names_the_objectives_that_log_it(found):
         named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo|acdmd|rtdmd)\b", kinds))
         named = set(KINDS) - named if kinds.startswith("all") else named
         said[name] = said.get(name, set()) | named
-    forward = set(OBJECTIVES) - {"grpo"}
+    forward = {kind for kind, method in built_in().items() if issubclass(method, ForwardSettings)}
     assert said.pop("norm_ratio") == set() and all(("norm_ratio" in found[kind]) == (kind in forward) for kind in KINDS)
     for name, kinds in said.items():
         assert kinds == {kind for kind in KINDS if name in found[kind]}, name

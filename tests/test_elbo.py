@@ -140,7 +140,7 @@ def test_the_old_policy_never_gets_a_gradient(loss):
 @pytest.mark.parametrize(("method", "loss"), [(EPG, epg_loss), (PEPG, pepg_loss), (PAR, par_loss)])
 def test_the_method_is_its_loss_on_scaled_advantages(method, loss, ratio):
     policy, batch = policy_and_batch(current=0.5, old=0.2)
-    found, metrics = method(scale=0.1, ratio=ratio, consistency=0.7, old_policy="linear").loss(policy, batch)
+    found, metrics = method(scale=0.1, ratio=ratio, consistency=0.7, kl=0.0, old_policy="linear").loss(policy, batch)
     x_t = add_noise(batch.x0, batch.eps, batch.t)
     new, old = (elbo(policy.velocity(role, x_t, batch.t, batch.conditioning), batch.eps - batch.x0, batch.t) for role in ("current", "old"))
     torch.testing.assert_close(found, loss(new, old, 0.1 * (batch.advantages + 0.7), ratio=ratio))

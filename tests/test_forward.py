@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowtilt import Trainer
-from flowtilt.build import OBJECTIVES, build_objective
+from flowtilt.build import build_objective
 from flowtilt.config import load_recipe
 from flowtilt.flow import add_noise, predict_x0
 from flowtilt.io.files import read_lines
+from flowtilt.methods import built_in
+from flowtilt.methods.forward import ForwardSettings
 from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.forward import norm_hinge, norm_ratio, velocity_kl, x0_error
 
 FEW = settings(deadline=None, max_examples=25)
 STEPS = "rollout.steps=9"
-FORWARD = [kind for kind in OBJECTIVES if kind != "grpo"]
+FORWARD = [kind for kind, method in built_in().items() if issubclass(method, ForwardSettings)]
 
 
 def rows_of(batch: TrainingBatch) -> list[TrainingBatch]:

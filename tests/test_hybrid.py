@@ -9,12 +9,12 @@ import torch
 from few_steps import going_on, kept, largest, recorded, rl
 
 from flowtilt import Trainer, UserError
-from flowtilt.config.objectives import RTDMDSettings
 from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.lora import fingerprint
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import read_stack
+from flowtilt.methods.rtdmd import RTDMDSettings
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.rtdmd import draw_renoise_times, kappa, subgrpo_steps

@@ -1,7 +1,9 @@
 """From a recipe's names to the things they name."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -11,24 +13,17 @@ from flowtilt.config.trust import check as check_trust
 from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
 from flowtilt.sampling.sampler import Sampler
 from flowtilt.config.held_out import SPLIT
-from flowtilt.config.objectives import ObjectiveSettings, RTDMDSettings
 from flowtilt.device.placement import home
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.containment import contained
-from flowtilt.lora import Lora, are_named, join
+from flowtilt.lora import Lora
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, shapes_of
-from flowtilt.policy.start import load_lora
-from flowtilt.lora.read import read_lora
-from flowtilt.lora.stacked import BENEATH, read_onto
+from flowtilt.lora.stacked import read_onto
+from flowtilt.methods.base import Method
 from flowtilt.models.opening import open_model
-from flowtilt.objectives.awm import AWM
-from flowtilt.objectives.elbo import EPG, PAR, PEPG
-from flowtilt.objectives.forward import ForwardProcess
-from flowtilt.objectives.grpo import GRPO
-from flowtilt.objectives.nft import NFT
-from flowtilt.objectives.ram import RAM
+from flowtilt.objectives import Objective
 from flowtilt.playground import world as playground
 from flowtilt.policy.lockstep import Lockstep
 from flowtilt.policy.roles import Policy
@@ -60,48 +55,17 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start
     return policy
 
 
-def fake_beneath(recipe: Recipe, resume: Path | None) -> Lora | None:
-    """The LoRA from which a second stage's fake score goes on; none where the recipe has none.
-
-    That of a second stage comes joined with the one that lay beneath it.
-
-    Raises:
-        UserError: there is none where the recipe says, or what lay beneath it is gone.
-    """
-    o = recipe.objective
-    if not isinstance(o, RTDMDSettings) or not o.matching:
-        return None
-    if resume and (resume / BENEATH / "fake").is_dir():
-        return read_lora(resume / BENEATH / "fake")
-    where = o.fake or (str(Path(recipe.lora.on[-1]) / "fake") if recipe.lora.on else None)
-    if where is None:
-        return None
-    try:
-        fake = read_lora(where)
-        if not fake.parents:
-            return fake
-        below = read_lora((run_of(where) or Path(where)) / BENEATH / "fake")
-        if not are_named([below], fake.parents):
-            raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
-        return join([below, fake])
-    except UserError as error:
-        raise UserError(f"objective.fake: {error}; name the fake/ of a distillation's run, or set objective.matching = 0") from None
+def build_objective(settings: Method) -> Objective:
+    """The method of a recipe's `[objective]`, with its loss."""
+    if not settings.objective:
+        return cast(Objective, settings)
+    return named(settings.objective).model_validate(settings.model_dump())
 
 
-OBJECTIVES: dict[str, type[ForwardProcess | GRPO]] = {
-    "nft": NFT,
-    "awm": AWM,
-    "epg": EPG,
-    "pepg": PEPG,
-    "par": PAR,
-    "ram": RAM,
-    "grpo": GRPO,
-}
-
-
-def build_objective(settings: ObjectiveSettings) -> ForwardProcess | GRPO:
-    """The method of a recipe's `[objective]`; the training times are the learner's."""
-    return OBJECTIVES[settings.type](**settings.model_dump(exclude={"type", "times", "times_per_image"}))
+def named(place: str) -> Any:
+    """What a method names as "module:name", imported only now."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def training_prompts(recipe: Recipe) -> list[Prompt]:
@@ -168,7 +132,7 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
 def recipe_of(place: Path) -> Recipe | None:
     """The recipe of the run that a LoRA lies in, none for one from elsewhere; to be read, not to be run: see `vouch`."""
     run = run_of(place)
-    return found_again(load_recipe(run / RECIPE), run) if run else None
+    return found_again(load_recipe(run / RECIPE, stored=True), run) if run else None
 
 
 def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:

@@ -18,6 +18,7 @@ from flowtilt.config import Recipe
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest, read_errors, shown, write_json
 from flowtilt.lora.find import find
+from flowtilt.methods import is_own
 from flowtilt.models.opening import fingerprint
 from flowtilt.prompts.sets import is_path
 from flowtilt.io.user_code import neighbours
@@ -62,6 +63,10 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
         "on": tuple(lora("lora.on", place) for place in recipe.lora.on),
     }
     fake = getattr(o, "fake", None)
+    objective = {
+        **({"fake": lora("objective.fake", fake)} if fake else {}),
+        **({"type": code("objective.type", o.type)} if is_own(o.type) else {}),
+    }
     return recipe.model_copy(
         update={
             "model": m.model_copy(update=model),
@@ -69,7 +74,7 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
             "evaluate": e.model_copy(update={"prompts": e.prompts and prompts("evaluate.prompts", e.prompts)}),
             "rewards": {name: reward(f"rewards.{name}", value) for name, value in recipe.rewards.items()},
             "lora": recipe.lora.model_copy(update=loras),
-            "objective": o.model_copy(update={"fake": lora("objective.fake", fake)}) if fake else o,
+            "objective": o.model_copy(update=objective) if objective else o,
         }
     )
 
@@ -130,7 +135,7 @@ def save(recipe: Recipe, run: Path, step: int | None, accepted: list[str]) -> No
     old = _load(run)
     kept = [entry for entry in old.get("files", []) if step is not None and entry["key"] in ONCE]
     files = kept + [_entry(key, path, run) for key, paths in _named(recipe).items() for path in paths if not (kept and key in ONCE)]
-    places = [path for key, paths in _named(recipe).items() if key.startswith("rewards.") or key == "model.adapter" for path in paths]
+    places = [path for key, paths in _named(recipe).items() if key.startswith("rewards.") or key in ("model.adapter", "objective.type") for path in paths]
     files += [_entry("import", str(path), run) for path in neighbours(places)]
     if not os.path.isdir(recipe.model.path) and (commit := fingerprint(recipe.model.path, recipe.model.revision).get("commit")):
         files.append({"key": "model", "path": recipe.model.path, "commit": commit})

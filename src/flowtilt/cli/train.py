@@ -60,13 +60,14 @@ def _train(args: argparse.Namespace) -> int:
     if args.init_lora:
         args.overrides = [*args.overrides, f"lora.init={json.dumps(args.init_lora)}"]
     if args.resume:
-        from flowtilt.runs.folder import open_run
+        from flowtilt.runs.folder import check_run, open_run
 
         believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
-        recipe = open_run(args.resume, args.overrides, believed)
+        check_run(args.resume)
         given = of_recipe(believed) if believed else {}
-        own = of_recipe(load_recipe(args.resume / RECIPE))
+        own = of_recipe(load_recipe(args.resume / RECIPE, stored=True))
         check(args.resume, {key: value for key, value in own.items() if given.get(key) != value}, args.trust)
+        recipe = open_run(args.resume, args.overrides, believed)
     elif args.recipe:
         recipe = load_recipe(args.recipe, args.overrides)
     else:

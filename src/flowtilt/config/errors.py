@@ -22,9 +22,10 @@ def explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any]
         key = _typed(problem["loc"], tree, problem["type"])
         if problem["type"] == "value_error":  # our own checks name their key
             key, _, text = problem["msg"].removeprefix("Value error, ").partition(": ")
-        elif problem["type"] == "union_tag_invalid":
-            text = f"must be {_or(problem.get('ctx', {})['expected_tags'].split(', '))}, not {problem['input']['type']!r:.80}"
-            key += ".type"
+        elif problem["type"] == "unknown_method":
+            key, text = f"{key}.type", problem["msg"]
+        elif problem["type"] == "own_method":
+            key, _, text = problem["msg"].partition(": ")
         elif problem["type"] == "extra_forbidden":
             text = _owner(key, model, tree) or _unknown(key, keys)
         else:
@@ -53,10 +54,12 @@ def _owner(key: str, model: type[BaseModel], tree: dict[str, Any]) -> str:
     """Whose a key is, where its table has a `type` and another one has that key, or one much like it."""
     name, _, inner = key.partition(".")
     field = model.model_fields.get(name)
-    kinds = variants(field.annotation) if field else {}
-    if field is None or not kinds:
+    if field is None:
         return ""
     kind = chosen(tree.get(name), field)
+    kinds = variants(field.annotation, kind)
+    if kind not in kinds:
+        return ""
     here = get_close_matches(inner, kinds[kind].model_fields, 1)
     meant = [inner] if any(inner in table.model_fields for table in kinds.values()) else []
     if not meant and not here:

@@ -29,20 +29,23 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in resources.files("flowtilt.recipes").iterdir() if file.name.endswith(".toml"))
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Recipe:
     """The recipe of a name or file, with `key=value` overrides.
+
+    Args:
+        stored: only read, as of a finished run: a user's own method stays plain values, and its file is not run.
 
     Raises:
         UserError: no such recipe, a file that is not TOML, or keys and values that do not fit: all of
             them, each with its origin, and the nearest key.
     """
     try:
-        return _load(source, overrides)
+        return _load(source, overrides, stored)
     except RecursionError:
         raise UserError(f"recipe {source!s:.200}: tables or lists are nested too deeply") from None
 
 
-def _load(source: str | Path, overrides: Sequence[str]) -> Recipe:
+def _load(source: str | Path, overrides: Sequence[str], stored: bool) -> Recipe:
     tree, origins = _read(str(source), ())
     for item in overrides:
         key, sign, text = item.partition("=")
@@ -54,7 +57,7 @@ def _load(source: str | Path, overrides: Sequence[str]) -> Recipe:
             _leave_cps(tree[table], tree[table])
         origins = _newer(origins, {key: f"command line: {item:.300}"})
     _drop_examples(tree, origins)
-    return validate(tree, origins, str(source))
+    return validate(tree, origins, str(source), stored)
 
 
 def _drop_examples(tree: dict[str, Any], origins: dict[str, str]) -> None:
@@ -68,13 +71,15 @@ def _drop_examples(tree: dict[str, Any], origins: dict[str, str]) -> None:
             del rewards[name], origins[f"rewards.{name}"]
 
 
-def validate(tree: dict[str, Any], origins: dict[str, str], where: str) -> Recipe:
-    """Checks a tree of values; `origins` says where a key was set."""
+def validate(tree: dict[str, Any], origins: dict[str, str], where: str, stored: bool = False) -> Recipe:
+    """Checks a tree of values; `origins` says where a key was set, `stored` is as for `load_recipe`."""
     for key, value in _values(tree):
         if isinstance(value, int) and abs(value) > 10**LONGEST_NUMBER:  # which JSON would not write
             raise UserError(f"recipe {where}: {key:.80}: a number of more than {LONGEST_NUMBER} digits [{origins.get(key, where):.200}]")
     try:
-        return Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)  # str: of a date, so that run=2026-01-31 is a name
+        return Recipe.model_validate_json(
+            json.dumps(tree, default=str), strict=True, context={"stored": stored}
+        )  # str: of a date, so that run=2026-01-31 is a name
     except ValidationError as error:
         raise UserError(explain(error, Recipe, tree, origins, where)) from None
 

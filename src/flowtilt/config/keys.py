@@ -7,6 +7,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from flowtilt import methods
+from flowtilt.methods.base import Method
+
 
 @dataclass(frozen=True)
 class Key:
@@ -24,10 +27,10 @@ class Key:
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Every key in order, those of all types among them."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if kinds := variants(field.annotation):
+            yield from _keys_of_variants(kinds, f"{prefix}{name}.")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from keys_of(field.annotation, f"{prefix}{name}.")
-        elif variants(field.annotation):
-            yield from _keys_of_variants(variants(field.annotation), f"{prefix}{name}.")
         else:
             yield Key(prefix + name, field)
 
@@ -43,10 +46,9 @@ def _keys_of_variants(tables: dict[str, type[BaseModel]], prefix: str) -> Iterat
             yield Key(prefix + name, field, () if len(kinds) == len(tables) else tuple(kinds))
 
 
-def variants(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The models of a union that `type` decides, by its value; nothing where a field is no such union."""
-    models = tables(annotation)
-    return {model.model_fields["type"].default: model for model in models} if len(models) > 1 else {}
+def variants(annotation: Any, kind: Any = None) -> dict[str, type[BaseModel]]:
+    """The tables that `type` chooses from, by its value, a user's own of type `kind` among them; nothing for another field."""
+    return dict(methods.variants(kind)) if annotation is Method else {}
 
 
 def names(model: type[BaseModel], tree: Any, prefix: str = "") -> list[str]:
@@ -56,8 +58,9 @@ def names(model: type[BaseModel], tree: Any, prefix: str = "") -> list[str]:
         found.append(prefix + name)
         own = "*." if get_origin(field.annotation) is dict else ""
         inner = tree.get(name) if isinstance(tree, dict) else None
-        kinds = variants(field.annotation)
-        known = [kinds[chosen(inner, field)]] if chosen(inner, field) in kinds else tables(field.annotation)
+        kind = chosen(inner, field)
+        kinds = variants(field.annotation, kind)
+        known = [kinds[kind]] if kind in kinds else tables(field.annotation)
         for table in known:
             found += names(table, inner, f"{prefix}{name}.{own}")
     return list(dict.fromkeys(found))

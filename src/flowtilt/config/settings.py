@@ -2,27 +2,15 @@
 
 import os
 import re
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flowtilt.config.keys import Key, keys_of
-from flowtilt.config.objectives import (
-    LEVELS,
-    NO_CLIP,
-    ROLLOUTS,
-    WEIGHT,
-    ACDMDSettings,
-    GRPOSettings,
-    MatchingSettings,
-    NFTSettings,
-    ObjectiveSettings,
-    RTDMDSettings,
-    Settings,
-    Weight,
-)
 from flowtilt.io.user_code import absolute
+from flowtilt.methods import Objective
+from flowtilt.methods.base import LEVELS, NO_CLIP, ROLLOUTS, WEIGHT, Table, Weight
+from flowtilt.methods.nft import NFTSettings
 
 IMAGES = 10_000_000
 """Bound of images, and of prompts."""
@@ -30,7 +18,7 @@ CPS_ETA = 0.9
 """That of the few-step students which RTDMD (arXiv 2605.26108) distils."""
 
 
-class ModelSettings(Settings):
+class ModelSettings(Table):
     path: str = Field(min_length=1)
     """A diffusers pipeline: a folder, a hub id, or "playground", the one inside the package. `model = "…"` sets it alone."""
     revision: str | None = None
@@ -61,7 +49,7 @@ class ModelSettings(Settings):
         return adapter and absolute(adapter)
 
 
-class LoraSettings(Settings):
+class LoraSettings(Table):
     rank: int = Field(default=32, ge=1, le=16_384)
     """Rank r of the LoRA update."""
     alpha: float = Field(default=64.0, gt=0, le=WEIGHT)
@@ -94,7 +82,7 @@ def _known_eta(eta: Any, info: ValidationInfo) -> Any:
     return CPS_ETA if eta is None and info.data.get("solver") == "cps" else eta
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(Table):
     prompts: int = Field(default=48, ge=1, le=IMAGES)
     """Prompts a rollout."""
     images_per_prompt: int = Field(default=24, ge=1, le=IMAGES)
@@ -119,7 +107,7 @@ class RolloutSettings(Settings):
         return CPS_ETA if self.eta is None else self.eta
 
 
-class OptimizerSettings(Settings):
+class OptimizerSettings(Table):
     lr: float = Field(default=3e-4, gt=0, le=WEIGHT)
     """Peak learning rate of AdamW."""
     warmup: int = Field(default=0, ge=0, le=ROLLOUTS)
@@ -138,14 +126,14 @@ class OptimizerSettings(Settings):
     """Optimizer steps a rollout, each on its own share of the images."""
 
 
-class CheckpointSettings(Settings):
+class CheckpointSettings(Table):
     every: int = Field(default=10, ge=1, le=ROLLOUTS)
     """Rollouts between checkpoints."""
     keep: int = Field(default=2, ge=1, le=ROLLOUTS)
     """Newest checkpoints that are kept."""
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(Table):
     every: int = Field(default=10, ge=0, le=ROLLOUTS)
     """Rollouts between evaluations; 0 evaluates only before and after."""
     prompts: str | None = None
@@ -168,7 +156,7 @@ class EvaluateSettings(Settings):
     _eta = field_validator("eta", mode="before")(_known_eta)
 
 
-class RewardSettings(Settings):
+class RewardSettings(Table):
     source: str | None = Field(default=None, min_length=1)
     """A built-in reward's name, "file.py:function", or the address of a `flowtilt serve-rewards`; none takes the key's own name."""
     weight: Weight = 1.0
@@ -183,7 +171,7 @@ class RewardSettings(Settings):
         return {"compat": True, **self.options} if self.compat else dict(self.options)
 
 
-class Recipe(Settings):
+class Recipe(Table):
     name: str = Field(default="run", pattern=r"^\.*[\w-][\w.-]*$", max_length=100)
     """What the run is called; its folder has this name, so dots alone are none."""
     model: ModelSettings
@@ -198,8 +186,8 @@ class Recipe(Settings):
     """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""
     advantage: Literal["global", "group", "none"] = "global"
     """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group, or nobody's."""
-    objective: ObjectiveSettings = NFTSettings()
-    """What is optimised; `type` chooses the method and with it the other keys."""
+    objective: Objective = NFTSettings()
+    """What is optimised; `type` chooses the method and with it the other keys; "file.py:Class" is your own."""
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings = LoraSettings()
@@ -244,7 +232,7 @@ class Recipe(Settings):
         for name, table in (("rollout", self.rollout), ("evaluate", self.evaluate)):
             if table.eta is not None and table.solver != "cps":
                 raise ValueError(f"{name}.eta: belongs to {name}.solver = 'cps', not {table.solver!r}")
-        self._check_objective()
+        self.objective.check(self)
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
@@ -261,63 +249,9 @@ class Recipe(Settings):
                 raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")
         return self
 
-    def _check_objective(self) -> None:
-        """Raises ValueError, which names the key, for what a method can't do with the other tables."""
-        o, r = self.objective, self.rollout
-        trained = [name for name, reward in self.reward_table().items() if reward.weight]
-        if isinstance(o, ACDMDSettings):
-            if trained:
-                raise ValueError(f"rewards.{trained[0]}: acdmd trains on no reward; give it the weight 0, which measures it")
-        elif not trained:
-            raise ValueError("rewards: every weight is 0, so there is nothing to train on")
-        elif r.images_per_prompt < 2:
-            raise ValueError("rollout.images_per_prompt: rewards are compared within a prompt's images, so it takes 2 at least")
-        if isinstance(o, MatchingSettings):
-            self._check_few_steps(o)
-        elif isinstance(o, GRPOSettings):
-            if r.solver == "cps":
-                raise ValueError(
-                    "rollout.solver: 'cps' is not for grpo, which has stochastic steps of its own; "
-                    'set objective.sde = "cps" and an ODE solver for the steps between'
-                )
-            o.check(r.steps)
-        elif o.times == "rollout" and o.times_per_image > r.steps:
-            raise ValueError(
-                f"objective.times_per_image: a rollout of {r.steps} steps has no {o.times_per_image} noise levels; "
-                'lower it or set times = "stratified"'
-            )
-
-    def _check_few_steps(self, o: MatchingSettings) -> None:
-        r = self.rollout
-        if r.solver != "cps":
-            raise ValueError(f'rollout.solver: {o.type} trains the steps of "cps", not those of "{r.solver}"')
-        if r.guidance != 1:
-            raise ValueError(f"rollout.guidance: a student of {o.type} draws without guidance; set it to 1 and see teacher_guidance")
-        if self.shard == "base":
-            raise ValueError(f'shard: {o.type} does not go with "base" yet; set it to "none"')
-        if isinstance(o, ACDMDSettings) and self.lora.on:
-            raise ValueError("lora.on: acdmd distils the base itself, and its fake score begins there; leave it out, or see lora.init")
-        if isinstance(o, ACDMDSettings) and self.optimizer.steps_per_rollout > 1:
-            raise ValueError("optimizer.steps_per_rollout: acdmd makes one update of the student a step; see objective.fake_updates")
-        if isinstance(o, RTDMDSettings):
-            if o.trained_steps >= r.steps:
-                raise ValueError(
-                    f"objective.trained_steps: of {r.steps} steps {r.steps - 1} draw noise and can be trained, not {o.trained_steps}"
-                )
-            for name in o.backprop:
-                if name not in self.rewards:
-                    near = get_close_matches(name, self.rewards, 1)
-                    rather = f"did you mean {near[0]!r}?" if near else "add it there, with the weight 0 if it is not to be compared"
-                    raise ValueError(f"objective.backprop: {name!r} is not in [rewards]; {rather}")
-
     def rows_per_image(self) -> int:
         """How often each image of a rollout is trained: at several noise levels, or at several steps of its path."""
-        o = self.objective
-        if isinstance(o, GRPOSettings):
-            return o.trained_steps(self.rollout.steps)
-        if isinstance(o, ACDMDSettings):
-            return 1
-        return o.trained_steps + 1 if isinstance(o, RTDMDSettings) else o.times_per_image
+        return self.objective.rows_per_image(self.rollout.steps)
 
     def reward_table(self) -> dict[str, RewardSettings]:
         """The rewards in their longest form."""

@@ -16,6 +16,7 @@ from typing import Any
 from flowtilt.config import ModelSettings, Recipe
 from flowtilt.errors import UserError
 from flowtilt.io.files import cache_folder, shown, write_atomic
+from flowtilt.methods import is_own
 
 RECIPE = "recipe.toml"
 NAME = re.compile(r"[\w.-]+")
@@ -48,7 +49,8 @@ def of_recipe(recipe: Recipe) -> dict[str, str]:
     """What training by a recipe runs or contacts besides flowtilt's own code, by key."""
     rewards = [(name, reward.source or name, reward.options) for name, reward in recipe.reward_table().items()]
     judges = [(name, name, {}) for name in (column.partition("/")[0] for column in recipe.evaluate.rewards) if name not in recipe.rewards]
-    return of_model(recipe.model) | of_rewards([*rewards, *judges])
+    method = {"objective.type": recipe.objective.type} if is_own(recipe.objective.type) else {}
+    return of_model(recipe.model) | of_rewards([*rewards, *judges]) | method
 
 
 def check(run: Path, parts: Mapping[str, str], trust: bool) -> None:

@@ -215,7 +215,7 @@ def _alphas(
     if found.config:
         return by_config(found.config, read_config(found.config), ranks)
     if found.run:
-        return dict.fromkeys(ranks, load_recipe(found.run / "recipe.toml").lora.alpha)
+        return dict.fromkeys(ranks, load_recipe(found.run / "recipe.toml", stored=True).lora.alpha)
     if ranks.keys() <= beside.keys():
         return {layer: beside[layer] for layer in ranks}
     raise UserError(

@@ -82,7 +82,7 @@ def _fits(lora: Lora, stack: Sequence[Lora]) -> bool:
 def _in_run(lora: Lora, above: tuple[str, ...]) -> list[Lora] | None:
     """What lies beneath a LoRA, from the run that it is in; none where there is no run, or nothing there that it names."""
     run = run_of(lora.source)
-    for places in (load_recipe(run / "recipe.toml").lora.on, kept(run)) if run else ():
+    for places in (load_recipe(run / "recipe.toml", stored=True).lora.on, kept(run)) if run else ():
         try:
             found = _read(places, (*above, lora.source))
         except UserError:  # gone, or another one by now
@@ -94,7 +94,7 @@ def _in_run(lora: Lora, above: tuple[str, ...]) -> list[Lora] | None:
 
 def _wants(lora: Lora) -> str:
     run = run_of(lora.source)
-    said = ", ".join(load_recipe(run / "recipe.toml").lora.on) if run else ""
+    said = ", ".join(load_recipe(run / "recipe.toml", stored=True).lora.on) if run else ""
     return f"was trained on top of {_listed(lora.parents)}{f' ({said} in its recipe)' if said else ''}"
 
 

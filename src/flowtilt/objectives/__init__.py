@@ -1,11 +1,20 @@
 """What a method optimises: one paper, one file. Here is only what the rest of flowtilt asks of each."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from flowtilt.config import RolloutSettings
+    from flowtilt.objectives.forward import ForwardProcess, Velocities
+    from flowtilt.objectives.steps import Gaussians, StepProcess
     from flowtilt.policy.roles import Policy
+    from flowtilt.sampling.trajectory import KeptSteps
+
+__all__ = ["Collecting", "ForwardProcess", "Gaussians", "Objective", "StepProcess", "Velocities", "ema_decay"]
+
+_HOMES = {"ForwardProcess": "forward", "Velocities": "forward", "StepProcess": "steps", "Gaussians": "steps"}
 
 
 class Collecting(Protocol):
@@ -14,13 +23,13 @@ class Collecting(Protocol):
     drops_flat: ClassVar[bool]
     """Whether groups whose images score alike are left out of training."""
 
-    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
-        """The steps of rollout number `rollout`, from 0, that draw noise and are kept for training; none where clean samples are enough."""
+    def keeps(self, rollout: int, settings: "RolloutSettings", seed: int) -> "KeptSteps | None":
+        """The steps of rollout number `rollout`, from 0, that are stochastic and kept; none where clean samples are enough."""
         ...
 
 
 class Objective(Collecting, Protocol):
-    """A method over its settings."""
+    """A method with its loss."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -28,7 +37,7 @@ class Objective(Collecting, Protocol):
         ...
 
     def loss(self, policy: "Policy", batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [N] of a micro-batch (`rollout.TrainingBatch`, or `trajectory.TransitionBatch` where steps are kept) and metrics [N]."""
+        """Loss [N] of a micro-batch (`batches.TrainingBatch`, or `batches.TransitionBatch` where steps are kept) and metrics [N]."""
         ...
 
     def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:
@@ -39,3 +48,10 @@ class Objective(Collecting, Protocol):
 def ema_decay(optimizer_step: int, maximum: float = 0.9) -> float:
     """Decay of the evaluated average: min((1 + s) / (10 + s), maximum), s counting optimizer steps from 0."""
     return min((1 + optimizer_step) / (10 + optimizer_step), maximum)
+
+
+def __getattr__(name: str) -> Any:
+    # what a user's own method subclasses, in the place where one looks for it
+    if name in _HOMES:
+        return getattr(import_module(f"flowtilt.objectives.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'flowtilt.objectives' has no attribute {name!r}")

@@ -12,12 +12,12 @@ Departure: the code collects with the trained policy (so rho is 1 at each update
 average of it for the anchor. Here the policy that collects is that average, and rho and anchor look at the same one.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from flowtilt.flow import per_sample
+from flowtilt.methods.awm import AWMSettings
 from flowtilt.objectives.forward import ForwardProcess, Velocities, velocity_kl
 from flowtilt.objectives.grpo import grpo_loss
 
@@ -67,15 +67,8 @@ def awm_loss(
     return grpo_loss(log_prob, log_prob_old, advantages, clip_range)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AWM(ForwardProcess):
-    """The method over its settings; fields as in the recipe's `[objective]`. `consistency` as in NFT, 0 there."""
-
-    clip_range: float
-    advantage_clip: float
-    weighting: str
-    anchor: float
-    consistency: float = 0.0
+class AWM(AWMSettings, ForwardProcess):
+    """The method with its loss. `consistency` as in NFT, 0 there."""
 
     own_metrics: ClassVar[tuple[str, ...]] = ("anchor",)
 

@@ -14,12 +14,13 @@ A is `scale` times the reward less its group's mean, no standard deviation: `adv
 recipe. PEPG's gradient is PAR's; the losses differ as numbers only. The code's "noratio" variants have rho = 1.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from flowtilt.methods.elbo import ELBOSettings, EPGSettings, PARSettings, PEPGSettings
 from flowtilt.objectives.forward import ForwardProcess, Velocities, x0_error
 
 if TYPE_CHECKING:
@@ -61,30 +62,31 @@ def _lead(elbo: Tensor, elbo_old: Tensor, ratio: bool) -> tuple[Tensor, Tensor]:
     return d, d.exp() if ratio else torch.ones_like(d)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EPG(ForwardProcess):
-    """ELBO policy gradient over its settings; fields as in the recipe's `[objective]`. `consistency` as in NFT, 0 there."""
-
-    scale: float
-    ratio: bool = True
-    consistency: float = 0.0
+class _LowerBound(ELBOSettings, ForwardProcess):
+    """What the three share. `consistency` as in NFT, 0 there."""
 
     own_metrics: ClassVar[tuple[str, ...]] = ("log_ratio",)
-    surrogate = staticmethod(epg_loss)
+    surrogate: ClassVar[Callable[..., Tensor]]
 
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         new, old = (elbo(v, at.v_target, batch.t) for v in (at.v, at.v_old))
         advantages = self.scale * (batch.advantages + self.consistency)
-        return self.surrogate(new, old, advantages, ratio=self.ratio), {"log_ratio": (new - old).abs()}
+        return type(self).surrogate(new, old, advantages, ratio=self.ratio), {"log_ratio": (new - old).abs()}
 
 
-class PEPG(EPG):
+class EPG(EPGSettings, _LowerBound):
+    """The ELBO policy gradient with its loss."""
+
+    surrogate = staticmethod(epg_loss)
+
+
+class PEPG(PEPGSettings, _LowerBound):
     """EPG with the loss of `pepg_loss`."""
 
     surrogate = staticmethod(pepg_loss)
 
 
-class PAR(EPG):
+class PAR(PARSettings, _LowerBound):
     """EPG with the loss of `par_loss`."""
 
     surrogate = staticmethod(par_loss)

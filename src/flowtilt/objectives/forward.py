@@ -6,15 +6,17 @@ the reference, NormGuard's hinge, the old policy's pace.
 Shapes   N samples; velocities [N, ...]; A and t [N]. Everything fp32, t in (0, 1].
 """
 
-from dataclasses import dataclass
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowtilt.flow import add_noise, per_sample, velocity_target
+from flowtilt.methods.forward import ForwardSettings, old_policy_decay
 
 if TYPE_CHECKING:
+    from flowtilt.config import RolloutSettings
     from flowtilt.objectives.batches import TrainingBatch
     from flowtilt.policy.roles import Policy
 
@@ -61,27 +63,6 @@ def _length(v: Tensor) -> Tensor:
     return v.square().flatten(1).mean(1).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
 
 
-def old_policy_decay(schedule: str, optimizer_step: int) -> float:
-    """d in old <- d old + (1 - d) current, after a rollout's optimizer steps; s counts them from the run's start.
-
-    "copy": 0. "linear": min(0.001 s, 0.5). "short": min(0.001 s, 0.3). "delayed": 0 before s = 75, then
-    min(0.0075 (s - 75), 0.999).
-
-    Raises:
-        ValueError: an unknown schedule.
-    """
-    match schedule:
-        case "copy":
-            return 0.0
-        case "linear":
-            return min(0.001 * optimizer_step, 0.5)
-        case "short":
-            return min(0.001 * optimizer_step, 0.3)
-        case "delayed":
-            return 0.0 if optimizer_step < 75 else min(0.0075 * (optimizer_step - 75), 0.999)
-    raise ValueError(f"schedule {schedule!r} is not one of copy, linear, short, delayed")
-
-
 class Velocities(NamedTuple):
     """At the same x_t, [N, ...] each: only `v` carries a gradient; `v_ref` is there where the method asks for it."""
 
@@ -91,36 +72,25 @@ class Velocities(NamedTuple):
     v_target: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForwardProcess:
-    """A method over its settings; fields as in the recipe's `[objective]`. A subclass gives `sample_loss`."""
-
-    old_policy: str
-    kl: float = 0.0
-    norm_guard: float = 0.0
+class ForwardProcess(ForwardSettings):
+    """A method that trains clean samples, noised afresh; its fields are the keys of `[objective]`. A subclass gives `sample_loss`."""
 
     drops_flat: ClassVar[bool] = False
     """Groups whose images score alike are trained on, too: the pulls to other policies are of use there."""
     own_metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that `sample_loss` returns."""
 
+    @abstractmethod
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """The method's own loss [N] and metrics [N]."""
-        raise NotImplementedError
 
-    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
-        """The steps of a rollout that draw noise and are kept: none, only clean samples are."""
-        return range(0)
-
-    @property
-    def asks_reference(self) -> bool:
-        """Whether the reference's velocity is computed, which costs a forward pass."""
-        return self.kl > 0 or self.norm_guard > 0
+    def keeps(self, rollout: int, settings: "RolloutSettings", seed: int) -> None:
+        """The steps of a rollout that are kept for training: none, clean samples are enough."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that `loss` returns."""
-        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.asks_reference else ()))
+        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.reference else ()))
 
     def loss(self, policy: "Policy", batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of a micro-batch and its metrics [N], detached."""
@@ -129,8 +99,8 @@ class ForwardProcess:
         if at.v_ref is not None:
             pull = velocity_kl(at.v, at.v_ref)
             metrics |= {"kl": pull, "norm_ratio": norm_ratio(at.v.detach(), at.v_ref)}
-            if self.kl:
-                loss = loss + self.kl * pull
+            if self.pull:
+                loss = loss + self.pull * pull
             if self.norm_guard:
                 loss = loss + self.norm_guard * norm_hinge(at.v, at.v_ref)
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
@@ -141,7 +111,7 @@ class ForwardProcess:
         with torch.no_grad():
             same = policy.equal("old", "current")
             v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
-            v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.asks_reference else None
+            v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.reference else None
         return Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps))
 
     def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:

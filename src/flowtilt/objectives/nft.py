@@ -12,11 +12,11 @@ Where v_theta = v_old the gradient is A_clip * grad(error) and beta cancels: the
 through a lagging old policy or several optimizer steps a rollout.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from flowtilt.methods.nft import NFTSettings
 from flowtilt.objectives.forward import ForwardProcess, Velocities, old_policy_decay, velocity_kl, x0_error
 
 if TYPE_CHECKING:
@@ -50,19 +50,13 @@ def nft_loss(
     return clip * (r * x0_error(v_plus, v_target, t, adaptive) + (1 - r) * x0_error(v_minus, v_target, t, adaptive)) / beta
 
 
-@dataclass(frozen=True, kw_only=True)
-class NFT(ForwardProcess):
-    """The method over its settings; fields as in the recipe's `[objective]`.
+class NFT(NFTSettings, ForwardProcess):
+    """The method with its loss.
 
     `consistency` is our departure, 0 as published. Advantages sum to zero, so nothing holds v_theta to the
-    mean of what it draws: around a bad image the loss only pushes away. A constant on every advantage adds
+    mean of what it samples: around a bad image the loss only pushes away. A constant on every advantage adds
     flow matching on the policy's own images, which changes nothing where v_old is that mean already.
     """
-
-    beta: float
-    advantage_clip: float
-    consistency: float = 0.0
-    adaptive: bool = True
 
     own_metrics: ClassVar[tuple[str, ...]] = ("deviation",)
 

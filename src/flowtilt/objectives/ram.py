@@ -14,12 +14,12 @@ Shapes   N samples; velocities [N, ...]; A and t [N]. Everything fp32, t in (0, 
 inside the target; there is no other.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from flowtilt.flow import per_sample
+from flowtilt.methods.ram import RAMSettings
 from flowtilt.objectives.forward import ForwardProcess, Velocities, velocity_kl
 
 if TYPE_CHECKING:
@@ -39,16 +39,8 @@ def ram_loss(v: Tensor, v_old: Tensor, v_ref: Tensor, v_target: Tensor, advantag
     return velocity_kl(v, v_ref + multiplier * per_sample(advantages, v) * (v_target - v_old))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RAM(ForwardProcess):
-    """The method over its settings; fields as in the recipe's `[objective]`."""
-
-    multiplier: float
-
-    @property
-    def asks_reference(self) -> bool:
-        """Always: it is in the target."""
-        return True
+class RAM(RAMSettings, ForwardProcess):
+    """The method with its loss."""
 
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         assert at.v_ref is not None

@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 
 from flowtilt.config import Recipe
-from flowtilt.config.objectives import GRPOSettings
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.device.placement import SMALL
 from flowtilt.errors import UserError
@@ -191,7 +190,7 @@ class Memory:
             "latents": self.images * self.costs.latent,
             "micro-batch": rows * (2 * self.costs.latent + 8),
         }
-        if isinstance(self.recipe.objective, GRPOSettings) and guidance != 1:  # guided steps are trained guided
+        if self.recipe.objective.guided_training and guidance != 1:
             rows, held = 2 * rows, {**held, "captions with the empty one": self._joined(self.captions)}
         return self._phase("train", held, self.costs.train(self.recipe.objective.reference, recompute).at(rows).peak)
 
@@ -222,8 +221,7 @@ class Memory:
         # parts pile up until they are joined, and then are there twice; an update's noise goes when the next one's is there
         updates = min(2, self.recipe.optimizer.steps_per_rollout)
         moments = {"the pipeline while it is loaded": loaded, "images": 2 * self.images * costs.image}
-        if isinstance(self.recipe.objective, GRPOSettings):
-            steps = self.recipe.rows_per_image()
+        if steps := self.recipe.objective.kept_steps(self.recipe.rollout.steps):
             moments["steps that are trained"] = 2 * self.images * (2 * steps + 1) * costs.latent
         else:
             moments["noise of the training pairs"] = updates * self.pairs * costs.latent

@@ -6,7 +6,6 @@ from typing import Any
 
 from flowtilt.build import judges_of, rewards_of
 from flowtilt.config import Recipe
-from flowtilt.config.objectives import MatchingSettings
 from flowtilt.errors import UserError
 from flowtilt.plan import memory
 from flowtilt.plan.judges import judging
@@ -123,7 +122,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     Raises:
         UserError: the model's shapes are not known, or its settings do not fit them.
     """
-    if isinstance(recipe.objective, MatchingSettings):
+    if not recipe.objective.memory_known:
         raise UserError(f"plan: the memory of {recipe.objective.type} is not counted yet; other objectives are (docs/plan.md)")
     costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha)
     train, judge = (judging(rewards, costs.resolution) for rewards in (rewards_of(recipe), judges_of(recipe)))

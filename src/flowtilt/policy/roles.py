@@ -139,6 +139,8 @@ class Policy:
 
     def forward(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As `velocity`, neither counted nor in turn."""
+        if role not in self._ground:
+            raise UserError(f"the policy has no role {role!r}; there are {', '.join(self._ground)}")
         if role not in self._weights and not self._ground[role]:
             return self._bare(x_t, t, conditioning)
         self._brought = self._weights_for(role)

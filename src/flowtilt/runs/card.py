@@ -85,7 +85,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     return metadata(recipe) + CARD.format(
         name=recipe.name,
         base="the pipeline that comes with flowtilt" if playground else f"`{m.path}`",
-        made="distilled" if recipe.objective.type == "acdmd" else "reinforced",
+        made=recipe.objective.made,
         objective=recipe.objective.type,
         rank=recipe.lora.rank,
         alpha=recipe.lora.rank,

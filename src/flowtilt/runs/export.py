@@ -40,10 +40,10 @@ def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Se
     return folder
 
 
-def write_fake(policy: Policy, run: Path, parents: Sequence[str]) -> None:
-    """Writes the fake score of a distillation to `run`/fake, from where a second stage goes on with it."""
-    with whole_folder(run / "fake") as temporary:
-        policy.save_lora(str(temporary), "fake")
+def write_role(policy: Policy, role: str, run: Path, parents: Sequence[str]) -> None:
+    """Writes a further role, such as RTDMD's fake score, to `run`/<role>, from where another run goes on with it."""
+    with whole_folder(run / role) as temporary:
+        policy.save_lora(str(temporary), role)
         add_parents(temporary / DIFFUSERS, parents)
 
 

@@ -30,6 +30,7 @@ from flowtilt.io.files import (
     write_lines,
 )
 from flowtilt.io.locks import FILES as LOCKS
+from flowtilt.methods import loaded
 from flowtilt.io.locks import HOLDER, Hold
 from flowtilt.io.images import to_png
 from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
@@ -146,7 +147,7 @@ def open_run(folder: Path | str, overrides: Sequence[str], recipe: Recipe | None
     folder = Path(folder)
     check_run(folder)
     place = folder / "recipe.toml"
-    kept = inputs.found_again(load_recipe(place), folder)
+    kept = inputs.found_again(load_recipe(place, stored=True), folder)
     for key in (item.partition("=")[0].strip() for item in overrides):
         if key.partition(".")[0] not in MAY_CHANGE:
             raise UserError(f"override {key}: a resumed run can't change it; only {', '.join(MAY_CHANGE)}")
@@ -158,7 +159,8 @@ def open_run(folder: Path | str, overrides: Sequence[str], recipe: Recipe | None
             raise UserError(
                 f"{folder}: a run of another recipe ({', '.join(differing)} differ); leave the recipe out to go on with the run's own"
             )
-    return inputs.found_again(load_recipe(place, overrides), folder)
+    found = inputs.found_again(load_recipe(place, overrides, stored=True), folder)
+    return found.model_copy(update={"objective": loaded(found.objective)})
 
 
 def check_run(folder: Path) -> None:

@@ -15,6 +15,22 @@ from flowtilt.solvers import log_prob, sde_step, solve
 
 
 @dataclass(frozen=True)
+class KeptSteps:
+    """Which steps of a rollout are stochastic and kept for training.
+
+    Args:
+        steps: those, in a row.
+        sde, eta: see `solvers.sde_step`.
+        shared: steps in which all images of a prompt have the same noise, so that rewards tell of the others.
+    """
+
+    steps: range
+    sde: str
+    eta: float
+    shared: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """The W stochastic steps of n images, on the CPU.
 
@@ -36,16 +52,10 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class PathSampler:
-    """A sampler that takes a random step where `stochastic` says, and follows the ODE before and after.
-
-    Args:
-        sde, eta: see `solvers.sde_step`.
-    """
+    """A sampler that takes a random step where `kept` says, and follows the ODE before and after."""
 
     sampler: Sampler
-    sde: str
-    eta: float
-    stochastic: range
+    kept: KeptSteps
 
     @torch.no_grad()
     def __call__(
@@ -60,17 +70,18 @@ class PathSampler:
         """Latents [N, ...] and their way."""
         sigmas = sigma_schedule(self.sampler.steps, drawing.model.shift)
         empty = self.sampler.empty(drawing)
-        first, end = self.stochastic.start, self.stochastic.stop
+        steps = self.kept.steps
+        first, end = steps.start, steps.stop
         latents, paths = [], []
         for rows in torch.arange(len(start)).split(micro_batch):
             velocity = guided(drawing, role, conditioning.select(rows), empty, self.sampler.guidance)
             x = start[rows.to(start.device)]
             x = solve(velocity, x, sigmas[: first + 1], self.sampler.solver) if first else x
             states, means, log_probs = [x.cpu()], [], []
-            for j in self.stochastic:
+            for j in steps:
                 s = sigmas[j].to(x.device)
                 z = fresh(rows, j).to(x.device)
-                x, mean, std = sde_step(x, velocity(x, s), s, sigmas[j + 1].to(x.device), z, self.sde, self.eta, float(sigmas[1]))
+                x, mean, std = sde_step(x, velocity(x, s), s, sigmas[j + 1].to(x.device), z, self.kept.sde, self.kept.eta, float(sigmas[1]))
                 states.append(x.cpu())
                 means.append(mean.cpu())
                 log_probs.append(log_prob(x, mean, std).cpu())

@@ -6,11 +6,9 @@ from torch import Tensor
 
 from flowtilt.build import sampler_of
 from flowtilt.config import Recipe
-from flowtilt.config.objectives import GRPOSettings, RTDMDSettings
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Collecting
-from flowtilt.objectives.rtdmd import subgrpo_steps
 from flowtilt.sampling.sampler import Sampler
 from flowtilt.sampling.trajectory import PathSampler, Trajectory
 from flowtilt.seeding import step_noise
@@ -20,17 +18,14 @@ Collect = Callable[[Drawing, Tensor, Conditioning, Sequence[tuple[int, int, int]
 
 
 def collector(recipe: Recipe, objective: Collecting, rollout: int) -> Collect:
-    """How rollout number `rollout`, from 1, draws its images with the collecting policy."""
-    r, o = recipe.rollout, recipe.objective
-    sampler, paths = sampler_of(r), None
-    shared: set[int] = set()
-    if isinstance(o, RTDMDSettings):
-        every = objective.stochastic(rollout - 1, r.steps, recipe.seed)
-        shared = set(every) - set(subgrpo_steps(rollout - 1, r.steps, o.trained_steps, recipe.seed))
-        last = Sampler("euler", r.steps)  # of its single step to 0, which is x0_hat for every solver
-        paths = PathSampler(last, "cps", r.cps_eta(), every)
-    elif isinstance(o, GRPOSettings):
-        paths = PathSampler(sampler, o.sde, o.eta, objective.stochastic(rollout - 1, r.steps, recipe.seed))
+    """How rollout number `rollout`, from 1, samples its images with the collecting policy."""
+    r = recipe.rollout
+    kept = objective.keeps(rollout - 1, r, recipe.seed)
+    sampler, paths, shared = sampler_of(r), None, frozenset[int]()
+    if kept:
+        # of cps only the step to 0 is deterministic, and that one is Euler's for every solver
+        between = Sampler("euler" if r.solver == "cps" else r.solver, r.steps, r.guidance)
+        paths, shared = PathSampler(between, kept), kept.shared
 
     def collect(
         drawing: Drawing, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int

@@ -15,6 +15,7 @@ from flowtilt.flow import sigma_schedule
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective, ema_decay
 from flowtilt.objectives.batches import Pairs, Transitions, draw_times
+from flowtilt.objectives.checking import checked_loss
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import Prompt
 from flowtilt.sampling.trajectory import Trajectory
@@ -92,14 +93,15 @@ class Learner:
             return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, *self._times_and_noise(step, rollout, own))
         r, model = self.recipe.rollout, self.policy.model
         levels = sigma_schedule(r.steps, model.shift)
-        stochastic = self.objective.stochastic(step - 1, r.steps, self.recipe.seed)
+        kept = self.objective.keeps(step - 1, r, self.recipe.seed)
+        assert kept is not None
         return Transitions(
             rollout.path,
             rollout.advantages,
             rollout.conditioning,
             image,
-            torch.arange(len(stochastic)).repeat(len(own)),
-            levels[stochastic.start : stochastic.stop + 1],
+            torch.arange(len(kept.steps)).repeat(len(own)),
+            levels[kept.steps.start : kept.steps.stop + 1],
             float(levels[1]),
             sampler_of(r).empty(self.policy),
             r.guidance,
@@ -123,7 +125,7 @@ class Learner:
         self.update.clear()
         sums = {name: torch.zeros((), device=own.device) for name in self.objective.metrics}
         for micro in own.micro_batches(size):
-            loss, metrics = self.objective.loss(self.policy, micro)
+            loss, metrics = checked_loss(self.objective, self.policy, micro)
             (loss.sum() / number).backward()
             for name, value in metrics.items():
                 sums[name] += value.sum()

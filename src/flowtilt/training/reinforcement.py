@@ -1,38 +1,54 @@
 """A step of reinforcement: a rollout, and what is learnt from it."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
-from flowtilt.config import Recipe
-from flowtilt.device.micro_batch import MicroBatch
-from flowtilt.distributed.world import World
-from flowtilt.policy.roles import Policy
-from flowtilt.prompts import PromptWalk
-from flowtilt.rewards import Reward
-from flowtilt.training.learner import Learner
+from flowtilt.build import build_objective
+from flowtilt.lora import Lora
+from flowtilt.objectives import Collecting
+from flowtilt.training.learner import Learner, Scored
 from flowtilt.training.optimizer import Update
+from flowtilt.training.parts import Parts
 from flowtilt.training.rollouts import Rollouts
-from flowtilt.training.rtdmd.reinforce import Hybrid
 from flowtilt.training.timing import Phases
+
+
+class RolloutLearner(Protocol):
+    """What learns from scored rollouts."""
+
+    @property
+    def objective(self) -> Collecting:
+        """What the rollouts are for."""
+        ...
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """By the role whose weights they move."""
+        ...
+
+    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+        """All optimizer steps of one rollout; returns mean metrics."""
+        ...
+
+
+def by_objective(parts: Parts) -> "Reinforcement":
+    """The method of a recipe whose `[objective]` has a loss."""
+    objective = build_objective(parts.recipe.objective)
+    return Reinforcement(parts, Learner(parts.recipe, parts.policy, objective, parts.world, parts.micro_batch))
 
 
 class Reinforcement:
     """Rewards that tilt a policy, by any method that learns from scored images."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        policy: Policy,
-        walk: PromptWalk,
-        rewards: Mapping[str, Reward],
-        learner: Learner | Hybrid,
-        world: World,
-        micro_batch: MicroBatch,
-    ):
-        self.walk, self._prompts = walk, recipe.rollout.prompts
-        self.images = recipe.rollout.images()
-        """Images that a step draws."""
+    def __init__(self, parts: Parts, learner: RolloutLearner, base_loras: Mapping[str, Lora] | None = None):
+        rollout = parts.recipe.rollout
+        self.walk, self._prompts = parts.walk, rollout.prompts
+        self.images = rollout.images()
+        """Images that a step samples."""
         self.learner = learner
-        self.rollouts = Rollouts(recipe, policy, learner.objective, rewards, world, micro_batch)
+        self.base_loras = base_loras or {}
+        """The LoRA that a further role was put on, by role."""
+        self.rollouts = Rollouts(parts.recipe, parts.policy, learner.objective, parts.rewards, parts.world, parts.micro_batch)
 
     @property
     def updates(self) -> dict[str, Update]:

@@ -13,19 +13,17 @@ from typing import Any
 import torch
 
 from flowtilt.build import (
-    build_objective,
     build_policy,
     check_prompts,
     evaluation_prompts,
-    fake_beneath,
     inputs,
     load_rewards,
+    named,
     sampler_of,
     training_prompts,
 )
 from flowtilt.config import Recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
-from flowtilt.config.objectives import ACDMDSettings, RTDMDSettings
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed import signals
 from flowtilt.distributed import world as distributed
@@ -36,24 +34,21 @@ from flowtilt.evaluate.record import save_evaluation
 from flowtilt.io.environment import describe
 from flowtilt.io.files import append_line, write_json
 from flowtilt.lora import Lora, are_named, fingerprint
-from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
 from flowtilt.models.cutting import notice_cut
 from flowtilt.policy.compiling import compile_blocks
+from flowtilt.policy.roles import ROLES
 from flowtilt.prompts import PromptWalk
 from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.runs import checkpoint, tracking
 from flowtilt.runs import folder as runs
-from flowtilt.runs.export import write_fake, write_lora
+from flowtilt.runs.export import write_lora, write_role
 from flowtilt.runs.shared import RunFolder
 from flowtilt.training.display import Display
 from flowtilt.training.guards import Guards
-from flowtilt.training.learner import Learner
 from flowtilt.training.pace import Pace
-from flowtilt.training.reinforcement import Reinforcement
-from flowtilt.training.rtdmd.distil import Distillation
-from flowtilt.training.rtdmd.reinforce import Hybrid
+from flowtilt.training.parts import Parts, Training
 from flowtilt.training.timing import Phases
 
 
@@ -114,15 +109,11 @@ class Trainer:
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.world.agree(digests({"prompts": self.prompts, "evaluate.prompts": self.test_prompts}))
         self.below = self._beneath(resume)
-        self.fake_below = fake_beneath(recipe, resume)
         self.parents = list(map(fingerprint, self.below))  # each reads through all of its weights
-        self.fake_parents = [fingerprint(self.fake_below)] if self.fake_below else []
         # a checkpoint has the weights, whatever has become of what they began with
         opened = inputs.pinned(recipe, resume) if resume else recipe
         self.policy = build_policy(opened, self.world, self.below, start=not (resume and self._folder.begun()))
         notice_cut(self.policy.model, [*self.prompts, *self.test_prompts])
-        if self.fake_below:
-            check(self.fake_below, shapes_of(self.policy.model.network))
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],
@@ -133,7 +124,8 @@ class Trainer:
         if recipe.model.recompute is True:
             self.policy.recompute()
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
-        self.method = self._method()
+        parts = Parts(recipe, self.policy, self.walk, self.rewards, self.world, self.micro_batch, resume)
+        self.method: Training = named(recipe.objective.learner)(parts)
         # after recomputation, which it would not see
         if recipe.model.compile:
             self._compile()
@@ -146,16 +138,6 @@ class Trainer:
         self.stopped_by: str | None = None
         """The guard's message that ended the run."""
         self.run_folder = self._open(resume)
-
-    def _method(self) -> Reinforcement | Distillation:
-        o = self.recipe.objective
-        if isinstance(o, ACDMDSettings):
-            return Distillation(self.recipe, o, self.policy, self.walk, self.world, self.micro_batch)
-        if isinstance(o, RTDMDSettings):
-            learner = Hybrid(self.recipe, o, self.policy, self.rewards, self.fake_below, self.world, self.micro_batch)
-        else:
-            learner = Learner(self.recipe, self.policy, build_objective(o), self.world, self.micro_batch)
-        return Reinforcement(self.recipe, self.policy, self.walk, self.rewards, learner, self.world, self.micro_batch)
 
     def _compile(self) -> None:
         def say(text: str) -> None:
@@ -193,8 +175,8 @@ class Trainer:
             checkpoint.prune(folder, self.recipe.checkpoint.keep)
             runs.write_recipe(folder, self.recipe)
         # a kill may have come before there were any
-        if main and (self.below or self.fake_below) and not (folder / BENEATH).is_dir():
-            keep(self.below, folder, **({"fake": self.fake_below} if self.fake_below else {}))
+        if main and (self.below or self.method.base_loras) and not (folder / BENEATH).is_dir():
+            keep(self.below, folder, **self.method.base_loras)
         if main:
             inputs.save(self.recipe, folder, self.clock.step if found else None, self._accepted)
             write_json(folder / "environment.json", describe(self.world.size))
@@ -350,8 +332,10 @@ class Trainer:
 
     def _write_loras(self) -> None:
         write_lora(self.policy, self.run_folder, self.recipe, self.clock.step, self.parents)
-        if "fake" in self.policy.roles:
-            write_fake(self.policy, self.run_folder, self.fake_parents)
+        for role in self.policy.roles:
+            if role not in ROLES:
+                base = self.method.base_loras.get(role)
+                write_role(self.policy, role, self.run_folder, [fingerprint(base)] if base else [])
 
     def _load(self, found: checkpoint.Checkpoint) -> None:
         self.clock = Clock(**found.state["clock"])

@@ -92,7 +92,7 @@ def load_entry(folder: Path) -> Entry:
     if not scored:
         raise UserError(f"run {folder}: no evaluation yet, so there is nothing to compare; leave it out, or go on training it")
     steps, scores = (np.array([number(record, key) for record in scored]) for key in ("step", "score"))
-    return Entry(run, load_recipe(folder / "recipe.toml"), steps, scores)
+    return Entry(run, load_recipe(folder / "recipe.toml", stored=True), steps, scores)
 
 
 def differing(settings: Sequence[dict[str, str]]) -> list[str]:

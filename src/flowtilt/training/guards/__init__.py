@@ -34,6 +34,7 @@ class Guards:
         self._history.add(remembered(self._recipe, metrics))
         seen = Seen(self._recipe, metrics, self._history)
         said = {name: (rule.patience, rule.says(seen)) for name, rule in RULES.items()}
+        said |= {f"objective/{name}": (guard.patience, guard.check(metrics)) for name, guard in self._recipe.objective.guards().items()}
         return {name: message for name, (patience, message) in said.items() if self._fires(name, patience, message) and message}
 
     def check_evaluation(self, means: Mapping[str, float], stds: Mapping[str, float], images: int) -> dict[str, str]:

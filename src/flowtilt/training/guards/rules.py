@@ -5,7 +5,6 @@ from math import isfinite
 from typing import NamedTuple
 
 from flowtilt.config import Recipe
-from flowtilt.config.objectives import GRPOSettings
 from flowtilt.training.guards.history import BLOCK, TRAINED, Fall, History
 
 NO_VARIANCE = 0.9
@@ -30,18 +29,6 @@ BLANK = 0.1
 """Share of blank images: hardly a prompt asks for one."""
 IDENTICAL = 0.5
 """Share of groups of equal images; .06 at most where the playground is learnt."""
-CONTRAST = {"nft": "deviation", "awm": "anchor", "epg": "log_ratio", "pepg": "log_ratio", "par": "log_ratio"}
-"""The metric that is 0 where v_theta = v_old, of the methods that contrast the two. RAM and FlowGRPO may be on-policy."""
-UNUSED = {
-    "nft": "objective.beta does nothing and this is plain advantage-weighted matching",
-    "awm": "objective.clip_range and objective.anchor do nothing",
-    "epg": "importance weights are all 1",
-    "pepg": "advantages pay for no move and this is epg",
-    "par": "there is no gain to regress and this is epg",
-}
-"""What that means for each."""
-HOLD = {"ram": "lower objective.multiplier", "rtdmd": "raise objective.matching", "acdmd": "lower objective.teacher_guidance"}
-"""What holds the policies of methods that have no `objective.kl`."""
 
 
 class Seen(NamedTuple):
@@ -95,12 +82,12 @@ def no_variance(seen: Seen) -> str | None:
 
 
 def no_contrast(seen: Seen) -> str | None:
-    """For methods that compare v_theta with v_old; epg without its ratio does not."""
-    o = seen.recipe.objective
-    if o.type not in CONTRAST or seen.metrics.get(CONTRAST[o.type]) != 0 or (o.type == "epg" and not o.ratio):
+    """For methods that compare v_theta with v_old."""
+    contrast = seen.recipe.objective.contrast
+    if contrast is None or seen.metrics.get(contrast.metric) != 0:
         return None
     return (
-        f"v_theta = v_old in every update of {RULES['no_contrast'].patience} rollouts, so {UNUSED[o.type]}. "
+        f"v_theta = v_old in every update of {RULES['no_contrast'].patience} rollouts, so {contrast.unused}. "
         'Set objective.old_policy = "linear" or optimizer.steps_per_rollout = 2'
     )
 
@@ -115,8 +102,8 @@ def norm_ratio(seen: Seen) -> str | None:
 
 
 def kl(seen: Seen) -> str | None:
-    """Not for FlowGRPO, whose kl is of a step's mean, in a unit that depends on the sampler."""
-    if isinstance(seen.recipe.objective, GRPOSettings) or not seen.least("kl", KL):
+    """Not for methods whose kl is of a step's mean, in a unit that depends on the sampler."""
+    if not seen.recipe.objective.kl_of_velocities or not seen.least("kl", KL):
         return None
     return (
         f"mean (v_theta - v_ref)^2 is {seen.metrics['kl']:.2g}, a good part of a velocity's own square: the policy has left the base, and "
@@ -259,4 +246,4 @@ def held_out_falls(falls: Mapping[str, Fall | None], history: History, recipe: R
 
 def _hold(recipe: Recipe) -> str:
     """How the pull to the base, or to RTDMD's teacher, becomes stronger."""
-    return HOLD.get(recipe.objective.type, "raise objective.kl")
+    return recipe.objective.hold

@@ -7,16 +7,18 @@ sample stops after a number of steps of its own, and its gradient reaches the la
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config.objectives import ACDMDSettings
 from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.flow import per_sample, sigma_schedule
+from flowtilt.lora import Lora
+from flowtilt.methods.rtdmd import ACDMDSettings
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives.rtdmd import LEAST_GAP, MOST_TIME, kappa, surrogate
 from flowtilt.policy.roles import Policy
@@ -25,6 +27,7 @@ from flowtilt.seeding import generator, noise, step_noise
 from flowtilt.solvers import sde_step
 from flowtilt.training.learner import averaged_update, memory_saver
 from flowtilt.training.optimizer import Update
+from flowtilt.training.parts import Parts
 from flowtilt.training.rtdmd.fake_score import FakeScore, Samples
 from flowtilt.training.timing import Phases
 
@@ -65,6 +68,12 @@ def simulate(
     return Stopped(before, levels[ends - 1], after, levels[ends])
 
 
+def begin(parts: Parts) -> "Distillation":
+    """The first stage of RTDMD on a recipe."""
+    settings = cast(ACDMDSettings, parts.recipe.objective)
+    return Distillation(parts.recipe, settings, parts.policy, parts.walk, parts.world, parts.micro_batch)
+
+
 class Distillation:
     """A student of few steps that comes to draw what its teacher draws with guidance in many.
 
@@ -83,6 +92,8 @@ class Distillation:
             )
         self.images = recipe.rollout.images() * (settings.fake_updates + 1)
         """Samples that a step simulates."""
+        self.base_loras: dict[str, Lora] = {}
+        """None: student and fake score begin on the base itself."""
         self.fake = FakeScore(recipe, settings, policy, world, micro_batch)
         self.student = Update(policy, "current", policy.parameters, recipe.optimizer, world)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flowtilt.config import Recipe
-from flowtilt.config.objectives import MatchingSettings
 from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.distributed.world import World
 from flowtilt.flow import per_sample
 from flowtilt.lora import Lora
+from flowtilt.methods.rtdmd import MatchingSettings
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
 from flowtilt.objectives.rtdmd import (

@@ -9,29 +9,37 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from flowtilt.config import Recipe
-from flowtilt.config.objectives import RTDMDSettings
+from flowtilt.config import Recipe, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.device.placement import visiting
 from flowtilt.distributed.world import World
+from flowtilt.errors import UserError
 from flowtilt.flow import predict_x0, sigma_schedule
-from flowtilt.lora import Lora
+from flowtilt.lora import Lora, are_named, join
+from flowtilt.lora.find import run_of
+from flowtilt.lora.fit import check, shapes_of
+from flowtilt.lora.read import read_lora
+from flowtilt.lora.stacked import BENEATH
+from flowtilt.methods.rtdmd import RTDMDSettings
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.objectives.rtdmd import subgrpo_steps, surrogate
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, modules_of
 from flowtilt.rewards.gradient import differentiable, reward_gradient
-from flowtilt.sampling.trajectory import Trajectory
+from flowtilt.sampling.trajectory import KeptSteps, Trajectory
 from flowtilt.solvers import sde_step
 from flowtilt.training.learner import Scored, averaged_update, memory_saver, shares
 from flowtilt.training.optimizer import Update
-from flowtilt.training.rtdmd.fake_score import FakeScore, Samples
+from flowtilt.training.parts import Parts
+from flowtilt.training.reinforcement import Reinforcement
+from flowtilt.training.rtdmd.fake_score import ROLE, FakeScore, Samples
 from flowtilt.training.timing import Phases
 
 
@@ -42,9 +50,55 @@ class SubGRPO:
     drops_flat: ClassVar[bool] = False
     """The last step learns from every image."""
 
-    def stochastic(self, rollout: int, steps: int, seed: int) -> range:
-        """All but the last, whichever rollout."""
-        return range(steps - 1)
+    trained_steps: int
+
+    def keeps(self, rollout: int, settings: RolloutSettings, seed: int) -> KeptSteps:
+        """All but the last, whichever rollout; those that are not trained have one noise for all images of a prompt."""
+        every = range(settings.steps - 1)
+        trained = subgrpo_steps(rollout, settings.steps, self.trained_steps, seed)
+        return KeptSteps(every, "cps", settings.cps_eta(), frozenset(every) - frozenset(trained))
+
+
+def _fake_base(recipe: Recipe, resume: Path | None) -> Lora | None:
+    """The LoRA from which a second stage's fake score goes on; none where the recipe has none.
+
+    That of a second stage comes joined with the one that it was trained on.
+
+    Raises:
+        UserError: there is none where the recipe says, or what it was trained on is gone.
+    """
+    o = cast(RTDMDSettings, recipe.objective)
+    if not o.matching:
+        return None
+    if resume and (resume / BENEATH / "fake").is_dir():
+        return read_lora(resume / BENEATH / "fake")
+    where = o.fake or (str(Path(recipe.lora.on[-1]) / "fake") if recipe.lora.on else None)
+    if where is None:
+        return None
+    try:
+        fake = read_lora(where)
+        if not fake.parents:
+            return fake
+        below = read_lora((run_of(where) or Path(where)) / BENEATH / "fake")
+        if not are_named([below], fake.parents):
+            raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
+        return join([below, fake])
+    except UserError as error:
+        raise UserError(f"objective.fake: {error}; name the fake/ of a distillation's run, or set objective.matching = 0") from None
+
+
+def begin(parts: Parts) -> Reinforcement:
+    """The second stage of RTDMD on a recipe.
+
+    Raises:
+        UserError: the fake score's LoRA is not there, or belongs to another base; a reward has no gradient.
+    """
+    settings = cast(RTDMDSettings, parts.recipe.objective)
+    base = _fake_base(parts.recipe, parts.resume)
+    if base:
+        check(base, shapes_of(parts.policy.model.network))
+    learner = Hybrid(parts.recipe, settings, parts.policy, parts.rewards, base, parts.world, parts.micro_batch)
+    return Reinforcement(parts, learner, {ROLE: base} if base else {})
 
 
 class Hybrid:
@@ -65,7 +119,7 @@ class Hybrid:
         micro_batch: MicroBatch,
     ):
         self.recipe, self.settings, self.policy, self.world, self.micro_batch = recipe, settings, policy, world, micro_batch
-        self.objective = SubGRPO()
+        self.objective = SubGRPO(settings.trained_steps)
         self.update = Update(policy, "current", policy.parameters, recipe.optimizer, world)
         self.fake = FakeScore(recipe, settings, policy, world, micro_batch, [beneath] if beneath else []) if settings.matching else None
         self._rewards = {name: rewards[name] for name in settings.backprop}

@@ -1,0 +1,85 @@
+"""What the methods on the forward process share: clean samples, each trained at several noise levels."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from flowtilt.methods.base import LEVELS, WEIGHT, Method, Passes, sampled
+
+if TYPE_CHECKING:
+    from flowtilt.config import Recipe
+
+
+def old_policy_decay(schedule: str, optimizer_step: int) -> float:
+    """d in old <- d old + (1 - d) current, after a rollout's optimizer steps; s counts them from the run's start.
+
+    "copy": 0. "linear": min(0.001 s, 0.5). "short": min(0.001 s, 0.3). "delayed": 0 before s = 75, then
+    min(0.0075 (s - 75), 0.999).
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    match schedule:
+        case "copy":
+            return 0.0
+        case "linear":
+            return min(0.001 * optimizer_step, 0.5)
+        case "short":
+            return min(0.001 * optimizer_step, 0.3)
+        case "delayed":
+            return 0.0 if optimizer_step < 75 else min(0.0075 * (optimizer_step - 75), 0.999)
+    raise ValueError(f"schedule {schedule!r} is not one of copy, linear, short, delayed")
+
+
+class ForwardSettings(Method):
+    """A method that declares a key `kl` is pulled to the reference by kl mean (v - v_ref)^2."""
+
+    type: Any = ""
+    """The method's own word; named here so that it comes first."""
+    norm_guard: float = Field(default=0.0, ge=0, le=WEIGHT)
+    """Weight of NormGuard's hinge (arXiv 2606.27771): the mean square by which |v| exceeds |v_ref|."""
+    old_policy: Literal["copy", "linear", "short", "delayed"] = "linear"
+    """Decay of the collecting policy at optimizer step s: 0; min(.001 s, .5); min(.001 s, .3); 0, from 75 on min(.0075 (s - 75), .999)."""
+    times: Literal["rollout", "stratified"] = "rollout"
+    """Training times of an image: the rollout's own noise levels in random order, or uniform in equal strata and shifted alike."""
+    times_per_image: int = Field(default=9, ge=1, le=LEVELS)
+    """Noise levels at which each image is trained per rollout."""
+
+    @property
+    def pull(self) -> float:
+        """Weight of mean (v - v_ref)^2: the method's key `kl`, 0 for a method without one."""
+        return getattr(self, "kl", 0.0)
+
+    @property
+    def reference(self) -> bool:
+        """Whether the reference is evaluated, one forward pass per pair of image and time."""
+        return self.pull > 0 or self.norm_guard > 0
+
+    def check(self, recipe: "Recipe") -> None:
+        super().check(recipe)
+        steps = recipe.rollout.steps
+        if self.times == "rollout" and self.times_per_image > steps:
+            raise ValueError(
+                f"objective.times_per_image: a rollout of {steps} steps has no {self.times_per_image} noise levels; "
+                'lower it or set times = "stratified"'
+            )
+
+    def rows_per_image(self, steps: int) -> int:
+        return self.times_per_image
+
+    def passes(self, recipe: "Recipe", step: int) -> Passes:
+        images, updates = recipe.rollout.images(), recipe.optimizer.steps_per_rollout
+        pairs = images * self.times_per_image
+        # the rollout before left the old policy equal to the current one, which the first update moves
+        equal = step == 1 or old_policy_decay(self.old_policy, (step - 1) * updates) == 0
+        old = pairs - (images // updates * self.times_per_image if equal else 0)
+        return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=pairs if self.reference else 0)
+
+
+class AdvantageSettings(ForwardSettings):
+    """What the methods share that weigh an image's error by its advantage."""
+
+    kl: float = Field(default=1e-4, ge=0, le=WEIGHT)
+    """Weight of mean (v - v_ref)^2; 0 saves the reference's forward pass."""
+    consistency: float = Field(default=0.0, ge=0, le=WEIGHT)
+    """Added to every advantage, in its unit: flow matching on the policy's own images, which keeps it from drifting."""

@@ -1,0 +1,23 @@
+"""FlowGRPO, arXiv 2505.05470, with Fast, MixGRPO and GRPO-Guard. The loss: objectives/grpo.py."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from flowtilt.methods.base import NO_CLIP, WEIGHT
+from flowtilt.methods.steps import StepSettings
+
+
+class GRPOSettings(StepSettings):
+    type: Literal["grpo"] = "grpo"
+    """The method; "grpo" is FlowGRPO, arXiv 2505.05470: a policy gradient over stochastic steps of the rollout."""
+    clip_range: float = Field(default=1e-4, gt=0, le=NO_CLIP)
+    """The likelihood ratio counts up to 1 plus and minus this; small, since log p is a mean over a latent's values."""
+    kl: float = Field(default=0.04, ge=0, le=WEIGHT)
+    """Weight of the distance of a step's mean from the reference's: .04 for GenEval and OCR, .01 for PickScore; 0 saves that pass."""
+    advantage_clip: float = Field(default=5.0, gt=0, le=NO_CLIP)
+    """Advantages beyond this many standard deviations count as this many."""
+    guard: bool = False
+    """GRPO-Guard (arXiv 2510.22319): one distribution of ratios and one weight for all steps; wants a clip_range of its own."""
+
+    objective: ClassVar[str] = "flowtilt.objectives.grpo:GRPO"

@@ -1,0 +1,60 @@
+"""A user's own method, held to what a method must return."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowtilt.errors import UserError
+from flowtilt.io.user_errors import HINT, is_fault, told
+from flowtilt.methods import is_own
+from flowtilt.objectives import Objective
+
+if TYPE_CHECKING:
+    from flowtilt.policy.roles import Policy
+
+
+def checked_loss(objective: Objective, policy: "Policy", batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [N] and metrics [N] of a micro-batch.
+
+    Raises:
+        UserError: a user's own method fails, or returns anything else than finite values of these shapes with a gradient.
+    """
+    kind = getattr(objective, "type", "")
+    if not is_own(kind):
+        return objective.loss(policy, batch)
+    try:
+        found = objective.loss(policy, batch)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise UserError(f"objective {kind}: the loss failed: {told(error)} ({HINT})") from error
+    if why := _wrong(found, objective.metrics, len(batch)):
+        raise UserError(f"objective {kind}: {why}")
+    return found
+
+
+def _wrong(found: Any, names: tuple[str, ...], number: int) -> str | None:
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        return f"loss must return a pair of a tensor [N] and a dict of metrics, not {_described(found)}"
+    loss, metrics = found
+    if not isinstance(loss, Tensor) or loss.shape != (number,) or not loss.is_floating_point():
+        return f"loss must be a tensor of floats [{number}], one value per sample, not {_described(loss)}"
+    if not loss.requires_grad:
+        return 'loss has no gradient: it must depend on the velocity of the role "current", without detach or no_grad'
+    if not bool(loss.detach().isfinite().all()):
+        return f"loss is not finite for {int((~loss.detach().isfinite()).sum())} of {number} samples"
+    if sorted(metrics) != sorted(names):
+        return f"metrics are {', '.join(sorted(metrics))}, but {', '.join(sorted(names))} were declared (own_metrics)"
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor) or value.shape != (number,):
+            return f"metric {name!r} must be a tensor [{number}], one value per sample, not {_described(value)}"
+    return None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"a {type(value).__name__}"

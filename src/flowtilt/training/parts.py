@@ -1,0 +1,56 @@
+"""What a method is handed to train with, and what it gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flowtilt.config import Recipe
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.distributed.world import World
+from flowtilt.lora import Lora
+from flowtilt.policy.roles import Policy
+from flowtilt.prompts import PromptWalk
+from flowtilt.rewards import Reward
+from flowtilt.training.optimizer import Update
+from flowtilt.training.timing import Phases
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a method may train with.
+
+    Args:
+        resume: the folder of the run that goes on; none for a new one.
+    """
+
+    recipe: Recipe
+    policy: Policy
+    walk: PromptWalk
+    rewards: Mapping[str, Reward]
+    world: World
+    micro_batch: MicroBatch
+    resume: Path | None = None
+
+
+class Training(Protocol):
+    """A method at work: what the trainer steps, logs and saves."""
+
+    @property
+    def images(self) -> int:
+        """Images that a step samples."""
+        ...
+
+    @property
+    def updates(self) -> Mapping[str, Update]:
+        """By the role whose weights they move; "current" is one of them."""
+        ...
+
+    @property
+    def base_loras(self) -> Mapping[str, Lora]:
+        """The LoRA that a further role was put on, by role; a run keeps a copy of each."""
+        ...
+
+    def step(self, step: int, phases: Phases) -> dict[str, float]:
+        """Step number `step`, from 1; returns metrics."""
+        ...
