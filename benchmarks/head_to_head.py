@@ -24,10 +24,10 @@ from contest.running import Job, run_all
 from contest.search import Search
 from contest.settings import ABLATIONS, METHODS, QUICK, Plan
 
-from flowtilt.cli.quiet import quieten
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_atomic, write_json
+from flowtilt.io.quiet import quieten
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("search", "run", "ablate", "report")

@@ -22,12 +22,12 @@ from contest.running import Job, run_all
 from contest.settings import Amount
 
 from flowtilt.build import evaluation_prompts, load_rewards, training_prompts
-from flowtilt.cli.quiet import quieten
 from flowtilt.config import load_recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.evaluate import evaluate
 from flowtilt.io.files import write_atomic, write_json
+from flowtilt.io.quiet import quieten
 from flowtilt.models.opening import open_model
 from flowtilt.plan.passes import passes_in_all
 from flowtilt.policy.tuned_model import Stack

@@ -59,7 +59,7 @@ def build_objective(settings: Method) -> Objective:
     """The method of a recipe's `[objective]`, with its loss."""
     if not settings.objective:
         return cast(Objective, settings)
-    return named(settings.objective).model_validate(settings.model_dump())
+    return named(settings.objective).model_validate(settings.model_dump(exclude_unset=True))
 
 
 def named(place: str) -> Any:

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import flowtilt
 from flowtilt.cli import compare, evaluate, export, plan, rewards, train
-from flowtilt.cli.quiet import quieten
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError, printable
+from flowtilt.io.quiet import quieten
 
 EPILOG = """examples:
   flowtilt train playground                      the first run: a laptop's CPU, minutes

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.quiet import quieten
 from flowtilt.cli.words import TRUST, count, say, words
 from flowtilt.errors import UserError
+from flowtilt.io.quiet import quieten
 
 REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function, or name=http://host:port'
 

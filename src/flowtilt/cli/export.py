@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.quiet import quieten
+from flowtilt.io.quiet import quieten
 
 FORMATS = ("diffusers", "peft", "generator_ema", "pipeline")
 

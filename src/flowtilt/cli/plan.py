@@ -4,9 +4,9 @@ import argparse
 import json
 from typing import Any
 
-from flowtilt.cli.quiet import quieten
 from flowtilt.cli.words import count
 from flowtilt.config import load_recipe
+from flowtilt.io.quiet import quieten
 
 
 def add(commands: Any) -> None:

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.quiet import quieten
 from flowtilt.cli.words import count, say, words
 from flowtilt.errors import UserError
+from flowtilt.io.quiet import quieten
 
 
 def add(commands: Any) -> None:

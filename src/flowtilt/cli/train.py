@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.quiet import quieten
 from flowtilt.cli.words import TRUST
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
 from flowtilt.config.trust import RECIPE, check, of_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
+from flowtilt.io.quiet import quieten
 
 
 def add(commands: Any) -> None:

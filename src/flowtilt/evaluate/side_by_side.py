@@ -5,15 +5,13 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from flowtilt.build import default_evaluation, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config.trust import of_model
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_atomic
-from flowtilt.io.images import SHEET, to_pil
+from flowtilt.io.images import SHEET, sheet
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import open_model
@@ -71,7 +69,7 @@ def sample(
     given = stack.model.encode(prompts)
     roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
     columns = [decode(stack, sampler(stack, role, start, given, len(prompts), fresh), len(prompts)) for role in roles]
-    drawn = _sheet(columns)
+    drawn = sheet(columns)
     several = drawn.size != columns[0].shape[:-3:-1]  # or an enlarged one
     write_atomic(output, _encoded(drawn, kind, output, f"{len(columns[0])} x {len(columns)}" if several else ""))
     return output
@@ -85,27 +83,14 @@ def _format_of(file: Path) -> str:
     return FORMATS[suffix]
 
 
-def _encoded(sheet: Image.Image, kind: str, file: Path, tiles: str) -> bytes:
+def _encoded(picture: Image.Image, kind: str, file: Path, tiles: str) -> bytes:
     """The picture's file; a PNG of several images says so by `tiles`, so that `flowtilt score` knows it."""
-    picture, info = BytesIO(), PngInfo()
+    encoded, info = BytesIO(), PngInfo()
     if tiles:
         info.add_text(SHEET, tiles)
     try:
-        sheet.save(picture, format=kind, **({"pnginfo": info} if kind == "PNG" else {"quality": 95}))
+        picture.save(encoded, format=kind, **({"pnginfo": info} if kind == "PNG" else {"quality": 95}))
     except (OSError, ValueError) as error:  # JPEG and WebP have a greatest size
-        size = f"{sheet.width} x {sheet.height} pixels"
+        size = f"{picture.width} x {picture.height} pixels"
         raise UserError(f"-o {file}: {size} can't be written as {kind} ({error}); write a .png, or fewer prompts at once") from error
-    return picture.getvalue()
-
-
-def _sheet(columns: Sequence[Tensor]) -> Image.Image:
-    """Columns of images [N, 3, H, W] as one picture; tiny ones are enlarged to be seen."""
-    gap = 0 if len(columns) == 1 and len(columns[0]) == 1 else 4
-    _, _, height, width = columns[0].shape
-    zoom = max(1, 256 // width)
-    sheet = Image.new("RGB", (len(columns) * (width * zoom + gap) - gap, len(columns[0]) * (height * zoom + gap) - gap), "white")
-    for c, column in enumerate(columns):
-        for r, picture in enumerate(to_pil(column)):
-            tile = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            sheet.paste(tile, (c * (width * zoom + gap), r * (height * zoom + gap)))
-    return sheet
+    return encoded.getvalue()

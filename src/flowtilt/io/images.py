@@ -4,6 +4,7 @@ A tensor of images is float32 [N, 3, H, W] in [0, 1]; rounding to 8 bits is half
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -55,6 +56,19 @@ def to_png(image: Tensor, compress_level: int = 6) -> bytes:
     buffer = BytesIO()
     to_pil(image[None])[0].save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()
+
+
+def sheet(columns: Sequence[Tensor]) -> Image.Image:
+    """Columns of images [N, 3, H, W] as one picture; tiny ones are enlarged to be seen."""
+    gap = 0 if len(columns) == 1 and len(columns[0]) == 1 else 4
+    _, _, height, width = columns[0].shape
+    zoom = max(1, 256 // width)
+    whole = Image.new("RGB", (len(columns) * (width * zoom + gap) - gap, len(columns[0]) * (height * zoom + gap) - gap), "white")
+    for c, column in enumerate(columns):
+        for r, picture in enumerate(to_pil(column)):
+            tile = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            whole.paste(tile, (c * (width * zoom + gap), r * (height * zoom + gap)))
+    return whole
 
 
 def from_pil(picture: Image.Image) -> Tensor:

@@ -36,6 +36,10 @@ class Objective(Collecting, Protocol):
         """Names of the metrics that `loss` returns."""
         ...
 
+    def rows_per_image(self, steps: int) -> int:
+        """How often each image of a rollout of so many solver steps is trained."""
+        ...
+
     def loss(self, policy: "Policy", batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of a micro-batch (`batches.TrainingBatch`, or `batches.TransitionBatch` where steps are kept) and metrics [N]."""
         ...

@@ -1,7 +1,7 @@
 """The way of an image from noise, where a method trains its steps: drawn with noise in some of them, kept, taken apart."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,16 +38,19 @@ class Trajectory:
         states: before each of them and after the last, [n, W + 1, ...].
         means: what each step's noise was added to, [n, W, ...].
         log_probs: of each step, [n, W].
+        steps: which of the rollout's steps they are.
     """
 
     states: Tensor
     means: Tensor
     log_probs: Tensor
+    steps: range
 
     @staticmethod
     def join(parts: Sequence["Trajectory"]) -> "Trajectory":
         """The images of all parts."""
-        return Trajectory(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Trajectory)))
+        states, means, log_probs = (torch.cat([getattr(part, name) for part in parts]) for name in ("states", "means", "log_probs"))
+        return Trajectory(states, means, log_probs, parts[0].steps)
 
 
 @dataclass(frozen=True)
@@ -86,5 +89,5 @@ class PathSampler:
                 means.append(mean.cpu())
                 log_probs.append(log_prob(x, mean, std).cpu())
             latents.append(solve(velocity, x, sigmas[end:], self.sampler.solver) if end < self.sampler.steps else x)
-            paths.append(Trajectory(torch.stack(states, 1), torch.stack(means, 1), torch.stack(log_probs, 1)))
+            paths.append(Trajectory(torch.stack(states, 1), torch.stack(means, 1), torch.stack(log_probs, 1), steps))
         return torch.cat(latents), Trajectory.join(paths)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from flowtilt.build import sampler_of
-from flowtilt.config import Recipe
+from flowtilt.config import RolloutSettings
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Collecting
@@ -17,10 +17,14 @@ Collect = Callable[[Drawing, Tensor, Conditioning, Sequence[tuple[int, int, int]
 """Latents [N, ...], and their ways, of noise [N, ...], N captions, the images' (rollout, prompt, copy), and a micro-batch."""
 
 
-def collector(recipe: Recipe, objective: Collecting, rollout: int) -> Collect:
-    """How rollout number `rollout`, from 1, samples its images with the collecting policy."""
-    r = recipe.rollout
-    kept = objective.keeps(rollout - 1, r, recipe.seed)
+def collector(settings: RolloutSettings, seed: int, rollout: int, objective: Collecting | None = None, role: str = "old") -> Collect:
+    """How rollout number `rollout`, from 1, samples its images with the policy's `role`.
+
+    Args:
+        objective: the method that the rollout is for; none keeps no steps.
+    """
+    r = settings
+    kept = objective.keeps(rollout - 1, r, seed) if objective else None
     sampler, paths, shared = sampler_of(r), None, frozenset[int]()
     if kept:
         # of cps only the step to 0 is deterministic, and that one is Euler's for every solver
@@ -30,15 +34,15 @@ def collector(recipe: Recipe, objective: Collecting, rollout: int) -> Collect:
     def collect(
         drawing: Drawing, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int
     ) -> tuple[Tensor, Trajectory | None]:
-        own = step_noise(recipe.seed, "sde", where, drawing.model.latent_shape)
-        of_prompt = step_noise(recipe.seed, "shared", [place[:2] for place in where], drawing.model.latent_shape)
+        own = step_noise(seed, "sde", where, drawing.model.latent_shape)
+        of_prompt = step_noise(seed, "shared", [place[:2] for place in where], drawing.model.latent_shape)
 
         def fresh(rows: Tensor, j: int) -> Tensor:
             # in a step that is not trained a prompt's images part by nothing, so that rewards tell of those that are
             return of_prompt(rows, j) if j in shared else own(rows, j)
 
         if paths:
-            return paths(drawing, "old", start, given, fresh, size)
-        return sampler(drawing, "old", start, given, size, fresh), None
+            return paths(drawing, role, start, given, fresh, size)
+        return sampler(drawing, role, start, given, size, fresh), None
 
     return collect

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.build import sampler_of
-from flowtilt.config import Recipe
+from flowtilt.config import OptimizerSettings, Recipe, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.flow import sigma_schedule
@@ -50,11 +50,33 @@ class Scored:
 
 
 class Learner:
-    """Trains a policy by an objective on rollouts."""
+    """Trains a policy by an objective on rollouts.
 
-    def __init__(self, recipe: Recipe, policy: Policy, objective: Objective, world: World, micro_batch: MicroBatch):
-        self.recipe, self.policy, self.objective, self.micro_batch = recipe, policy, objective, micro_batch
-        self.update = Update(policy, "current", policy.parameters, recipe.optimizer, world)
+    Args:
+        optimizer: AdamW's settings and the updates per rollout.
+        rollout: how the rollouts are sampled; their noise levels are the training times, or their steps are trained.
+        seed: of the images' order, times and noise.
+        ema: greatest decay of the average.
+        save_memory: see `MicroBatch.fit`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        optimizer: OptimizerSettings,
+        rollout: RolloutSettings,
+        *,
+        seed: int,
+        ema: float,
+        world: World,
+        micro_batch: MicroBatch,
+        save_memory: Callable[[], bool],
+    ):
+        self.policy, self.objective, self.rollout, self.micro_batch = policy, objective, rollout, micro_batch
+        self._updates, self._seed, self._ema, self._save_memory = optimizer.steps_per_rollout, seed, ema, save_memory
+        self._rows_per_image = objective.rows_per_image(rollout.steps)
+        self.update = Update(policy, "current", policy.parameters, optimizer, world)
 
     @property
     def updates(self) -> dict[str, Update]:
@@ -65,43 +87,42 @@ class Learner:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
         means: dict[str, float] = {}
         skipped = empty = 0
-        for chunk in shares(self.recipe, step, rollout):
+        for chunk in shares(self._updates, self._seed, step, rollout):
             if not chunk:  # the optimizer would still decay weights and follow its averages
                 empty += 1
                 continue
             own = self._rows(step, rollout, rollout.own(chunk))
-            number_of_rows = len(chunk) * self.recipe.rows_per_image()
+            number_of_rows = len(chunk) * self._rows_per_image
             sums = self.micro_batch.fit(
                 "train",
                 lambda size, own=own, of=number_of_rows: self._gradients(own, of, size),
-                memory_saver(self.recipe, self.policy),
+                self._save_memory,
                 self.policy,
             )
-            norm = averaged_update(self.update, self.policy, self.recipe, sums, phases)
+            norm = averaged_update(self.update, self.policy, self._ema, sums, phases)
             skipped += not norm < float("inf")
             for name, value in {**{name: float(value) / number_of_rows for name, value in sums.items()}, "grad_norm": norm}.items():
                 means[name] = means.get(name, 0.0) + value
         self.objective.after_rollout(self.policy, self.update.count)
-        made = self.recipe.optimizer.steps_per_rollout - empty
+        made = self._updates - empty
         means = {name: value / made for name, value in means.items()}
         return {**means, "skipped_updates": skipped + empty, "lr": self.update.rate()}
 
     def _rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
         """What is trained of this rank's images `own`: each at several noise levels, or at several steps of its path."""
-        image = torch.tensor(own, dtype=torch.long).repeat_interleave(self.recipe.rows_per_image())
+        image = torch.tensor(own, dtype=torch.long).repeat_interleave(self._rows_per_image)
         if rollout.path is None:
             return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, *self._times_and_noise(step, rollout, own))
-        r, model = self.recipe.rollout, self.policy.model
+        r, model = self.rollout, self.policy.model
         levels = sigma_schedule(r.steps, model.shift)
-        kept = self.objective.keeps(step - 1, r, self.recipe.seed)
-        assert kept is not None
+        steps = rollout.path.steps
         return Transitions(
             rollout.path,
             rollout.advantages,
             rollout.conditioning,
             image,
-            torch.arange(len(kept.steps)).repeat(len(own)),
-            levels[kept.steps.start : kept.steps.stop + 1],
+            torch.arange(len(steps)).repeat(len(own)),
+            levels[steps.start : steps.stop + 1],
             float(levels[1]),
             sampler_of(r).empty(self.policy),
             r.guidance,
@@ -109,13 +130,13 @@ class Learner:
 
     def _times_and_noise(self, step: int, rollout: Scored, own: list[int]) -> tuple[Tensor, Tensor]:
         """t [M] and eps [M, ...]; an image's times and noises come from its own generator."""
-        settings: Any = self.recipe.objective  # of a method on clean samples, whichever
+        settings: Any = self.objective  # a method on clean samples, whichever
         model = self.policy.model
-        sigmas = sigma_schedule(self.recipe.rollout.steps, model.shift)
+        sigmas = sigma_schedule(self.rollout.steps, model.shift)
         times = torch.empty(len(own), settings.times_per_image)
         eps = torch.empty(len(own), settings.times_per_image, *model.latent_shape)
         for k, i in enumerate(own):
-            rng = generator(self.recipe.seed, "train", step, rollout.indices.start + i)
+            rng = generator(self._seed, "train", step, rollout.indices.start + i)
             times[k] = draw_times(settings.times, settings.times_per_image, sigmas, model.shift, rng)
             torch.randn(eps.shape[1:], generator=rng, out=eps[k])  # in place: a rollout's noise may be gigabytes
         return times.flatten(), eps.flatten(0, 1)
@@ -132,20 +153,19 @@ class Learner:
         return sums
 
 
-def shares(recipe: Recipe, step: int, rollout: Scored) -> list[list[int]]:
-    """The images of each of a rollout's updates, in random order, the same on every rank; some are empty where few are kept."""
-    number = recipe.optimizer.steps_per_rollout
-    order = torch.randperm(len(rollout.kept), generator=generator(recipe.seed, "order", step))
+def shares(number: int, seed: int, step: int, rollout: Scored) -> list[list[int]]:
+    """The images of each of a rollout's `number` updates, in random order, the same on every rank; some are empty where few are kept."""
+    order = torch.randperm(len(rollout.kept), generator=generator(seed, "order", step))
     order = order[rollout.kept[order]].tolist()
     return [order[len(order) * k // number : len(order) * (k + 1) // number] for k in range(number)]
 
 
-def averaged_update(update: Update, policy: Policy, recipe: Recipe, sums: Mapping[str, Tensor], phases: Phases) -> float:
+def averaged_update(update: Update, policy: Policy, ema: float, sums: Mapping[str, Tensor], phases: Phases) -> float:
     """An update of the current policy, which its average then follows; returns the gradient's norm."""
     before = update.count
     norm = update.make(sums, phases)
     if update.count > before:
-        policy.average("ema", ema_decay(before, recipe.ema))
+        policy.average("ema", ema_decay(before, ema))
     return norm
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from flowtilt.build import build_objective
 from flowtilt.lora import Lora
 from flowtilt.objectives import Collecting
-from flowtilt.training.learner import Learner, Scored
+from flowtilt.training.learner import Learner, Scored, memory_saver
 from flowtilt.training.optimizer import Update
 from flowtilt.training.parts import Parts
 from flowtilt.training.rollouts import Rollouts
@@ -33,8 +33,19 @@ class RolloutLearner(Protocol):
 
 def by_objective(parts: Parts) -> "Reinforcement":
     """The method of a recipe whose `[objective]` has a loss."""
-    objective = build_objective(parts.recipe.objective)
-    return Reinforcement(parts, Learner(parts.recipe, parts.policy, objective, parts.world, parts.micro_batch))
+    recipe = parts.recipe
+    learner = Learner(
+        parts.policy,
+        build_objective(recipe.objective),
+        recipe.optimizer,
+        recipe.rollout,
+        seed=recipe.seed,
+        ema=recipe.ema,
+        world=parts.world,
+        micro_batch=parts.micro_batch,
+        save_memory=memory_saver(recipe, parts.policy),
+    )
+    return Reinforcement(parts, learner)
 
 
 class Reinforcement:

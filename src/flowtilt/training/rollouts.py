@@ -54,7 +54,7 @@ class Rollouts:
             conditioning = policy.model.encode([p.text for p in own])
         parts: list[tuple[Tensor, Trajectory | None]] = []
         features: list[Tensor] = []
-        collect = collector(self.recipe, self.objective, step)
+        collect = collector(r, self.recipe.seed, step, self.objective)
         with Scoring(self.rewards, self.world.device) as scoring:
             for rows in scoring.parts(len(own)):
                 with phases("sample"):

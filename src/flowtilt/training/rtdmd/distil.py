@@ -164,6 +164,6 @@ class Distillation:
                 (surrogate(v, cotangent[there]).sum() / number).backward()
 
         self.micro_batch.fit("train", gradients, memory_saver(self.recipe, self.policy), self.policy)
-        norm = averaged_update(self.student, self.policy, self.recipe, sums, phases)
+        norm = averaged_update(self.student, self.policy, self.recipe.ema, sums, phases)
         told = {name: float(value) / number for name, value in sums.items()}
         return {**told, "grad_norm": norm, "skipped_updates": float(not norm < float("inf")), "lr": self.student.rate()}

@@ -140,7 +140,7 @@ class Hybrid:
         trained = subgrpo_steps(step - 1, r.steps, o.trained_steps, self.recipe.seed)
         means: dict[str, float] = {}
         skipped, made = metrics.pop("skipped_updates", 0.0), 0
-        for chunk in shares(self.recipe, step, rollout):
+        for chunk in shares(self.recipe.optimizer.steps_per_rollout, self.recipe.seed, step, rollout):
             if not chunk:
                 continue
             own = torch.tensor(rollout.own(chunk), dtype=torch.long)
@@ -152,7 +152,7 @@ class Hybrid:
                 self.policy,
             )
             sums |= {name: value.sum() for name, value in told.items()}
-            norm = averaged_update(self.update, self.policy, self.recipe, sums, phases)
+            norm = averaged_update(self.update, self.policy, self.recipe.ema, sums, phases)
             skipped += not norm < float("inf")
             made += 1
             for name, value in {**{name: float(value) / len(chunk) for name, value in sums.items()}, "grad_norm": norm}.items():
