@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flowtilt.build import default_evaluation, model_settings, recipe_of, sampler_of, vouch
