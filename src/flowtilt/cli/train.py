@@ -11,7 +11,7 @@ from flowtilt.cli.words import TRUST
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.errors import UserError
 from flowtilt.held_out import score_name_of
-from flowtilt.trust import RECIPE, check, of_recipe
+from flowtilt.trust import check, of_recipe
 
 
 def add(commands: Any) -> None:
@@ -65,8 +65,7 @@ def _train(args: argparse.Namespace) -> int:
         believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
         recipe = open_run(args.resume, args.overrides, believed)
         given = of_recipe(believed) if believed else {}
-        own = of_recipe(load_recipe(args.resume / RECIPE))
-        check(args.resume, {key: value for key, value in own.items() if given.get(key) != value}, args.trust)
+        check(args.resume, {key: value for key, value in of_recipe(recipe).items() if given.get(key) != value}, args.trust)
     elif args.recipe:
         recipe = load_recipe(args.recipe, args.overrides)
     else:
