@@ -1,7 +1,8 @@
 """A run's folder: made, found again, and put back to where its newest checkpoint is.
 
 recipe.toml, sources.json (what it was made of), torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl,
-guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RTDMD's fake score), summary.json, report.html.
+guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RTDMD's fake score), summary.json, report.html;
+wandb.json, trackio.json and tensorboard/ where these track it.
 """
 
 import json
@@ -39,6 +40,7 @@ LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
 WRITTEN = {
     *("recipe.toml", inputs.SOURCES, JOB, "environment.json", *LOGS, "summary.json", "report.html"),
     *("lora", "on", "fake", HOLDER),
+    *("wandb.json", "trackio.json"),
 }
 """What flowtilt writes into a run's folder, besides the folders of `STEPS`."""
 STEPS = ("checkpoints", "samples")
