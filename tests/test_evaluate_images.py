@@ -297,6 +297,14 @@ def test_an_index_of_another_program_is_left_alone(tmp_path):
         assert len(find_pairs([tmp_path], None)) == 3
 
 
+def test_a_name_that_no_file_system_allows_is_refused_in_one_line(tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps([{"file": "9" * 5000, "prompt": "a"}]))
+    with pytest.raises(UserError, match=r"lacks 1 image of its index\.json"):
+        find_pairs([tmp_path], None)
+    with pytest.raises(UserError, match="no file or folder"):
+        find_pairs([tmp_path / ("9" * 5000)], None)
+
+
 def test_every_format_is_found_hidden_folders_are_not_and_the_rest_is_said(tmp_path, capsys):
     for name in ("1.avif", "2.gif", "3.jfif", "4.jp2", "5.PNG"):
         grey(tmp_path / name, 9, (16, 16))

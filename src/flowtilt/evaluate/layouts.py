@@ -1,6 +1,7 @@
 """Folders that know the prompts of their images: GenEval's, evaluations, the samples of a run."""
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,7 @@ def _rows(step: Path) -> list[tuple[Path, Prompt]]:
     if any(row["file"] != Path(row["file"]).name or "\0" in row["file"] for row in rows):
         return []
     found = [(step / row["file"], Prompt(row["prompt"], str(row.get("tag") or ""))) for row in rows]
-    if lost := [file for file, _ in found if not file.is_file()]:
+    if lost := [file for file, _ in found if not os.path.isfile(file)]:  # a name may be too long for Path.is_file
         raise UserError(
             f"score: {step} lacks {counted(len(lost), 'image')} of its {INDEX}, {lost[0].name} first; give the images themselves"
         )

@@ -1,5 +1,6 @@
 """Which images `flowtilt score` judges, and the prompt of each."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def find_pairs(
             fit, or a folder that knows its prompts is not whole, or is given beside other places or prompts.
     """
     for place in places:
-        if not place.exists():
+        if not os.path.exists(place):  # a name may be too long for Path.exists
             raise UserError(f"score: no file or folder {place}")
     evaluations = [place for place in places if is_evaluation(place)]
     if evaluations and (len(places) > 1 or prompts is not None):
