@@ -26,7 +26,10 @@ def answering(*parts, pause=0.0):
 
     def answer(connection):
         with connection, contextlib.suppress(OSError):
-            heard.append(connection.recv(65536))
+            request = b""
+            while not request.endswith(b"}"):  # closing before all is read would reset the connection
+                request += connection.recv(65536)
+            heard.append(request)
             for part in parts:
                 connection.sendall(part)
                 if stopped.wait(pause):
