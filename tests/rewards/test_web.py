@@ -27,8 +27,9 @@ def answering(*parts, pause=0.0):
     def answer(connection):
         with connection, contextlib.suppress(OSError):
             request = b""
-            while not request.endswith(b"}"):  # closing before all is read would reset the connection
-                request += connection.recv(65536)
+            # closing before all is read would reset the connection
+            while not request.endswith(b"}") and (part := connection.recv(65536)):
+                request += part
             heard.append(request)
             for part in parts:
                 connection.sendall(part)
