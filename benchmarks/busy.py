@@ -33,7 +33,7 @@ def work() -> None:
     import torch
 
     from flowtilt import Trainer, load_recipe
-    from flowtilt.cli.quiet import quieten
+    from flowtilt.io.quiet import quieten
     from flowtilt.training.timing import Phases
 
     quieten()

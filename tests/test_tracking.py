@@ -85,7 +85,7 @@ def tensorboard(monkeypatch):
 
 def evaluation():
     rows = [{"prompt": "a cat", "tag": "", "score": 0.5, "note": ""}, {"prompt": "a dog", "tag": "", "score": None, "note": ""}]
-    scores = {"score": 0.25, "by_tag": {"one": 0.5}, "rewards": {"light": 0.3}, "stds": {}, "missing": {"light": 1}}
+    scores = {"score": 0.25, "by_tag": {"one": 0.5}, "rewards": {"light": 0.3}, "stds": {}, "missing": {"light": 1}, "by_image": {}}
     return Evaluation(column="light", images=2, samples=torch.rand(2, 3, 8, 6), sample_rows=rows, **scores)
 
 

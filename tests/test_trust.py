@@ -152,7 +152,7 @@ def test_the_commands_have_the_flag(downloaded, tmp_path, capsys, monkeypatch):
 def own(downloaded):
     """A run made here, by a recipe with code."""
     folder = downloaded.parent / "own"
-    runs.create(quick(folder, f"rewards.x={downloaded}/evil.py:score", f"model.adapter={downloaded}/evil.py:SD3"))
+    runs.create(quick(folder, f"rewards.x={downloaded}/evil.py:score", f"model.adapter={downloaded}/evil.py:SD3")).release()
     shutil.copytree(downloaded / "a" / "b" / "lora", folder / "lora")
     return folder
 
@@ -171,15 +171,20 @@ def test_a_run_made_here_needs_no_flag_until_it_moves_or_its_recipe_changes(own,
 
 
 def test_nothing_in_the_folder_itself_vouches_for_it(own, tmp_path):
-    """Whoever downloads a whole run gets all of its files."""
-    assert {file.name for file in own.iterdir()} == {"recipe.toml", "lora"}
+    """Whoever downloads a whole run gets all of its files, hidden ones too."""
+    shutil.copytree(own, tmp_path / "a" / "run")
+    assert trust.is_ours(own) and not trust.is_ours(tmp_path / "a" / "run")
+    shutil.rmtree(own)
+    (tmp_path / "a" / "run").rename(own)  # the same recipe in the same place
+    assert trust.is_ours(own)
 
 
 def test_without_a_cache_that_can_be_written_a_run_starts_all_the_same(own, downloaded, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLOWTILT_TRUSTED", str(tmp_path / "file"))
-    folder = runs.create(quick(tmp_path / "other", f"rewards.x={downloaded}/evil.py:score"))
-    assert not trust.is_ours(folder)
+    hold = runs.create(quick(tmp_path / "other", f"rewards.x={downloaded}/evil.py:score"))
+    hold.release()
+    assert not trust.is_ours(hold.folder)
 
 
 def test_an_export_of_ones_own_run_is_ones_own(own, downloaded, tmp_path):
@@ -220,7 +225,7 @@ def test_what_the_user_gives_needs_no_flag_and_the_run_is_then_known(downloaded,
     class Started(Exception):
         pass
 
-    def trainer(found, resume, world):
+    def trainer(found, resume, world, **options):
         seen.append(found)
         runs.write_recipe(resume, found)
         raise Started

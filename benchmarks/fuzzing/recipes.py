@@ -69,7 +69,13 @@ def inputs() -> st.SearchStrategy[Any]:
         st.builds(lambda first, rest: "\n".join([first, *rest]).encode(errors="replace"), started, lines),
         st.binary(max_size=60),
         st.sampled_from(
-            [b"x = " + b"[" * 3000, b"x = " + b"{a=" * 3000, b'base = "' + b"n" * 300 + b'"', b".".join([b"a"] * 3000) + b"=1"]
+            [
+                b"x = " + b"[" * 3000,
+                b"x = " + b"{a=" * 3000,
+                b'base = "' + b"n" * 300 + b'"',
+                b".".join([b"a"] * 3000) + b"=1",
+                b'base = "a\\u0000b"',
+            ]
         ),
     )
     name = st.one_of(st.sampled_from([*recipe_names(), "n" * 300, "a\0b", ".", "..", "/", ""]), st.text(max_size=20))

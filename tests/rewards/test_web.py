@@ -26,7 +26,11 @@ def answering(*parts, pause=0.0):
 
     def answer(connection):
         with connection, contextlib.suppress(OSError):
-            heard.append(connection.recv(65536))
+            request = b""
+            # closing before all is read would reset the connection
+            while not request.endswith(b"}") and (part := connection.recv(65536)):
+                request += part
+            heard.append(request)
             for part in parts:
                 connection.sendall(part)
                 if stopped.wait(pause):

@@ -27,6 +27,7 @@ from flowtilt.objectives import Objective
 from flowtilt.playground import world as playground
 from flowtilt.policy.lockstep import Lockstep
 from flowtilt.policy.roles import Policy
+from flowtilt.policy.start import load_lora
 from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named

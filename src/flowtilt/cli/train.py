@@ -8,7 +8,7 @@ from typing import Any
 from flowtilt.cli.words import TRUST
 from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
-from flowtilt.config.trust import RECIPE, check, of_recipe
+from flowtilt.config.trust import check, of_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
@@ -60,14 +60,15 @@ def _train(args: argparse.Namespace) -> int:
     if args.init_lora:
         args.overrides = [*args.overrides, f"lora.init={json.dumps(args.init_lora)}"]
     if args.resume:
-        from flowtilt.runs.folder import check_run, open_run
+        from flowtilt.runs.folder import open_run
 
         believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
-        check_run(args.resume)
         given = of_recipe(believed) if believed else {}
-        own = of_recipe(load_recipe(args.resume / RECIPE, stored=True))
-        check(args.resume, {key: value for key, value in own.items() if given.get(key) != value}, args.trust)
-        recipe = open_run(args.resume, args.overrides, believed)
+
+        def trusted(found: Recipe) -> None:
+            check(args.resume, {key: value for key, value in of_recipe(found).items() if given.get(key) != value}, args.trust)
+
+        recipe = open_run(args.resume, args.overrides, believed, trusted)
     elif args.recipe:
         recipe = load_recipe(args.recipe, args.overrides)
     else:

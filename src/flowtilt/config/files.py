@@ -133,7 +133,8 @@ def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str,
 
 
 def _identity(source: str) -> str:
-    return source if source in recipe_names() else os.path.realpath(source)
+    # realpath, unlike isfile, raises for a zero byte
+    return source if source in recipe_names() or "\0" in source else os.path.realpath(source)
 
 
 def _find(source: str) -> tuple[str, str]:

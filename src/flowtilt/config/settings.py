@@ -208,7 +208,7 @@ class Recipe(Table):
     guards: Literal["warn", "stop", "off"] = "warn"
     """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
     track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl; each needs flowtilt[track]."""
+    """Trackers that get metrics, scores and samples, too; each needs flowtilt[track] (docs/trackers.md)."""
 
     @field_validator("rewards")
     @classmethod

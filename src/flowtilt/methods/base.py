@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHT = 1e6
 """Bound of weights, scales and rates: far above any that makes sense, far below what overflows in fp32."""
-NO_CLIP = 1e30
+NO_CLIP = 1e12
 """Bound of what something is clipped at, so that it may be set to where nothing is clipped."""
 LEVELS = 10_000
 """Bound of steps of a sampler, and of what is counted beside them."""

@@ -1,12 +1,13 @@
 """A run's folder: made, found again, and put back to where its newest checkpoint is.
 
 recipe.toml, sources.json (what it was made of), torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl,
-guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RTDMD's fake score), summary.json, report.html.
+guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RTDMD's fake score), summary.json, report.html;
+wandb.json, trackio.json and tensorboard/ where these track it.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
 WRITTEN = {
     *("recipe.toml", inputs.SOURCES, JOB, "environment.json", *LOGS, "summary.json", "report.html"),
     *("lora", "on", "fake", HOLDER),
+    *("wandb.json", "trackio.json"),
 }
 """What flowtilt writes into a run's folder, besides the folders of `STEPS`."""
 STEPS = ("checkpoints", "samples")
@@ -138,8 +140,13 @@ def of_job(recipe: Recipe, world: distributed.World) -> Path | None:
     return Path(found) if found else None
 
 
-def open_run(folder: Path | str, overrides: Sequence[str], recipe: Recipe | None = None) -> Recipe:
+def open_run(
+    folder: Path | str, overrides: Sequence[str], recipe: Recipe | None = None, before_code: Callable[[Recipe], None] = lambda found: None
+) -> Recipe:
     """The recipe of an existing run, with overrides that may change; `recipe` is what the user believes it to be.
+
+    Args:
+        before_code: called with the recipe as it is stored, before code of the run's own is loaded.
 
     Raises:
         UserError: the folder is no run, the run is another recipe's, or a key may not change.
@@ -160,6 +167,7 @@ def open_run(folder: Path | str, overrides: Sequence[str], recipe: Recipe | None
                 f"{folder}: a run of another recipe ({', '.join(differing)} differ); leave the recipe out to go on with the run's own"
             )
     found = inputs.found_again(load_recipe(place, overrides, stored=True), folder)
+    before_code(found)
     return found.model_copy(update={"objective": loaded(found.objective)})
 
 
