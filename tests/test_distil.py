@@ -60,9 +60,10 @@ def test_the_student_and_its_fake_score_are_loras_that_load(distilled):
     last = checkpoint.newest(distilled)
     for place, role in (("lora", "ema"), ("fake", "fake")):
         lora, weights = read_lora(distilled / place), last.tensors[role]
-        assert set(lora.alphas.values()) == {64.0} and not lora.parents and 2 * len(lora.layers) == len(weights)
+        # a file has alpha / rank, 2, in its B
+        assert set(lora.alphas.values()) == {32.0} and not lora.parents and 2 * len(lora.layers) == len(weights)
         for name, (a, b) in lora.layers.items():
-            assert torch.equal(a, weights[f"{name}.lora_A.weight"]) and torch.equal(b, weights[f"{name}.lora_B.weight"])
+            assert torch.equal(a, weights[f"{name}.lora_A.weight"]) and torch.equal(b, 2 * weights[f"{name}.lora_B.weight"])
         assert any(weights[f"{name}.lora_B.weight"].any() for name in lora.layers)
 
 

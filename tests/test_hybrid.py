@@ -162,6 +162,7 @@ def test_a_further_stage_goes_on_with_the_whole_fake_score(run, trainer, tmp_pat
         goes_on, ended = third.policy.velocity("fake", x, t, given), trainer.policy.velocity("fake", x, t, given)
         torch.testing.assert_close(goes_on, ended, atol=1e-5, rtol=1e-4)
         assert (ended - trainer.policy.velocity("teacher", x, t, given)).abs().max() > 1e-3
+    third.close()
     again = Trainer(open_run(third.run_folder, []), resume=third.run_folder)
     assert torch.equal(again.policy.velocity("fake", x, t, given), third.policy.velocity("fake", x, t, given))
     torn = tmp_path / "torn"
@@ -282,7 +283,7 @@ def share(rollout, rank, ranks):
     """One rank's part of a rollout."""
     mine = range(N * rank // ranks, N * (rank + 1) // ranks)
     rows = torch.tensor(mine)
-    path = Trajectory(*(x[rows] for x in (rollout.path.states, rollout.path.means, rollout.path.log_probs)))
+    path = Trajectory(*(x[rows] for x in (rollout.path.states, rollout.path.means, rollout.path.log_probs)), rollout.path.steps)
     own = [rollout.prompts[k] for k in mine]
     return replace(
         rollout,
