@@ -107,7 +107,8 @@ def test_ranks_that_would_compute_different_things_are_refused_in_one_line(tmp_p
     own = [[word.format(tmp_path) for word in words] for words in own]
     words = ["train", "playground", *QUICK, f"run={tmp_path}/run"]
     done = together(2, of_rank, words, own, folder=tmp_path / "ranks", within=60)
-    assert done.codes == [2, 2] and done.stderr.count("flowtilt: ") == 1 and said in done.stderr, done.stderr[-3000:]
+    assert done.codes[1] == 2 and done.codes[0] in (1, 2)  # 1 where this rank alone was refused, and the other waited for it
+    assert done.stderr.count("flowtilt: ") == 1 and said in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "run").exists()
 
 
