@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="per prompt")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test", type=int, default=120, help="test prompts")
     parser.add_argument("--out", type=Path, default=Path("minimal"))
     args = parser.parse_args()
 
     # a frozen base with a LoRA in three roles: "current" is trained, "old" samples, "ema" is evaluated and saved
     policy = ft.load_policy("playground", lora_rank=32, seed=args.seed)
     training = PromptWalk(ft.load_prompts("playground", "train"), args.seed)
-    test = ft.load_prompts("playground", "test")[:: len(ft.load_prompts("playground", "test")) // 120]
+    test = PromptWalk(ft.load_prompts("playground", "test"), seed=0).draw(0, args.test)
 
     # the loss contrasts v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, weighted by how good an image is
     objective = ft.NFT(beta=1.0, consistency=0.3, kl=0.0, times="stratified", times_per_image=2)

@@ -172,6 +172,7 @@ def _fork_in_a_command():
     signals.install()
     signals.current().protect(Work(), tell=False)
     if child := os.fork():
+        time.sleep(0.5)  # until the child has Python's own handlers
         os.kill(child, signal.SIGTERM)
         status = os.waitpid(child, 0)[1]
         os._exit(0 if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM else 1)

@@ -163,10 +163,10 @@ def test_a_users_reward_and_prompts(tmp_path):
     ("body", "said"),
     [
         ("raise RuntimeError('no server')", "RuntimeError: no server"),
-        ("return images.mean((1, 2, 3)) * float('nan')", "no reward gives any image a score"),
+        ("return images.mean((1, 2, 3)) * float('nan')", "has no score (NaN) for any of the 12 images"),
         ("return images.mean((1, 2, 3)) / 0", "infinite"),
         ("return images.mean()", "shape [2]"),
-        ("return [0.0] * len(prompts)", "returned list"),
+        ("return {'score': 0.0}", "dict"),
     ],
 )
 def test_a_failing_reward_ends_the_run_and_is_never_a_zero(tmp_path, body, said):

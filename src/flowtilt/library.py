@@ -310,6 +310,10 @@ class Learner:
         """The learner for rollouts of these settings, whose times or steps are trained; the optimizer stays."""
         if self._learner is None:
             self._objective = _fitted(self._objective, settings)
+        most = getattr(self._objective, "times_per_image", 0)
+        if getattr(self._objective, "times", "") == "rollout" and most > settings.steps:
+            raise UserError(f"step: samples of {settings.steps} solver steps have no {most} noise levels; lower times_per_image")
+        if self._learner is None:
             self._learner = training.Learner(
                 self._policy,
                 self._objective,
@@ -321,9 +325,6 @@ class Learner:
                 micro_batch=self._policy.micro_batch,
                 save_memory=lambda: False,
             )
-        most = getattr(self._objective, "times_per_image", 0)
-        if getattr(self._objective, "times", "") == "rollout" and most > settings.steps:
-            raise UserError(f"step: samples of {settings.steps} solver steps have no {most} noise levels; lower times_per_image")
         self._learner.rollout = settings
         return self._learner
 
