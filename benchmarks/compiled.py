@@ -25,10 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.flow import sigma_schedule
-from flowtilt.objectives.grpo import log_prob
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.seeding import noise
-from flowtilt.solvers import sde_step
+from flowtilt.solvers import log_prob, sde_step
 
 KINDS = {"products": ("nvjet", "gemm", "cutlass", "xmma"), "attention": ("sdpa", "flash", "cudnn::fusion")}
 """Parts of the names of a GPU's kernels, matrix products first; all others move numbers about or change them one by one."""

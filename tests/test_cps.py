@@ -189,7 +189,7 @@ def test_a_rollouts_image_does_not_depend_on_the_others(stack, tmp_path):
     start = noise(0, "rollout", where, stack.model.latent_shape)
 
     def latents(rows, size, rollout=1):
-        collect = collector(recipe, build_objective(recipe.objective), rollout)
+        collect = collector(recipe.rollout, recipe.seed, rollout, build_objective(recipe.objective))
         places = [(rollout, *where[k][1:]) for k in rows]
         return collect(stack, start[rows], stack.model.encode(TEXTS).select(torch.tensor(rows)), places, size)[0]
 

@@ -49,7 +49,11 @@ def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_on_a_page_is_one_that_the_command_line_knows(page):
+def test_every_command_on_a_page_is_one_that_the_command_line_knows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):  # a file that the page's commands name
+            Path(name[1]).write_text(code)
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

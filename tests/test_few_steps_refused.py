@@ -36,8 +36,8 @@ WRONG = [
     (COLD, ["rewards.playground=1"], "rewards.playground: acdmd trains on no reward; give it the weight 0"),
     (COLD, ["rollout.solver=euler"], 'rollout.solver: acdmd trains the steps of "cps", not those of "euler"'),
     (RL, ["rollout.solver=dpm2"], 'rollout.solver: rtdmd trains the steps of "cps", not those of "dpm2"'),
-    (COLD, ["rollout.guidance=4.5"], "rollout.guidance: a student of acdmd draws without guidance"),
-    (RL, ["rollout.guidance=2"], "rollout.guidance: a student of rtdmd draws without guidance"),
+    (COLD, ["rollout.guidance=4.5"], "rollout.guidance: a student of acdmd samples without guidance"),
+    (RL, ["rollout.guidance=2"], "rollout.guidance: a student of rtdmd samples without guidance"),
     (COLD, ["shard=base"], 'shard: acdmd does not go with "base" yet'),
     (COLD, ["optimizer.steps_per_rollout=2"], "optimizer.steps_per_rollout: acdmd makes one update of the student a step"),
     (COLD, ['lora.on=["runs/other"]'], "lora.on: acdmd distils the base itself"),
@@ -45,8 +45,8 @@ WRONG = [
     (COLD, ["objective.kl=0.1"], "objective.kl: belongs to objective.type = "),
     (COLD, ["objective.fake_updates=0"], "objective.fake_updates: must be greater than or equal to 1, not 0"),
     (COLD, ["objective.consistency_span=2"], "objective.consistency_span: must be less than or equal to 1, not 2"),
-    (RL, ["objective.trained_steps=4"], "objective.trained_steps: of 4 steps 3 draw noise and can be trained, not 4"),
-    (RL, ["rollout.steps=2"], "objective.trained_steps: of 2 steps 1 draw noise and can be trained, not 2"),
+    (RL, ["objective.trained_steps=4"], "objective.trained_steps: of 4 steps 3 are stochastic and can be trained, not 4"),
+    (RL, ["rollout.steps=2"], "objective.trained_steps: of 2 steps 1 are stochastic and can be trained, not 2"),
     (RL, ["objective.trained_steps=0"], "objective.trained_steps: must be greater than or equal to 1, not 0"),
     (RL, ["objective.clip_range=0"], "objective.clip_range: must be greater than 0, not 0"),
     (RL, ["objective.backprop={playground_smoth=1.0}"], "'playground_smoth' is not in [rewards]; did you mean 'playground_smooth'?"),
@@ -111,4 +111,5 @@ def test_another_fake_score_is_taken_where_it_is_named(parent, tmp_path):
     moved = {name: (a, torch.full_like(b, 0.01)) for name, (a, b) in lora.layers.items()}
     to_diffusers(Lora(moved, lora.alphas, "made here"), tmp_path / "other")
     trainer = Trainer(rl(tmp_path / "run", parent, f"objective.fake={tmp_path}/other"))
-    assert trainer.fake_below and all(torch.equal(b, moved[name][1]) for name, (_, b) in trainer.fake_below.layers.items())
+    taken = trainer.method.base_loras["fake"]
+    assert all(torch.equal(b * taken.scale(name), lora.scale(name) * moved[name][1]) for name, (_, b) in taken.layers.items())

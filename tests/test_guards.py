@@ -6,6 +6,7 @@ import math
 import pytest
 
 from flowtilt.config import known_keys, load_recipe
+from flowtilt.methods import built_in
 from flowtilt.training.guards import Guards, rules
 from flowtilt.training.guards.history import BLOCK, START
 from flowtilt.training.guards.rules import RULES
@@ -134,7 +135,7 @@ def test_what_is_just_short_of_trouble_does_not_fire(kind, metrics):
 def test_each_method_with_a_contrast_says_what_is_lost_without(kind, metric):
     watch = guards(kind)
     said = [watch.check(HEALTHY | OF_METHOD[kind] | {metric: 0.0}) for _ in range(3)][-1]
-    assert rules.UNUSED[kind] in said["no_contrast"]
+    assert built_in()[kind]().contrast.unused in said["no_contrast"]
 
 
 def test_an_importance_weight_that_is_off_is_no_contrast_to_lose():

@@ -9,7 +9,7 @@ from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.sampling.sampler import Sampler
-from flowtilt.sampling.trajectory import PathSampler
+from flowtilt.sampling.trajectory import KeptSteps, PathSampler
 from flowtilt.seeding import noise
 from flowtilt.solvers import log_prob, sde_step
 from flowtilt.training.collector import collector
@@ -36,7 +36,7 @@ def drawn(trainer, sampler, stochastic, rows=5, size=8, sde="flow", eta=0.7):
     def fresh(which, j):
         return noise(0, "z", [(k, j) for k in which.tolist()], policy.model.latent_shape)
 
-    return start, given, PathSampler(sampler, sde, eta, stochastic)(policy, "old", start, given, fresh, size)
+    return start, given, PathSampler(sampler, KeptSteps(stochastic, sde, eta))(policy, "old", start, given, fresh, size)
 
 
 def test_the_kept_steps_are_those_that_were_taken(trainer):
@@ -74,7 +74,7 @@ def test_no_other_objective_draws_noise(trainer, tmp_path):
 
     policy = trainer.policy
     start, given = noise(0, "x", [(0,), (1,)], policy.model.latent_shape), policy.model.encode(["a", "b"])
-    x0, path = collector(recipe, build_objective(recipe.objective), 1)(policy, start, given, [(1, 0, 0), (1, 0, 1)], 8)
+    x0, path = collector(recipe.rollout, recipe.seed, 1, build_objective(recipe.objective))(policy, start, given, [(1, 0, 0), (1, 0, 1)], 8)
     assert path is None and torch.equal(x0, Sampler(recipe.rollout.solver, recipe.rollout.steps)(policy, "old", start, given, 8))
 
 

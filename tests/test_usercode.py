@@ -246,7 +246,7 @@ def test_prints_of_user_code_go_to_stderr_and_the_programs_own_to_stdout(tmp_pat
 @pytest.mark.parametrize("closed", ["", ">&-", "2>&-"])
 def test_what_c_libraries_and_child_processes_write_is_no_result(closed):
     code = (
-        "import os, subprocess; from flowtilt import output; output.make_robust(); "
+        "import os, subprocess; from flowtilt.cli import output; output.make_robust(); "
         "os.write(1, b'c '); subprocess.run(['echo', 'child']); print('result')"
     )
     said = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "{code}" {closed}'], capture_output=True, text=True, timeout=60)
@@ -264,7 +264,7 @@ def test_a_loop_of_a_rewards_own_does_not_take_the_programs_signals():
 
 def test_threads_that_keep_a_program_alive_are_named():
     code = (
-        "import threading, time; from flowtilt import threads; threads.name_those_left(0.2); "
+        "import threading, time; from flowtilt.io import threads; threads.name_those_left(0.2); "
         "threading.Thread(target=time.sleep, args=(1,), name='lingers').start()"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stderr

@@ -18,8 +18,10 @@ from reward_servers import ask, grey, levels, logged, prompt, running, wait_unti
 from flowtilt.errors import UserError
 from flowtilt.io.images import to_bytes
 from flowtilt.playground import world
-from flowtilt.rewards import RewardOutput, applies, load_reward, score, served, server
+from flowtilt.rewards import RewardOutput, applies, load_reward, score
 from flowtilt.rewards.playground import Playground
+from flowtilt.rewards.serving import client as served
+from flowtilt.rewards.serving import server
 from flowtilt.rewards.serving.client import Served
 from flowtilt.rewards.serving.wire import Limits, answer, read_answer
 from flowtilt.seeding import generator

@@ -20,7 +20,7 @@ from reward_servers import ask, asking, connected, grey, judged, levels, picky, 
 
 from flowtilt.errors import UserError
 from flowtilt.io.images import to_pil, to_png
-from flowtilt.rewards import listening, wire
+from flowtilt.rewards.serving import listening, wire
 from flowtilt.rewards.serving.server import serve
 from flowtilt.rewards.serving.wire import Limits, key_from_environment, picture
 
@@ -185,7 +185,7 @@ def test_bodies_that_are_held_together_have_a_limit_and_one_alone_has_not():
 
 FULL = """
 import resource, socket, sys, threading, time
-from flowtilt.rewards import listening, wire
+from flowtilt.rewards.serving import listening, wire
 from flowtilt.rewards.serving.server import serve
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
 def clients(line):

@@ -12,7 +12,7 @@ from reward_servers import prompt
 from flowtilt.cli import main
 from flowtilt.errors import UserError, printable
 from flowtilt.io.web import Refused, post_json
-from flowtilt.rewards import wire
+from flowtilt.rewards.serving import wire
 from flowtilt.rewards.serving.client import Served
 from flowtilt.rewards.serving.wire import key_for, read_answer
 from flowtilt.rewards.unifiedreward import UnifiedReward

@@ -8,11 +8,10 @@ from typing import Any, cast
 import torch
 
 from flowtilt.build.inputs import found_again
+from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
+from flowtilt.config.held_out import SPLIT
 from flowtilt.config.trust import RECIPE
 from flowtilt.config.trust import check as check_trust
-from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
-from flowtilt.sampling.sampler import Sampler
-from flowtilt.config.held_out import SPLIT
 from flowtilt.device.placement import home
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
@@ -31,6 +30,7 @@ from flowtilt.policy.start import load_lora
 from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
+from flowtilt.sampling.sampler import Sampler
 
 
 def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start: bool = True) -> Policy:
@@ -183,4 +183,3 @@ def sampler_of(
         return Sampler(solver, steps or settings.steps, settings.guidance if guidance is None else guidance, eta)
     except ValueError as error:
         raise UserError(str(error)) from None
-

@@ -17,11 +17,11 @@ from typing import Any
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest, read_errors, shown, write_json
+from flowtilt.io.user_code import neighbours
 from flowtilt.lora.find import find
 from flowtilt.methods import is_own
 from flowtilt.models.opening import fingerprint
 from flowtilt.prompts.sets import is_path
-from flowtilt.io.user_code import neighbours
 
 SOURCES = "sources.json"
 ONCE = ("lora.init", "lora.on", "objective.fake")
@@ -135,7 +135,12 @@ def save(recipe: Recipe, run: Path, step: int | None, accepted: list[str]) -> No
     old = _load(run)
     kept = [entry for entry in old.get("files", []) if step is not None and entry["key"] in ONCE]
     files = kept + [_entry(key, path, run) for key, paths in _named(recipe).items() for path in paths if not (kept and key in ONCE)]
-    places = [path for key, paths in _named(recipe).items() if key.startswith("rewards.") or key in ("model.adapter", "objective.type") for path in paths]
+    places = [
+        path
+        for key, paths in _named(recipe).items()
+        if key.startswith("rewards.") or key in ("model.adapter", "objective.type")
+        for path in paths
+    ]
     files += [_entry("import", str(path), run) for path in neighbours(places)]
     if not os.path.isdir(recipe.model.path) and (commit := fingerprint(recipe.model.path, recipe.model.revision).get("commit")):
         files.append({"key": "model", "path": recipe.model.path, "commit": commit})

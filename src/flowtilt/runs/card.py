@@ -10,10 +10,10 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from flowtilt.runs import folder as runs
 from flowtilt.config import Recipe
 from flowtilt.lora.stacked import kept
 from flowtilt.policy.roles import Policy
+from flowtilt.runs import folder as runs
 
 BESIDE, WITHIN = "beside this folder", "in this folder"
 ON_TOP = "- on top of {others}, which has to be loaded, too; `flowtilt export` joins all in one file\n"

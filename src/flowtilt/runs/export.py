@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowtilt.runs.card import exported, model_card
+from flowtilt.build import model_settings, recipe_of
 from flowtilt.config import Recipe, load_recipe
+from flowtilt.config.trust import RECIPE, is_ours, remember
 from flowtilt.errors import UserError
 from flowtilt.io.files import whole_folder
 from flowtilt.lora import Lora, join
@@ -14,8 +15,7 @@ from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pip
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy.roles import Policy
-from flowtilt.build import model_settings, recipe_of
-from flowtilt.config.trust import RECIPE, is_ours, remember
+from flowtilt.runs.card import exported, model_card
 
 FORMATS = {
     "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
@@ -97,5 +97,5 @@ def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> No
         return
     text = card.read_text(encoding="utf-8")
     rank = lora.ranks()[-1]
-    (folder / "README.md").write_text(exported(text, load_recipe(recipe), rank, rank, output, to), encoding="utf-8")
+    (folder / "README.md").write_text(exported(text, load_recipe(recipe, stored=True), rank, rank, output, to), encoding="utf-8")
     shutil.copy(recipe, folder / RECIPE)

@@ -5,37 +5,30 @@ guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RT
 wandb.json, trackio.json and tensorboard/ where these track it.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.runs import checkpoint
-from flowtilt.distributed import world as distributed
 from flowtilt.build import inputs
 from flowtilt.config import Recipe, load_recipe, to_toml
+from flowtilt.config.trust import RECIPE, of_recipe, remember
+from flowtilt.distributed import world as distributed
 from flowtilt.errors import UserError
-from flowtilt.evaluate import Evaluation
 from flowtilt.io.files import (
-    append_line,
     clean,
     disk_errors,
     made_by,
     parse_lines,
     read_errors,
     read_lines,
-    whole_folder,
     write_atomic,
-    write_json,
     write_lines,
 )
 from flowtilt.io.locks import FILES as LOCKS
-from flowtilt.methods import loaded
 from flowtilt.io.locks import HOLDER, Hold
-from flowtilt.io.images import to_png
-from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
-from flowtilt.config.trust import RECIPE, of_recipe, remember
+from flowtilt.methods import loaded
+from flowtilt.runs import checkpoint
 
 JOB = "torchrun.txt"
 """The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
@@ -243,5 +236,3 @@ def scores(folder: Path) -> tuple[float | None, float | None]:
     """The score before training and the newest one; none where that evaluation is missing."""
     found = {record["step"]: record.get("score") for record in read_log(folder / "evaluations.jsonl")}
     return found.get(0), found[max(found)] if found else None
-
-

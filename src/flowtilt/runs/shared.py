@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from flowtilt.runs import checkpoint
 from flowtilt.build import inputs
-from flowtilt.runs import folder as runs
-from flowtilt.runs.checkpoint import Checkpoint
 from flowtilt.config import Recipe
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.locks import Hold
+from flowtilt.runs import checkpoint
+from flowtilt.runs import folder as runs
+from flowtilt.runs.checkpoint import Checkpoint
 
 
 class RunFolder:

@@ -22,9 +22,9 @@ from PIL import Image
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
-from flowtilt.io.user_errors import first_line
 from flowtilt.io.files import write_json
 from flowtilt.io.images import to_pil
+from flowtilt.io.user_errors import first_line
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
