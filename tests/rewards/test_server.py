@@ -263,7 +263,7 @@ def test_a_port_in_use_and_missing_rewards_are_told_in_one_line():
 
 def test_a_missing_extra_is_named(monkeypatch):
     for name in ("server", "listening"):
-        monkeypatch.delitem(sys.modules, f"flowtilt.rewards.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"flowtilt.rewards.serving.{name}")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn: pip install 'flowtilt\[serve\]'"):
         import flowtilt.rewards.serving.server  # noqa: F401

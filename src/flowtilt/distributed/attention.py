@@ -17,6 +17,7 @@ class Attention:
         self._patience = patience
         self._heard: dict[int, tuple[float, bytes]] = {}
         self._looked: float | None = None
+        self._deaf_until = -float("inf")
         self._named: set[int] = set()
 
     def heard(self, rank: int, report: bytes, now: float) -> None:
@@ -31,7 +32,10 @@ class Attention:
         """A line for each rank that is silent, or for which others wait, for longer than the patience; to be called often."""
         if self._looked is not None and now - self._looked > self._patience / 2:  # this process itself was stopped: nobody could be heard
             self._heard = {rank: (now, report) for rank, (_, report) in self._heard.items()}
+            self._deaf_until = now + self._patience  # what ranks reported meanwhile is heard only now
         self._looked = now
+        if now < self._deaf_until:
+            return []
         ages = {rank: now - at for rank, (at, _) in self._heard.items()}
         silent = [rank for rank, age in ages.items() if age > self._patience]
         current = {rank: report for rank, (_, report) in self._heard.items() if ages[rank] <= LATE * self._patience}

@@ -124,6 +124,7 @@ class Lifeline:
 
     def _listen(self) -> None:
         hub, said = attention.Attention(self._patience), HERE
+        hub.heard(0, BUSY, time.monotonic())  # it has let this rank in
         selector = selectors.DefaultSelector()
         selector.register(self._connection, selectors.EVENT_READ)
         while said == HERE:
@@ -164,6 +165,7 @@ def _serve(server: socket.socket, token: bytes, size: int, patience: float) -> N
                     connection, _ = server.accept()
                     if (rank := _hello(connection, token)) is not None:
                         ranks[connection] = rank
+                        watch.heard(rank, BUSY, time.monotonic())
                         selector.register(connection, selectors.EVENT_READ)
                     continue
                 connection = next(one for one in ranks if one is key.fileobj)

@@ -45,7 +45,8 @@ def stochastic_steps(
 
     "all": every step of `span`; FlowGRPO's, where span leaves out the last (its code adds noise there and does not train it).
     "random": `size` steps in a row anywhere within `span`, FlowGRPO-Fast's.
-    "sliding": `size` steps in a row, one further every so many rollouts, from the noisiest on and round again: MixGRPO's (arXiv 2507.21802).
+    "sliding": `size` steps in a row, one further every so many rollouts, from the noisiest on and round again:
+    MixGRPO's (arXiv 2507.21802).
 
     Args:
         rollout: from 0.
