@@ -2,8 +2,8 @@
 
     python examples/minimal.py
 
-A tiny Stable Diffusion 3 learns to follow its captions. Success on test prompts, whose combinations it never trains on, rises
-from about .3 to above .8 within 70 rollouts, a few minutes on two CPU cores.
+A tiny Stable Diffusion 3 learns to follow its captions. The script prints the share of test images that match their prompt, whose
+combinations it never trains on, before and after.
 """
 
 import argparse
