@@ -3,7 +3,7 @@
     python examples/minimal.py
 
 A tiny Stable Diffusion 3 learns to follow its captions. The script prints the share of test images that match their prompt, whose
-combinations it never trains on, before and after.
+combinations it never trains on, before and after: .287 and .837 with seed 0 on two CPU cores, one run.
 """
 
 import argparse
