@@ -16,7 +16,7 @@ from test_lora import random_lora, same
 
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import export as command
-from flowtilt.lora.fit import shapes_of
+from flowtilt.lora.fit import linear_layers, shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers, to_peft
 from flowtilt.models.opening import load_pipeline
@@ -128,7 +128,19 @@ def load_as_rtdmd(base, folder):
     return pipeline
 
 
+def load_as_comfyui(base, folder):
+    """W + alpha / r B A of the layers that the original names mean; `test_lora_original` compares those with diffusers' conversions."""
+    pipeline = plain(base)
+    read = read_lora(folder)
+    for layer, linear in linear_layers(pipeline.transformer).items():
+        if layer in read.layers:
+            a, b = read.layers[layer]
+            linear.weight.data += read.scale(layer) * b @ a
+    return pipeline
+
+
 LOADERS = {
+    "comfyui": load_as_comfyui,
     "diffusers": load_as_diffusers,
     "peft": load_as_peft,
     "generator_ema": load_as_rtdmd,
@@ -380,7 +392,7 @@ def test_the_command(learnt, tmp_path, capsys):
         torch.testing.assert_close(b @ a, one.layers[name][1] @ one.layers[name][0], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("to", ["diffusers", "peft", "generator_ema"])
+@pytest.mark.parametrize("to", ["diffusers", "peft", "comfyui", "generator_ema"])
 def test_equal_weights_give_equal_files_with_the_permissions_of_others(random_base, tmp_path, to):
     lora = random_lora(shapes_of(plain(random_base).transformer), rank=2, alpha=3.0)
     to_diffusers(lora, tmp_path / "lora")

@@ -359,7 +359,7 @@ PAIR = {f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 8), f"base_model.mo
         ({**PAIR, f"{Q}.lora_A.other.weight": torch.ones(4, 8)}, {"r": 4}, "several adapters"),
         ({f"{Q}.lora_A.weight": torch.ones(4, 8), f"{Q}.lora_B.weight": torch.ones(6, 3)}, {"r": 4}, "no [r, in] and [out, r]"),
         ({f"{Q}.lora_A.weight": torch.ones(4, 8, 1, 1), f"{Q}.lora_B.weight": torch.ones(6, 4, 1, 1)}, {"r": 4}, "no [r, in]"),
-        ({f"text_encoder.{name}": x for name, x in PAIR.items()}, {"r": 4}, "also changes the text encoder"),
+        ({f"text_encoder.{name}": x for name, x in PAIR.items()}, {"r": 4}, "only text encoders"),
     ],
 )
 def test_what_is_no_whole_lora_is_one_line(tmp_path, tensors, config, said):

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowtilt import UserError
-from flowtilt.lora.names import BLOCKS, ELSEWHERE, to_diffusers
+from flowtilt.lora.names import to_diffusers
+from flowtilt.lora.original import FLUX, FLUX2, LUMINA2, SAME, SD3, Z_IMAGE
 from flowtilt.lora.read import read_lora
 
 WIDTH, RANK = 8, 2
@@ -69,7 +70,10 @@ def test_sd3s_original_names_mean_what_diffusers_conversion_of_a_checkpoint_says
     rows = {"qkv": 3 * WIDTH, "fc1": 4 * WIDTH, "1": 6 * WIDTH}
     tensors, checkpoint = {}, {}
     names = [
-        f"joint_blocks.{k}.{name}" for k in (0, 1) for name in BLOCKS["joint_blocks"][1] if "attn2" not in name and (k == 0 or name in last)
+        f"joint_blocks.{k}.{name}"
+        for k in (0, 1)
+        for name in SD3.blocks["joint_blocks"][1]
+        if "attn2" not in name and (k == 0 or name in last)
     ]
     for number, name in enumerate(["final_layer.linear", "final_layer.adaLN_modulation.1", "context_embedder", "t_embedder.mlp.0", *names]):
         out = 2 * WIDTH if name in ("final_layer.adaLN_modulation.1", "joint_blocks.1.context_block.adaLN_modulation.1") else None
@@ -98,7 +102,7 @@ def test_flux_names_mean_what_diffusers_conversion_says(tmp_path):
     rows = {"qkv": 3 * width, "linear1": 7 * width}
     tensors = {}
     for kind in ("double_blocks", "single_blocks"):
-        for number, name in enumerate(BLOCKS[kind][1]):
+        for number, name in enumerate(FLUX.blocks[kind][1]):
             key = f"lora_unet_{kind}_0_{name.replace('.', '_')}"
             a, b = pair(rows.get(name.rpartition(".")[2], width), number, width)
             tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(1.0)}
@@ -112,16 +116,19 @@ def test_flux_names_mean_what_diffusers_conversion_says(tmp_path):
         torch.testing.assert_close(ours, theirs[f"{layer}.lora_B.weight"] @ (theirs[f"{layer}.lora_A.weight"] @ x), atol=1e-3, rtol=1e-4)
 
 
-def test_every_original_layer_is_found_dotted_and_underscored():
-    for kind, (_, table) in BLOCKS.items():
+@pytest.mark.parametrize("naming", [SD3, FLUX, FLUX2, Z_IMAGE, LUMINA2, SAME])
+def test_every_original_layer_is_found_dotted_and_underscored(naming):
+    for kind, (own, table) in naming.blocks.items():
         for name, layers in table.items():
             a, b = pair({1: WIDTH, 3: 3 * WIDTH, 4: 7 * WIDTH}[len(layers)])
             for text in (f"{kind}.7.{name}", f"{kind}.7.{name}".replace(".", "_")):
-                found = to_diffusers(text, a, b)
-                assert found and [layer.split(".", 2)[1:] for layer in found] == [["7", layer] for layer in layers]
+                found = to_diffusers(text, a, b, naming)
+                assert found and list(found) == [f"{own}.7.{layer}" for layer in layers]
                 assert sum(len(part) for _, part in found.values()) == len(b)
-    for name, layer in ELSEWHERE.items():
-        assert list(to_diffusers(name.replace(".", "_"), *pair()) or {}) == [layer]
+            for layer in layers:
+                assert list(to_diffusers(f"{own}.7.{layer}".replace(".", "_"), *pair(), naming) or {}) == [f"{own}.7.{layer}"]
+    for name, layer in naming.elsewhere.items():
+        assert list(to_diffusers(name.replace(".", "_"), *pair(), naming) or {}) == [layer]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_every_original_layer_is_found_dotted_and_underscored():
     [
         (named("lora_unet_joint_blocks_0_x_block_attn_qkv", rows=7), "named as another tool names layers"),
         (named("diffusion_model.joint_blocks.0.x_block.mystery"), "named as another tool names layers"),
-        (named("lora_te1_text_model_encoder_layers_0_mlp_fc1", ("lora_down.weight", "lora_up.weight")), "text encoder"),
+        (named("lora_te1_text_model_encoder_layers_0_mlp_fc1", ("lora_down.weight", "lora_up.weight")), "only text encoders"),
         ({"diffusion_model.x.lokr_w1": torch.ones(2, 2)}, "LoKr of LyCORIS"),
         ({"x.hada_w1_a": torch.ones(2, 2)}, "LoHa of LyCORIS"),
         (named(f"diffusion_model.{Q}") | {f"diffusion_model.{Q}.dora_scale": torch.ones(1)}, "DoRA"),

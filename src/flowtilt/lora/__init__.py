@@ -5,6 +5,7 @@ trained on, `fit` checks one against a network, `write` and `merge` put it out a
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,11 @@ def baked(lora: Lora, ratio: float = 1.0) -> Lora:
     layers = {layer: (a, b if lora.scale(layer) == ratio else b * (lora.scale(layer) / ratio)) for layer, (a, b) in lora.layers.items()}
     alphas = {layer: ratio * lora.rank(layer) for layer in lora.layers}
     return Lora(layers, alphas, lora.source, lora.parents)
+
+
+def told(parents: Sequence[str]) -> dict[str, str]:
+    """The metadata that says what lies beneath a LoRA; empty for one on a bare base."""
+    return {PARENTS: json.dumps(list(parents))} if parents else {}
 
 
 def fingerprint(lora: Lora) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from flowtilt.errors import UserError
 
 CONFIG = "adapter_config.json"
+COMFYUI = "comfyui_lora.safetensors"
+"""What an export for ComfyUI is called."""
 FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -15,8 +17,9 @@ FILES = (
     "generator_ema.pt",
     "generator.pt",
     "ema.safetensors",
+    COMFYUI,
 )
-"""Names of weights files, in the order in which they are looked for: diffusers', PEFT's, RTDMD's, our checkpoints'."""
+"""Names of weights files, in the order in which they are looked for: diffusers', PEFT's, RTDMD's, our checkpoints', ComfyUI's."""
 FOLDERS = ("", "lora", "transformer")
 """Where they lie in a place: a run of ours and Flow-GRPO's checkpoints have lora/, RTDMD's checkpoints transformer/."""
 

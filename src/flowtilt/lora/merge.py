@@ -43,6 +43,19 @@ def pipeline_folder(path: str, revision: str | None) -> Path:
         raise UserError(f"model {path}: neither a folder nor to be had from the hub: {first_line(error)}") from error
 
 
+def network_class(path: str, revision: str | None) -> str:
+    """The class of a pipeline's network in diffusers, from its index, which alone is downloaded where it is not in the cache.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    try:
+        index: Any = DiffusionPipeline.load_config(folder_of(path), revision=revision)
+        return str(index[NETWORK][1])
+    except Exception as error:  # the hub, the disk, or an index without such a network
+        raise UserError(f"model {path}: its model_index.json does not tell its {NETWORK}: {first_line(error)}") from error
+
+
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """[out, in] of each layer of a pipeline's network, from the headers of its files.
 

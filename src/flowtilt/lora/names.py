@@ -1,13 +1,15 @@
-"""The names of layers in other tools' files, as diffusers' networks have them.
+"""The layers of other tools' files as diffusers' networks have them.
 
-kohya's sd-scripts, ComfyUI and ai-toolkit name layers as the models' original code does: "joint_blocks.0.x_block.attn.qkv"
-for SD3, "double_blocks.0.img_attn.qkv" for FLUX.1, kohya with underscores in the place of dots. Queries, keys and values
-are one layer there and three here. diffusers' own conversions of SD3 and FLUX.1 checkpoints have the same table.
+kohya's sd-scripts, ComfyUI and ai-toolkit name layers as the models' original code does (`original`), kohya with underscores in
+the place of dots.
 """
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
+
+from flowtilt.lora.original import BY_NETWORK, FLUX, FLUX2, LUMINA2, SAME, SD3, Z_IMAGE, Naming
 
 PREFIXES = ("module.", "base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.")
 """Of DDP, PEFT, diffusers, and the models' original code."""
@@ -15,76 +17,19 @@ UNDERSCORED = ("lora_unet_", "lora_transformer_")
 """Of kohya's sd-scripts and of OneTrainer, after which dots are underscores."""
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts that torch's wrappers put into names."""
+Pair = tuple[Tensor, Tensor]
+"""A [r, in] and B [out, r]."""
 
-_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-_SECOND = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 
-BLOCKS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
-    "joint_blocks": (
-        "transformer_blocks",
-        {
-            "x_block.attn.qkv": _QKV,
-            "x_block.attn.proj": ("attn.to_out.0",),
-            "x_block.attn2.qkv": _SECOND,
-            "x_block.attn2.proj": ("attn2.to_out.0",),
-            "x_block.mlp.fc1": ("ff.net.0.proj",),
-            "x_block.mlp.fc2": ("ff.net.2",),
-            "x_block.adaLN_modulation.1": ("norm1.linear",),
-            "context_block.attn.qkv": _ADDED,
-            "context_block.attn.proj": ("attn.to_add_out",),
-            "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-            "context_block.mlp.fc2": ("ff_context.net.2",),
-            "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-        },
-    ),
-    "double_blocks": (
-        "transformer_blocks",
-        {
-            "img_attn.qkv": _QKV,
-            "img_attn.proj": ("attn.to_out.0",),
-            "img_mlp.0": ("ff.net.0.proj",),
-            "img_mlp.2": ("ff.net.2",),
-            "img_mod.lin": ("norm1.linear",),
-            "txt_attn.qkv": _ADDED,
-            "txt_attn.proj": ("attn.to_add_out",),
-            "txt_mlp.0": ("ff_context.net.0.proj",),
-            "txt_mlp.2": ("ff_context.net.2",),
-            "txt_mod.lin": ("norm1_context.linear",),
-        },
-    ),
-    "single_blocks": (
-        "single_transformer_blocks",
-        {"linear1": (*_QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)},
-    ),
-}
-"""Original blocks: diffusers' name of them, and of each layer inside, or of the layers that it holds one after the other."""
-SWAPPED = ("joint_blocks", "context_block.adaLN_modulation.1")
-"""The last block's holds shift and scale, which diffusers has as scale and shift; in other blocks it has six parts, in one order."""
-ELSEWHERE = {
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "context_embedder": "context_embedder",
-    **{
-        f"{old}.{part}": f"time_text_embed.{new}.{linear}"
-        for old, new in (("t_embedder.mlp", "timestep_embedder"), ("y_embedder.mlp", "text_embedder"))
-        for part, linear in (("0", "linear_1"), ("2", "linear_2"))
-    },
-    **{
-        f"{old}.{part}": f"time_text_embed.{new}.{linear}"
-        for old, new in (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))
-        for part, linear in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
-    },
-}
-"""Original layers outside of the blocks."""
+def _underscored(names: Iterable[str]) -> dict[str, str]:
+    return {name.replace(".", "_"): name for name in names}
 
-_BLOCK = re.compile(r"(joint_blocks|double_blocks|single_blocks)[._](\d+)[._](.+)")
-_OWN = re.compile(r"((?:single_)?transformer_blocks)_(\d+)_(.+)")
-_INSIDE = {kind: {old.replace(".", "_"): old for old in table} for kind, (_, table) in BLOCKS.items()}
-_OUTSIDE = {old.replace(".", "_"): old for old in ELSEWHERE}
-_LAYERS = {new.replace(".", "_"): new for _, table in BLOCKS.values() for layers in table.values() for new in layers}
+
+_ALL = tuple(BY_NETWORK.values())
+_OWN_BLOCKS = {own for naming in _ALL for own, _ in naming.blocks.values()}
+_OWN = re.compile(rf"({'|'.join(_OWN_BLOCKS)})_(\d+)_(.+)")
+_INSIDE = _underscored(new for naming in _ALL for _, table in naming.blocks.values() for layers in table.values() for new in layers)
+_OUTSIDE = _underscored(new for naming in _ALL for new in naming.elsewhere.values())
 
 
 def own_name(key: str) -> str:
@@ -95,42 +40,78 @@ def own_name(key: str) -> str:
     return name
 
 
-def to_diffusers(layer: str, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
+def naming_of(layers: Mapping[str, Pair]) -> Naming:
+    """Whose original names a file has: the blocks' names tell it, or the shapes of layers that two families call alike."""
+    if any(name.startswith("joint_blocks") for name in layers):
+        return SD3
+    if any(name.startswith(("double_blocks", "single_blocks")) for name in layers):
+        return FLUX2 if any(_is_flux2(name.replace(".", "_"), *pair) for name, pair in layers.items()) else FLUX
+    if any(name.startswith(tuple(Z_IMAGE.blocks)) for name in layers):
+        grouped = any(name.endswith("qkv") and len(b) != 3 * a.shape[1] for name, (a, b) in layers.items())
+        return LUMINA2 if grouped else Z_IMAGE
+    return SAME
+
+
+def _is_flux2(name: str, a: Tensor, b: Tensor) -> bool:
+    """FLUX.2 has one modulation for all blocks, and feed-forward layers of two gated thirds instead of FLUX.1's fourfold width."""
+    rows, width = len(b), a.shape[1]
+    return (
+        "_stream_modulation" in name
+        or (name.endswith(("img_mlp_0", "txt_mlp_0")) and rows == 6 * width)
+        or (name.endswith(("img_mlp_2", "txt_mlp_2")) and width == 3 * rows)
+        or (name.startswith("single_blocks") and name.endswith("linear1") and rows == 9 * width)
+        or (name.startswith("single_blocks") and name.endswith("linear2") and width == 4 * rows)
+    )
+
+
+def to_diffusers(layer: str, a: Tensor, b: Tensor, naming: Naming) -> dict[str, Pair] | None:
     """A [r, in] and B [out, r] of a layer by diffusers' names: one layer, or those that it holds one after the other.
 
-    A name of diffusers' own, dotted or underscored, is one layer. Nothing is rounded: B's rows are parted, and each part has all of A.
+    A name of diffusers' own, dotted or underscored, is one layer. Nothing is rounded: B's rows are parted, and each part has all
+    of A, or the rows of A that it alone uses. B A of each part is its part of B A.
 
     Returns:
         None where the name is another tool's and means nothing known, or the shape is not that layer's.
     """
+    for kind, (own, table) in naming.blocks.items():
+        if block := re.fullmatch(rf"{kind}[._](\d+)[._](.+)", layer):
+            old = _underscored(table).get(block[2].replace(".", "_"))
+            if old is None:
+                break
+            parts = _parts(a, b, table[old], naming.grouped)
+            return parts and {f"{own}.{block[1]}.{new}": pair for new, pair in parts.items()}
     if own := _OWN.fullmatch(layer):
-        return {f"{own[1]}.{own[2]}.{_LAYERS[own[3]]}": (a, b)} if own[3] in _LAYERS else None
-    if block := _BLOCK.fullmatch(layer):
-        kind, number, rest = block.groups()
-        old = _INSIDE[kind].get(rest.replace(".", "_"))
-        if old is None:
-            return None
-        blocks, table = BLOCKS[kind]
-        parts = _parts(b, len(table[old]), a.shape[1])
-        if parts is None:
-            return None
-        if (kind, old) == SWAPPED and len(b) == 2 * a.shape[1]:
-            parts = [_swapped(b)]
-        # copies: safetensors writes no tensor that shares its memory with another
-        return {f"{blocks}.{number}.{new}": (a.clone(), part.clone()) for new, part in zip(table[old], parts, strict=True)}
-    if old := _OUTSIDE.get(layer.replace(".", "_")):
-        return {ELSEWHERE[old]: (a, _swapped(b) if ELSEWHERE[old] == "norm_out.linear" else b)}
-    return {layer: (a, b)}
+        return {f"{own[1]}.{own[2]}.{_INSIDE[own[3]]}": (a, b)} if own[3] in _INSIDE else None
+    if old := _underscored(naming.elsewhere).get(layer.replace(".", "_")):
+        return {naming.elsewhere[old]: (a, swapped(naming.elsewhere[old], a, b))}
+    if layer in _OUTSIDE:
+        return {_OUTSIDE[layer]: (a, b)}
+    original = any(layer.startswith(kind) for each in _ALL for kind, (own, _) in each.blocks.items() if kind != own)
+    return None if original else {layer: (a, b)}
 
 
-def _parts(b: Tensor, number: int, width: int) -> list[Tensor] | None:
-    """B's rows by layer: queries, keys and values are as wide as what they read, and what follows takes the rest."""
-    if number == 1:
-        return [b]
-    if number == 3:
-        return list(b.split(width)) if len(b) == 3 * width else None
-    return list(b.split([width, width, width, len(b) - 3 * width])) if len(b) > 3 * width else None
+def swapped(own: str, a: Tensor, b: Tensor) -> Tensor:
+    """B where diffusers has scale and shift of a norm of two parts, and the original shift and scale; else B as it is. Its own inverse."""
+    two = own.endswith(("norm1_context.linear", "norm_out.linear")) and len(b) == 2 * a.shape[1]
+    return b.roll(len(b) // 2, 0) if two else b
 
 
-def _swapped(b: Tensor) -> Tensor:
-    return b.roll(len(b) // 2, 0)
+def _parts(a: Tensor, b: Tensor, names: Sequence[str], grouped: bool) -> dict[str, Pair] | None:
+    """The layers that are one in the original."""
+    if len(names) == 1:
+        return {names[0]: (a, swapped(names[0], a, b))}
+    rows, width = len(b), a.shape[1]
+    # four: FLUX.1's single blocks, where what follows queries, keys and values takes the rest
+    sizes = [width] * 3 + [rows - 3 * width] if len(names) == 4 else [width, (rows - width) // 2, (rows - width) // 2]
+    if min(sizes) <= 0 or sum(sizes) != rows or (len(names) == 3 and not grouped and rows != 3 * width):
+        return None
+    parts = b.split(sizes)
+    share = len(a) // len(names)
+    columns = [slice(k * share, (k + 1) * share) for k in range(len(names))]
+    apart = share * len(names) == len(a) and bool(b.any())
+    if apart and all(part.count_nonzero() == part[:, own].count_nonzero() for part, own in zip(parts, columns, strict=True)):
+        # LoRAs that were trained one by one and joined; one that is zero was not trained
+        found = zip(names, columns, parts, strict=True)
+        return {name: (a[own].clone(), part[:, own].clone()) for name, own, part in found if part.any()}
+    # copies: safetensors writes no tensor that shares its memory with another
+    return {name: (a.clone(), part.clone()) for name, part in zip(names, parts, strict=True)}

@@ -19,17 +19,18 @@ from torch import Tensor
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.io import weights
+from flowtilt.io.notices import notice
 from flowtilt.io.user_errors import first_line
 from flowtilt.lora import PARENTS, Lora
 from flowtilt.lora.alpha import by_config, in_header, number, read_config
 from flowtilt.lora.find import Found, find
-from flowtilt.lora.names import UNDERSCORED, own_name, to_diffusers
+from flowtilt.lora.names import UNDERSCORED, naming_of, own_name, to_diffusers
 
 NAME = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?|lora[._](?P<old>down|up))\.weight")
 """PEFT's names, with or without the adapter's; diffusers' older ones; kohya's."""
 RANK_MEANT = ("transformer.", "diffusion_model.", "model.diffusion_model.", *UNDERSCORED)
 """Beginnings of names of tools that take the rank for alpha where nothing tells it: diffusers, ComfyUI, ai-toolkit, kohya."""
-TEXT_ENCODERS = ("text_encoder", "lora_te", "text_model", "clip_l", "clip_g", "t5xxl")
+TEXT_ENCODERS = ("text_encoder", "lora_te", "lora_t5", "text_model", "clip_l", "clip_g", "t5xxl")
 """Beginnings of text encoders' layers in various tools' files."""
 OTHERS = {
     "lokr_": "a LoKr of LyCORIS",
@@ -61,17 +62,18 @@ def read_lora(place: Path | str) -> Lora:
     _check_size(file, named, alphas)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     own_alphas: dict[str, float] = {}
+    naming = naming_of(named)
     for layer, (a, b) in named.items():
-        own = to_diffusers(layer, a, b)
+        own = to_diffusers(layer, a, b, naming)
         if own is None:
             raise UserError(
-                f"lora {file}: {layer} [{len(b)}, {a.shape[1]}] is named as another tool names layers, but is none of SD3 or FLUX.1; "
-                "convert the file to diffusers' format"
+                f"lora {file}: {layer} [{len(b)}, {a.shape[1]}] is named as another tool names layers, but is none of a model "
+                "whose names are known here; convert the file to diffusers' format"
             )
         if twice := own.keys() & layers.keys():
             raise UserError(f"lora {file}: holds {min(twice)} twice, under names of two tools")
         layers |= own
-        own_alphas |= dict.fromkeys(own, alphas[layer])
+        own_alphas |= {name: alphas[layer] * len(part) / len(a) for name, (part, _) in own.items()}
     return Lora(layers, own_alphas, str(file), _parents(found, metadata))
 
 
@@ -121,8 +123,12 @@ def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str
     adapters: set[str] = set()
     seen: set[tuple[str, str, str | None]] = set()
     beyond = []
+    texts: set[str] = set()
     for key, value in tensors.items():
         name = own_name(key)
+        if name.startswith(TEXT_ENCODERS):
+            texts.add(re.split(r"\.(?:lora|alpha|dora|hada|lokr|oft)", name)[0])
+            continue
         match = NAME.fullmatch(name)
         if match:
             side = match["side"] or {"down": "A", "up": "B"}[match["old"]]
@@ -136,9 +142,12 @@ def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str
             alphas[layer] = number(file, layer, value.item())
         else:
             beyond.append(key)
-    text = next((layer for layer in pairs if layer.startswith(TEXT_ENCODERS)), None)
-    if text:
-        raise UserError(f"lora {file}: also changes the text encoder ({text}), which is not supported: only the network's layers can be")
+    if texts and not pairs:
+        raise UserError(f"lora {file}: changes only text encoders ({min(texts)}), which is not supported: only the network's layers can be")
+    if texts:
+        notice(
+            f"lora {file}: its {len(texts)} layers of text encoders are left out, {min(texts)} first; the network's {len(pairs)} are used"
+        )
     if pairs and beyond:
         raise UserError(
             f"lora {file}: also holds {min(beyond)}; an adapter with biases, DoRA's magnitudes or whole weights can't be added to a base"

@@ -10,8 +10,9 @@ from flowtilt.config.trust import RECIPE, is_ours, remember
 from flowtilt.errors import UserError
 from flowtilt.io.files import whole_folder
 from flowtilt.lora import Lora, join
+from flowtilt.lora.comfyui import to_comfyui
 from flowtilt.lora.fit import check
-from flowtilt.lora.merge import local_folder, pipeline_folder, shapes_in, to_pipeline
+from flowtilt.lora.merge import local_folder, network_class, pipeline_folder, shapes_in, to_pipeline
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy.roles import Policy
@@ -20,6 +21,7 @@ from flowtilt.runs.card import exported, model_card
 FORMATS = {
     "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
     "peft": 'in diffusers: pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "{folder}")',
+    "comfyui": "in ComfyUI: copy {folder}/comfyui_lora.safetensors to models/loras and choose it in Load LoRA",
     "generator_ema": "in RTDMD: {folder}/generator_ema.pt with rank {rank} and alpha {alpha:g}, which the file does not tell",
     "pipeline": 'in diffusers: DiffusionPipeline.from_pretrained("{folder}"); here: --model {folder}',
 }
@@ -73,17 +75,22 @@ def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: 
         with whole_folder(output) as temporary:
             to_pipeline(loras, source, temporary)
         return FORMATS[to].format(folder=output)
-    if base and (folder := local_folder(base.path)):
-        check(lora, shapes_in(folder))
+    if to == "comfyui" and base is None:
+        raise UserError(f"export: {lora.source} does not tell its base, whose names ComfyUI has; name it with --model")
+    shapes = shapes_in(folder) if base and (folder := local_folder(base.path)) else None
+    if shapes is not None:
+        check(lora, shapes)
     name = base.path if base and base.path != "playground" else None
     with whole_folder(output) as temporary:
         if to == "diffusers":
             to_diffusers(lora, temporary)
         elif to == "peft":
             to_peft(lora, temporary, name)
+        elif to == "comfyui" and base:
+            to_comfyui(lora, temporary, network_class(base.path, base.revision), shapes)
         else:
             to_generator_ema(lora, temporary, name)
-        if to != "generator_ema" and len(loras) == 1 + len(loras[-1].parents):
+        if to in ("diffusers", "peft") and len(loras) == 1 + len(loras[-1].parents):
             _take_card(lora, Path(loras[-1].source).parent, temporary, output, to)
     if (output / RECIPE).is_file() and is_ours(Path(loras[-1].source).parent.parent):
         remember(output)  # a copy of the user's own recipe is the user's own
