@@ -10,7 +10,9 @@ from flowtilt.methods.nft import NFTSettings
 KINDS = ("nft", "awm", "epg", "pepg", "par", "ram", "grpo")
 OF_STUDENTS = ("acdmd", "rtdmd")
 """RTDMD's two stages, which are no `Objective`: they want few steps of cps, one of them no reward."""
-EVERY = (*KINDS, *OF_STUDENTS)
+OF_PAIRS = ("dpo", "dpo-offline")
+"""They compare pairs of images; one samples them, one reads them."""
+EVERY = (*KINDS, *OF_STUDENTS, *OF_PAIRS)
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
 STEPS = "rollout.steps=9"  # as many levels as most methods train on by default
 
@@ -33,11 +35,14 @@ def options(kind: str) -> set[str]:
 @pytest.mark.parametrize("kind", EVERY)
 def test_known_keys_are_the_dotted_leaves_of_a_recipe_of_each_objective(kind):
     students = {"rollout": {"solver": "cps"}, "optimizer": {"steps_per_rollout": 1}, "rewards": {"playground": float(kind == "rtdmd")}}
-    recipe = Recipe.model_validate(LEAST | (students if kind in OF_STUDENTS else {}) | {"objective": {"type": kind}})
+    pairs = {"rollout": {"images_per_prompt": 2}, "rewards": {"playground": 0.0}}
+    needed = students if kind in OF_STUDENTS else pairs if kind == "dpo-offline" else {}
+    own = {"pairs": "pairs.jsonl"} if kind == "dpo-offline" else {}
+    recipe = Recipe.model_validate(LEAST | needed | {"objective": {"type": kind, **own}})
     known = [key for key in known_keys() if not key.types or kind in key.types]
     assert {key.name for key in known} == leaves(recipe.model_dump()) and len(known) == len({key.name for key in known})
     for key in known:  # and with this objective's own default
-        if key.name.startswith("objective."):
+        if key.name.startswith("objective.") and key.name != "objective.pairs":
             assert key.field.get_default(call_default_factory=True) == getattr(recipe.objective, key.name.removeprefix("objective.")), key
 
 

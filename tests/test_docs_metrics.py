@@ -1,15 +1,18 @@
 """docs/metrics.md is whole: every metric that any objective logs is on it, it names none that is not logged, and every guard is there."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from conftest import QUICK, two_blocks
+from PIL import Image
 
 from flowtilt import Trainer
 from flowtilt.config import load_recipe
 from flowtilt.io.files import read_lines
 from flowtilt.methods import built_in
+from flowtilt.methods.dpo import PairSettings
 from flowtilt.methods.forward import ForwardSettings
 from flowtilt.training.guards.rules import RULES
 
@@ -49,12 +52,27 @@ KINDS = list(built_in())
 def logged(kind, folder):
     if kind in FEW_STEPS:
         return few_steps(kind, folder)
+    if issubclass(built_in()[kind], PairSettings):
+        return of_pairs(kind, folder)
     settings = [f"objective.type={kind}", "rewards.mine=" + str(folder / "mine.py") + ":mine"]
     with_reference = [] if kind == "ram" else ["objective.kl=0.1"]
     size = [] if kind == "grpo" else ["objective.times_per_image=1"]
     quick = [setting for setting in QUICK if not setting.startswith("objective.")]
     recipe = load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, *with_reference, *size, f"run={folder / kind}"])
     return run(recipe)
+
+
+def of_pairs(kind, folder):
+    quick = [setting for setting in QUICK if not setting.startswith(("objective.", "optimizer."))]
+    own = ["rewards.mine=" + str(folder / "mine.py") + ":mine"]
+    if kind == "dpo-offline":
+        for name in "wl":
+            Image.new("RGB", (32, 32), {"w": "red", "l": "blue"}[name]).save(folder / f"{name}.png")
+        record = json.dumps({"prompt": "a red circle", "chosen": "w.png", "rejected": "l.png"})
+        (folder / "pairs.jsonl").write_text(f"{record}\n{record}\n")
+        own = [f"objective.pairs={json.dumps(str(folder / 'pairs.jsonl'))}", "rewards.playground=0"]
+    settings = [f"objective.type={kind}", "optimizer.steps_per_rollout=1", *own]
+    return run(load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, f"run={folder / kind}"]))
 
 
 def few_steps(kind, folder):
@@ -93,7 +111,7 @@ def test_a_row_of_the_loss_names_the_objectives_that_log_it(found):
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE[PAGE.index("## The loss") : PAGE.index("## Clocks")], re.M)
     said: dict[str, set[str]] = {}
     for name, kinds in rows:
-        named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo|acdmd|rtdmd)\b", kinds))
+        named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo|acdmd|rtdmd|dpo-offline|dpo)\b", kinds))
         named = set(KINDS) - named if kinds.startswith("all") else named
         said[name] = said.get(name, set()) | named
     forward = {kind for kind, method in built_in().items() if issubclass(method, ForwardSettings)}

@@ -76,7 +76,7 @@ def training_prompts(recipe: Recipe) -> list[Prompt]:
         UserError: the file or set can't be used, or has fewer prompts than a rollout.
     """
     prompts = load_prompts(recipe.prompts, "train")
-    if len(prompts) < recipe.rollout.prompts:
+    if recipe.objective.samples and len(prompts) < recipe.rollout.prompts:
         few = f"{len(prompts)} prompts, but a rollout takes {recipe.rollout.prompts}"
         raise UserError(f"prompts {recipe.prompts}: {few}; add prompts or lower rollout.prompts")
     return prompts

@@ -28,7 +28,7 @@ ONCE = ("lora.init", "lora.on", "objective.fake")
 """What is read when a run begins and never again: its checkpoints and its copies (`lora.stacked.keep`) have all of it."""
 _WHOLE = 1 << 20
 _ENDS = 1 << 16
-_MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
+_FOLDER_FILES = (".json", ".txt", ".model", ".safetensors", ".bin", ".jsonl", ".parquet")
 Entry = dict[str, Any]
 
 
@@ -62,9 +62,10 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
         "init": recipe.lora.init and lora("lora.init", recipe.lora.init),
         "on": tuple(lora("lora.on", place) for place in recipe.lora.on),
     }
-    fake = getattr(o, "fake", None)
+    fake, pairs = getattr(o, "fake", None), getattr(o, "pairs", None)
     objective = {
         **({"fake": lora("objective.fake", fake)} if fake else {}),
+        **({"pairs": prompts("objective.pairs", pairs)} if pairs else {}),
         **({"type": code("objective.type", o.type)} if is_own(o.type) else {}),
     }
     return recipe.model_copy(
@@ -197,7 +198,7 @@ def _folder_digest(folder: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
-        if file.suffix not in _MODEL_FILES or any(part.startswith(".") for part in name.parts) or not file.is_file():
+        if file.suffix not in _FOLDER_FILES or any(part.startswith(".") for part in name.parts) or not file.is_file():
             continue
         size = file.stat().st_size
         found.update(f"{name.as_posix()}\0{size}\0".encode())

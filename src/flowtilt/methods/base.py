@@ -93,6 +93,10 @@ class Method(Table):
     """What trains, as "module:function": called with `training.parts.Parts`, it returns a `training.parts.Training`."""
     made: ClassVar[str] = "reinforced"
     """How the model card says that its LoRA was made."""
+    samples: ClassVar[bool] = True
+    """Whether a step samples images of the recipe's prompts; false where it reads them from files."""
+    progress: ClassVar[tuple[str, str]] = ("reward/total", "reward")
+    """The metric that is shown while a run is going, and what it is called there."""
     hold: ClassVar[str] = "raise objective.kl"
     """How to hold the policy closer to the base, as the guards' advice says it."""
     kl_of_velocities: ClassVar[bool] = True

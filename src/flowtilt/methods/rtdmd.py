@@ -59,6 +59,7 @@ class ACDMDSettings(MatchingSettings):
 
     learner: ClassVar[str] = "flowtilt.training.rtdmd.distil:begin"
     made: ClassVar[str] = "distilled"
+    progress: ClassVar[tuple[str, str]] = ("teacher_gap", "teacher gap")
     hold: ClassVar[str] = "lower objective.teacher_guidance"
 
     def check(self, recipe: "Recipe") -> None:

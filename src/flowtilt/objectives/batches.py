@@ -71,7 +71,8 @@ def draw_times(kind: str, number: int, sigmas: Tensor, shift: float, rng: torch.
 
     "rollout": `number` of the rollout's own levels `sigmas` [S + 1] without the final 0, in random order,
     without replacement. "stratified": u uniform in (.02, 1), one in each of `number` equal strata, then
-    shifted as the levels are: t = k u / (1 + (k - 1) u).
+    shifted as the levels are: t = k u / (1 + (k - 1) u). "logit_normal": u the sigmoid of a standard normal
+    number instead, each by itself.
 
     Raises:
         ValueError: an unknown kind, or more times than levels.
@@ -84,7 +85,10 @@ def draw_times(kind: str, number: int, sigmas: Tensor, shift: float, rng: torch.
     if kind == "stratified":
         u = 0.02 + 0.98 * (torch.arange(number) + torch.rand(number, generator=rng)) / number
         return shift * u / (1 + (shift - 1) * u)
-    raise ValueError(f"times {kind!r} is not 'rollout' or 'stratified'")
+    if kind == "logit_normal":
+        u = torch.randn(number, generator=rng).sigmoid()
+        return shift * u / (1 + (shift - 1) * u)
+    raise ValueError(f"times {kind!r} is not 'rollout', 'stratified' or 'logit_normal'")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
     """Network evaluations and operations of a whole run by phase."""
     recipe, costs, machine = needed.recipe, needed.costs, needed.machine
     r, e, steps = recipe.rollout, recipe.evaluate, recipe.steps
-    images = r.images()
+    images, captions = (r.images(), r.prompts) if recipe.objective.samples else (0, 0)
     passes, times = passes_in_all(recipe), evaluations_in_all(recipe)
     drawn = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)
     forward, through = costs.forward.each.flops, costs.train(recipe.objective.reference, found.recompute)
@@ -176,7 +176,7 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
         "encode": (0, scaled(costs.encode.flops, steps * r.prompts)),
         "sample": (passes.sample, added(scaled(forward, passes.sample), scaled(costs.bringing, steps * machine.gpus))),
         "decode": (0, scaled(costs.decode.each.flops, steps * images)),
-        "reward": (0, scaled(needed.train.flops(images, r.prompts), steps)),
+        "reward": (0, scaled(needed.train.flops(images, captions), steps)),
         "train": (
             passes.evaluations - passes.sample,
             added(scaled(through.each.flops, passes.pairs), scaled(through.fixed.flops, micro), scaled(forward, -equal)),

@@ -10,10 +10,14 @@ from flowtilt.errors import printable
 
 
 class Display:
-    """A run's progress on stderr; silent on every rank but the first."""
+    """A run's progress on stderr; silent on every rank but the first.
 
-    def __init__(self, steps: int, start: int, quiet: bool = False, score_name: str = "score"):
-        self._quiet, self._score_name = quiet, score_name
+    Args:
+        progress: the metric that is shown, and its name there.
+    """
+
+    def __init__(self, steps: int, start: int, progress: tuple[str, str], quiet: bool = False, score_name: str = "score"):
+        self._quiet, self._score_name, self._progress = quiet, score_name, progress
         self._score: float | None = None
         self._bar = tqdm(
             total=steps, initial=start, unit="rollout", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty(), smoothing=0.1
@@ -26,7 +30,8 @@ class Display:
         phases = {name.removeprefix("time/"): seconds for name, seconds in metrics.items() if name.startswith("time/")}
         longest = " ".join(f"{name} {seconds:.2f}s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1])[:3])
         judged = "" if self._score is None else f"{self._score_name} {self._score:.3f} · "
-        told = f"reward {metrics['reward/total']:.3f}" if "reward/total" in metrics else f"teacher gap {metrics['teacher_gap']:.3f}"
+        metric, name = self._progress
+        told = f"{name} {metrics.get(metric, float('nan')):.3f}"
         text = f"{told} · {judged}{metrics['images_per_second']:.0f} img/s · {longest}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()

@@ -209,7 +209,7 @@ class Trainer:
 
     def _train(self) -> dict[str, object] | None:
         main = self.world.rank == 0
-        display = Display(self.recipe.steps, self.clock.step, not main, score_name_of(self.recipe))
+        display = Display(self.recipe.steps, self.clock.step, self.recipe.objective.progress, not main, score_name_of(self.recipe))
         if main:
             self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, display.say)
         try:
