@@ -248,7 +248,10 @@ def test_a_base_that_is_no_recipe_is_refused(tmp_path, base, message):
 
 # what is wrong, where, and what was meant ------------------------------------------------------------
 
-METHODS = "objective.type: must be one of 'nft', 'acdmd', 'awm', 'dpo', 'dpo-offline', 'epg', 'grpo', 'par', 'pepg', 'ram', 'rtdmd', or \"file.py:Class\""
+METHODS = (
+    "objective.type: must be one of 'nft', 'acdmd', 'awm', 'dpo', 'dpo-offline', 'epg', 'grpo', 'par', 'pepg', 'ram', 'rtdmd', "
+    'or "file.py:Class"'
+)
 WRONG = [
     ("objective.bta=0.2", "objective.bta: unknown key; did you mean 'objective.beta'?"),
     ("rolout.steps=3", "rolout: unknown key; did you mean 'rollout'?"),
