@@ -6,9 +6,8 @@ import pytest
 
 from flowtilt.cli import catalogue
 from flowtilt.errors import UserError
-from flowtilt.io import weights
 from flowtilt.prompts import sets
-from flowtilt.rewards import BUILT_IN
+from flowtilt.rewards.about import built_in
 
 
 @pytest.fixture
@@ -25,14 +24,17 @@ def fetched(monkeypatch, tmp_path) -> list[tuple[str, str, Path | None]]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("FLOWTILT_PROMPTS", str(tmp_path / "prompts"))
-    monkeypatch.setattr(weights, "download", lambda name, to: record("weights", name, to))
+    monkeypatch.setattr(catalogue, "download_weights", lambda name, to: record("weights", name, to))
     monkeypatch.setattr(sets, "download", lambda name, to: [record("prompts", name, to)])
     return asked
 
 
 def test_a_name_that_is_a_rewards_and_a_sets_is_downloaded_as_both(fetched):
     assert catalogue.get(["geneval"]) == [Path("mask2former"), Path("clip-l"), Path("clip-tokenizer"), Path("geneval")]
-    assert fetched == [(kind, name, None) for kind, name in (*(("weights", n) for n in weights.NEEDED["geneval"]), ("prompts", "geneval"))]
+    assert fetched == [
+        (kind, name, None)
+        for kind, name in (*(("weights", n) for n in ("mask2former", "clip-l", "clip-tokenizer")), ("prompts", "geneval"))
+    ]
 
 
 def test_what_several_names_share_is_downloaded_once_and_into_the_folder_that_is_named(fetched, tmp_path):
@@ -46,16 +48,15 @@ def test_what_several_names_share_is_downloaded_once_and_into_the_folder_that_is
 def test_an_unknown_name_is_refused_before_anything_is_fetched(fetched):
     with pytest.raises(UserError, match=r"'pickscor': .*did you mean 'pickscore'\?"):
         catalogue.get(["drawbench", "pickscor"])
-    with pytest.raises(UserError, match="`flowtilt download --list` lists them: pickscore, "):
+    with pytest.raises(UserError, match="`flowtilt download --list` lists them: aesthetic, "):
         catalogue.get(["laion5b"])
     assert not fetched
 
 
 def test_the_list_has_every_reward_that_reads_weights_and_every_set(fetched, tmp_path):
     items = catalogue.listing()
-    assert [item.name for item in items if item.kind == "weights"] == list(weights.NEEDED)
+    assert [item.name for item in items if item.kind == "weights"] == [name for name, one in built_in().items() if one.weights]
     assert [item.name for item in items if item.kind == "prompts"] == list(sets.SETS)
-    assert {item.name for item in items if item.kind == "weights"} <= set(BUILT_IN)
     assert all(source.startswith("https://") for item in items for source in item.sources)
     assert not any(item.there for item in items)
     (tmp_path / "prompts").mkdir()

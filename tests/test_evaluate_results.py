@@ -3,6 +3,7 @@
 import pytest
 
 from flowtilt.evaluate.results import results_of
+from flowtilt.rewards.about import built_in
 
 
 def records(column, *scores):
@@ -14,7 +15,8 @@ def records(column, *scores):
 
 
 def column_of(column, *scores):
-    return results_of(records(column, *scores), ("tuned", "base"), {})["sets"]["s"]["columns"][column]
+    ranges = built_in()[column.partition("/")[0]].ranges(column.partition("/")[0]) if column != "mine" else {}
+    return results_of(records(column, *scores), ("tuned", "base"), {}, ranges)["sets"]["s"]["columns"][column]
 
 
 @pytest.mark.parametrize("column", ["playground_strict", "geneval/correct", "ocr"])

@@ -321,7 +321,7 @@ def test_the_run_page_and_the_evaluation_page_say_the_same_numbers() -> None:
         for k in range(90)
         for v in ("tuned", "base")
     ]
-    column = results_of(records, ("tuned", "base"), {})["sets"]["s"]["columns"]["mine"]
+    column = results_of(records, ("tuned", "base"), {}, {})["sets"]["s"]["columns"]["mine"]
     kept = {}
     for variant in ("tuned", "base"):
         rows = [r for r in records if r["variant"] == variant]

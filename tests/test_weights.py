@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from flowtilt.errors import UserError
-from flowtilt.io import weights
-from flowtilt.io.weights import NEEDED, WEIGHTS, Hub, Url
+from flowtilt.io import published, weights
+from flowtilt.io.published import Hub, Url
+from flowtilt.rewards.about import all_weights, built_in, download_weights, find_weights
+
+WEIGHTS = all_weights()
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +37,9 @@ def put(folder: Path, *files: str) -> Path:
 # the list --------------------------------------------------------------------------------------------
 
 
-def test_what_rewards_need_is_listed_and_all_that_is_listed_is_needed():
-    assert {name for needs in NEEDED.values() for name in needs} == set(WEIGHTS)
+def test_one_name_is_one_entry():
+    entries = [entry for one in built_in().values() for entry in one.weights]
+    assert all(WEIGHTS[entry.name] == entry for entry in entries)
 
 
 def test_every_file_is_pinned():
@@ -52,24 +56,30 @@ def test_every_file_is_pinned():
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_that_are_missing_say_where_they_come_from_and_how(nowhere, name):
     with pytest.raises(UserError) as caught:
-        weights.find(name)
+        find_weights(name)
     text = str(caught.value)
     reward = re.search(r"`flowtilt download (\w+)`", text)
-    assert reward and name in NEEDED[reward[1]] and WEIGHTS[name].source in text and str(nowhere) in text and "\n" not in text
+    assert (
+        reward
+        and WEIGHTS[name] in built_in()[reward[1]].weights
+        and WEIGHTS[name].source in text
+        and str(nowhere) in text
+        and "\n" not in text
+    )
 
 
 def test_the_reward_that_is_named_needs_as_little_else_as_any():
     """Who lacks CLIP for GenEval is not sent to fetch PickScore's four gigabytes."""
     with pytest.raises(UserError, match="`flowtilt download clipscore`"):
-        weights.find("clip-l")
+        find_weights("clip-l")
 
 
 def test_the_hubs_cache_is_named_where_hub_files_go_there(monkeypatch):
     monkeypatch.delenv("FLOWTILT_WEIGHTS")
     with pytest.raises(UserError, match="into the hub cache"):
-        weights.find("clip-l")
+        find_weights("clip-l")
     with pytest.raises(UserError, match=r"into .*/cache/flowtilt/weights"):
-        weights.find("aesthetic")
+        find_weights("aesthetic")
 
 
 @pytest.mark.parametrize(
@@ -83,16 +93,16 @@ def test_the_hubs_cache_is_named_where_hub_files_go_there(monkeypatch):
 )
 def test_a_single_file_is_found_under_its_own_name_or_its_usual_one(nowhere, name, file):
     put(nowhere, file)
-    assert weights.find(name) == nowhere / file
+    assert find_weights(name) == nowhere / file
 
 
 @pytest.mark.parametrize("folder", ["openai/clip-vit-large-patch14", "clip-vit-large-patch14"])
 def test_a_folder_is_found_under_the_repositorys_name_once_it_holds_what_is_needed(nowhere, folder):
     put(nowhere / folder, "config.json")
     with pytest.raises(UserError):
-        weights.find("clip-l")
+        find_weights("clip-l")
     put(nowhere / folder, "model.safetensors")
-    assert weights.find("clip-l") == nowhere / folder
+    assert find_weights("clip-l") == nowhere / folder
 
 
 def test_files_are_found_in_the_hubs_cache_at_the_pinned_revision_only(tmp_path):
@@ -103,9 +113,9 @@ def test_files_are_found_in_the_hubs_cache_at_the_pinned_revision_only(tmp_path)
         put(place, *entry.files)
         if other:
             with pytest.raises(UserError):
-                weights.find(name)
+                find_weights(name)
         else:
-            assert weights.find(name) == (place if len(entry.files) > 1 else place / entry.files[0])
+            assert find_weights(name) == (place if len(entry.files) > 1 else place / entry.files[0])
 
 
 # fetching: the one call that reaches the network, recorded -------------------------------------------
@@ -126,8 +136,8 @@ def fetched(monkeypatch, tmp_path) -> list[Path]:
         made.extend(put(place, *files) / file for file in files)
         return [place / file for file in files]
 
-    monkeypatch.setattr(weights, "fetch", fetch)
-    monkeypatch.setattr(weights, "fetch_hub", fetch_hub)
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(published, "fetch_hub", fetch_hub)
     return made
 
 
@@ -137,23 +147,23 @@ def test_what_was_fetched_is_what_is_found(fetched, monkeypatch, tmp_path, nowhe
     if where == "caches":
         monkeypatch.delenv("FLOWTILT_WEIGHTS")
     if where == "folder":
-        path = weights.download(name, tmp_path / "shelf")
+        path = download_weights(name, tmp_path / "shelf")
         assert path.is_relative_to(tmp_path / "shelf")
         monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "shelf"))
     else:
-        path = weights.download(name)
+        path = download_weights(name)
         assert path.is_relative_to(nowhere) == (where == "FLOWTILT_WEIGHTS")
-    assert fetched and weights.find(name) == path
+    assert fetched and find_weights(name) == path
 
 
 def test_a_right_file_under_its_usual_name_is_not_fetched_again(fetched, nowhere, monkeypatch):
     entry = WEIGHTS["mask2former"]
     assert isinstance(entry, Url) and entry.alias
     put(nowhere, entry.alias)
-    monkeypatch.setattr(weights, "wrong", lambda path, **expected: "")
-    assert weights.download("mask2former") == nowhere / entry.alias and not fetched
-    monkeypatch.setattr(weights, "wrong", lambda path, **expected: "another sum")
-    assert weights.download("mask2former") == nowhere / entry.files[0]
+    monkeypatch.setattr(published, "wrong", lambda path, **expected: "")
+    assert download_weights("mask2former") == nowhere / entry.alias and not fetched
+    monkeypatch.setattr(published, "wrong", lambda path, **expected: "another sum")
+    assert download_weights("mask2former") == nowhere / entry.files[0]
 
 
 # reading ---------------------------------------------------------------------------------------------

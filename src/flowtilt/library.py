@@ -230,7 +230,7 @@ def score(
     if given is None or len(given) != len(images):
         raise UserError(f"score: {0 if given is None else len(given)} prompts for {len(images)} images; give one per image")
     named = rewards if isinstance(rewards, Mapping) else {_name(rewards): rewards}
-    loaded = {name: load_reward(name, reward) if isinstance(reward, str) else reward for name, reward in named.items()}
+    loaded = {name: load_reward(name, reward) for name, reward in named.items()}
     return judge(loaded, images, [Prompt(text) if isinstance(text, str) else text for text in given], "cpu")[0]
 
 

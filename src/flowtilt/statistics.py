@@ -39,24 +39,17 @@ Whole = NDArray[np.int64]
 DRAWS = 2**20
 """Clusters drawn at once, which bounds the memory."""
 
-SHARES = (
-    *("playground", "playground_strict", "playground_partial", "playground_smooth", "ocr"),
-    *("geneval", "geneval/strict", "geneval/correct"),
-)
-"""Scores that lie in [0, 1] by definition, so that an interval can be given also where all prompts score alike."""
-
 Bounds = tuple[float, float]
 """The lowest and the highest score that there can be."""
 
 
-def bounds_of(column: str, values: Sequence[ArrayLike]) -> Bounds | None:
-    """The range of a score, none where it is not known.
-
-    A reward of the user's may have a share's name and another range, as `compat` gives GenEval's: values outside say so.
-    """
+def bounds_within(bounds: Bounds | None, values: Sequence[ArrayLike]) -> Bounds | None:
+    """The range that a score is said to have; none where any of the values is outside, as GenEval's with `compat` may be."""
+    if bounds is None:
+        return None
     known = np.concatenate([np.ravel(np.asarray(part, dtype=float)) for part in values]) if len(values) else np.zeros(0)
     known = known[~np.isnan(known)]
-    return (0.0, 1.0) if column in SHARES and ((known >= 0) & (known <= 1)).all() else None
+    return bounds if ((known >= bounds[0]) & (known <= bounds[1])).all() else None
 
 
 def interval(

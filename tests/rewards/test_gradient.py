@@ -8,8 +8,8 @@ import torch
 
 from flowtilt import RewardOutput, UserError
 from flowtilt.prompts import Prompt
-from flowtilt.rewards import BUILT_IN, find_reward, load_reward
-from flowtilt.rewards.gradient import DIFFERENTIABLE, differentiable, reward_gradient
+from flowtilt.rewards import load_reward
+from flowtilt.rewards.gradient import differentiable, reward_gradient
 from flowtilt.seeding import noise
 
 PROMPTS = [Prompt(f"picture {n}") for n in range(6)]
@@ -195,11 +195,6 @@ def test_chunks_and_prompts_are_checked(chunk, prompts):
 
 
 # which rewards have a gradient --------------------------------------------------------------------------
-
-
-def test_the_built_in_ones_with_a_gradient_are_told():
-    found = {name for name in BUILT_IN if hasattr(find_reward(name, name), "differentiable")}
-    assert found == set(DIFFERENTIABLE)
 
 
 def test_a_function_declares_itself_a_class_has_a_method(tmp_path):

@@ -5,7 +5,8 @@ import torch
 
 from flowtilt import UserError
 from flowtilt.io.files import digest
-from flowtilt.rewards import PAPER, RewardOutput, reference
+from flowtilt.rewards import RewardOutput, reference
+from flowtilt.rewards.about import built_in, of_paper
 from flowtilt.rewards.jpeg import incompressibility
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
@@ -39,7 +40,7 @@ def test_compat_goes_to_those_that_have_such_a_mode():
 
 def test_all_leaves_out_what_cannot_run_here_and_says_why(nowhere):
     found, left_out = load_named(parse(["all"]))
-    assert list(found) == ["ocr"] and set(left_out) == set(PAPER) - {"ocr"}
+    assert list(found) == ["ocr"] and set(left_out) == set(of_paper()) - {"ocr"}
     assert "flowtilt download pickscore" in left_out["pickscore"] and "FLOWTILT_UNIFIEDREWARD_URL" in left_out["unifiedreward"]
 
 
@@ -66,7 +67,7 @@ def test_a_reward_has_a_name_of_its_own(words, said):
 def test_what_is_named_itself_replaces_one_of_all():
     for words in (["all", "geneval=http://h:1"], ["geneval=http://h:1", "all"]):
         (found,) = [one for one in parse(words) if one.name == "geneval"]
-        assert found.source == "http://h:1" and not found.optional and len(parse(words)) == len(PAPER)
+        assert found.source == "http://h:1" and not found.optional and len(parse(words)) == len(of_paper())
 
 
 def test_a_server_decides_for_itself_whose_numbers_it_gives():
@@ -119,7 +120,7 @@ def judge(monkeypatch, function):
 
 
 def test_the_published_scores_are_recognised_and_others_are_not(pictures, monkeypatch):
-    published = torch.tensor([one.imagereward or 0.0 for one in reference.REFERENCES])
+    published = torch.tensor([*(one.score for one in built_in()["imagereward"].published), 0.0])
 
     def right(images, prompts):
         own = reference.REFERENCES[round(float(images.mean()) * 10)]
@@ -146,5 +147,5 @@ def test_the_cat_must_be_found(pictures, monkeypatch):
 
 
 def test_missing_weights_are_named_without_asking_the_network(nowhere):
-    lines = list(reference.compare(PAPER))
+    lines = list(reference.compare(of_paper()))
     assert [line.split()[0] for line in lines].count("MISSING") == 7 and any(line.startswith("note    ocr") for line in lines)

@@ -19,6 +19,7 @@ from flowtilt.errors import UserError
 from flowtilt.io.images import to_bytes
 from flowtilt.playground import world
 from flowtilt.rewards import RewardOutput, applies, load_reward, score
+from flowtilt.rewards.about import BuiltIn, built_in
 from flowtilt.rewards.playground import Playground
 from flowtilt.rewards.serving import client as served
 from flowtilt.rewards.serving import server
@@ -132,7 +133,7 @@ def test_whether_it_applies_is_what_the_built_in_reward_says(monkeypatch):
             return "" if prompt.metadata else "needs metadata"
 
     monkeypatch.setattr(served, "find_reward", lambda name, source: Judge)
-    monkeypatch.setitem(served.BUILT_IN, "judge", "somewhere:Judge")
+    monkeypatch.setitem(built_in(), "judge", BuiltIn(name="judge", source="somewhere:Judge"))
     with running({"judge": levels, "own": levels}) as (url, _):
         assert applies(Served(url, "judge"), prompt()) == "needs metadata"
         assert applies(Served(url, "judge"), prompt(metadata={"a": 1})) == ""

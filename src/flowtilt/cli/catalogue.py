@@ -6,8 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from flowtilt.errors import UserError
-from flowtilt.io import weights
+from flowtilt.io.published import Published
 from flowtilt.prompts import sets
+from flowtilt.rewards.about import built_in, download_weights, find_weights
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,10 @@ class Item:
     Args:
         name: a name that is a reward's and a prompt set's is two items, and is downloaded as both.
         kind: "weights" or "prompts".
-        about: the files that a reward reads, or what a set holds.
+        about: the files that a reward reads, with their licences where known, or what a set holds.
         sources: addresses.
         there: all of it has been downloaded.
-        size: bytes; None where nobody has told them and it is not here.
+        size: bytes; None where they are not known and it is not here.
     """
 
     name: str
@@ -34,10 +35,10 @@ class Item:
 def listing() -> list[Item]:
     """Every reward that reads weights, then every prompt set. Nothing is checked here but that the files are there."""
     items = []
-    for reward, needs in weights.NEEDED.items():
-        sizes = [_size(name) for name in needs]
-        sources = [weights.WEIGHTS[name].source for name in needs]
-        items.append(Item(reward, "weights", " + ".join(needs), sources, all(_find(name) for name in needs), _total(sizes)))
+    for name, files in _weights().items():
+        sizes = [_size(entry) for entry in files]
+        about = " + ".join(entry.name + (f" ({entry.licence})" if entry.licence else "") for entry in files)
+        items.append(Item(name, "weights", about, [entry.source for entry in files], all(map(_find, files)), _total(sizes)))
     for name, found in sets.SETS.items():
         places = [sets.folder() / file for _, file in found.files(name)]
         sizes = [place.stat().st_size if place.is_file() else source.size for place, source in zip(places, found.sources, strict=True)]
@@ -46,18 +47,23 @@ def listing() -> list[Item]:
     return items
 
 
-def _find(name: str) -> Path | None:
+def _weights() -> dict[str, tuple[Published, ...]]:
+    """The files of each reward that reads any."""
+    return {name: one.weights for name, one in built_in().items() if one.weights}
+
+
+def _find(entry: Published) -> Path | None:
     try:
-        return weights.find(name)
+        return find_weights(entry.name)
     except UserError:
         return None
 
 
-def _size(name: str) -> int | None:
-    """Bytes of the files that are here, or as their publisher tells."""
-    place, entry = _find(name), weights.WEIGHTS[name]
+def _size(entry: Published) -> int | None:
+    """Bytes of the files that are here, or as their publisher states."""
+    place = _find(entry)
     if place is None:
-        return getattr(entry, "size", None)
+        return entry.size
     files = [place] if place.is_file() else [place / file for file in entry.files]
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -76,11 +82,11 @@ def get(names: Sequence[str], to: Path | None = None) -> list[Path]:
         UserError: an unknown name, before anything is fetched; or a download failed.
     """
     for name in names:
-        if name not in weights.NEEDED and name not in sets.SETS:
-            known = list(dict.fromkeys([*weights.NEEDED, *sets.SETS]))
+        if name not in _weights() and name not in sets.SETS:
+            known = list(dict.fromkeys([*_weights(), *sets.SETS]))
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"`flowtilt download --list` lists them: {', '.join(known)}"
             raise UserError(f"download {name!r}: no reward with weights and no prompt set; {hint}")
-    needed = dict.fromkeys(file for name in names for file in weights.NEEDED.get(name, ()))
-    paths = [weights.download(file, to) for file in needed]
+    needed = dict.fromkeys(entry.name for name in names for entry in _weights().get(name, ()))
+    paths = [download_weights(file, to) for file in needed]
     return paths + [path for name in dict.fromkeys(names) if name in sets.SETS for path in sets.download(name, to)]

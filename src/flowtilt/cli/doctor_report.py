@@ -7,7 +7,7 @@ from collections.abc import Collection
 from flowtilt.errors import UserError
 from flowtilt.io.environment import PACKAGES, floors, is_older, processor, versions
 from flowtilt.playground import pipeline_path
-from flowtilt.rewards import BUILT_IN
+from flowtilt.rewards.about import BuiltIn, built_in, find_weights
 from flowtilt.runs.tracking import TRACKERS
 
 
@@ -29,7 +29,7 @@ def diagnose(but: Collection[str] = ()) -> list[str]:
         if shipped
         else "MISSING playground weights - reinstall flowtilt, or python -m flowtilt.playground.pretrain"
     )
-    lines += [_reward(name) for name in BUILT_IN if name not in but]
+    lines += [_reward(about) for name, about in built_in().items() if name not in but]
     lines += [_tracker(name) for name in TRACKERS]
     return lines
 
@@ -54,17 +54,16 @@ def _tracker(name: str) -> str:
     return f"ok      tracker {name}"
 
 
-def _reward(name: str) -> str:
+def _reward(about: BuiltIn) -> str:
     """Whether a reward's weights, packages or server are there; nothing is loaded."""
-    from flowtilt.io import weights
-
-    if name == "ocr" and importlib.util.find_spec("rapidocr") is None:
-        return "note    reward ocr: rapidocr is not installed - pip install 'flowtilt[rewards]'"
-    if name == "unifiedreward" and not os.environ.get("FLOWTILT_UNIFIEDREWARD_URL"):
-        return "note    reward unifiedreward: FLOWTILT_UNIFIEDREWARD_URL is not set"
+    missing = [package for package in about.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"note    reward {about.name}: {', '.join(missing)} not installed - pip install 'flowtilt[rewards]'"
+    if about.variable and not os.environ.get(about.variable):
+        return f"note    reward {about.name}: {about.variable} is not set"
     try:
-        for needed in weights.NEEDED.get(name, ()):
-            weights.find(needed)
+        for entry in about.weights:
+            find_weights(entry.name)
     except UserError as error:
-        return f"note    reward {name}: {error}"
-    return f"ok      reward {name}"
+        return f"note    reward {about.name}: {error}"
+    return f"ok      reward {about.name}"

@@ -111,6 +111,7 @@ def _score(args: argparse.Namespace) -> int:
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
     from flowtilt.report.evaluation.terminal import table
+    from flowtilt.rewards.facts import ranges_of
     from flowtilt.rewards.named import load_named, parse, with_compat
 
     file = Path(args.prompts) if args.prompts and is_path(args.prompts) else None
@@ -135,7 +136,7 @@ def _score(args: argparse.Namespace) -> int:
     for record in unread[:5]:
         say(f"no score: {record['note']}")
     variants = [variant for variant in ("tuned", "base") if any(record["variant"] == variant for record in records)]
-    print(table(results_of(records, variants, {})))
+    print(table(results_of(records, variants, {}, ranges_of(rewards))))
     if args.output:
         print(f"scores   {args.output}")
     return 0

@@ -101,10 +101,10 @@ def _prompts(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     quieten()
     from flowtilt.cli.doctor_report import diagnose
-    from flowtilt.rewards import PAPER
+    from flowtilt.rewards.about import of_paper
     from flowtilt.rewards.reference import compare
 
-    names = list(dict.fromkeys(name for given in args.rewards or () for name in (PAPER if given == "all" else (given,))))
+    names = list(dict.fromkeys(name for given in args.rewards or () for name in (of_paper() if given == "all" else (given,))))
     print("\n".join(diagnose(but=names)))
     failed = False
     for line in compare(names):

@@ -19,6 +19,7 @@ from flowtilt.errors import UserError
 from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
+from flowtilt.rewards.facts import ranges_of
 from flowtilt.rewards.judging import judge
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise, step_noise
@@ -43,7 +44,8 @@ class Evaluation:
         stds: their standard deviations over the images.
         missing: images without a score, of each column that misses any.
         images: how many were judged.
-        by_image: the captions' hash, and lists of every image's prompt (its place), tag and score (none where it has none).
+        by_image: the captions' hash, lists of every image's prompt (its place), tag and score (none where it has none), and the
+            score's range where it has one.
         samples: images [M, 3, H, W] for the report, with their prompts, scores and notes beside them.
     """
 
@@ -158,6 +160,7 @@ def evaluate(
             "prompt": [index for index, _ in rows],
             "tag": [prompt.tag for prompt in drawn],
             "score": [None if math.isnan(score) else score for score in columns[column].tolist()],
+            "range": list(ranges_of(rewards).get(column, ())),
         },
         _collected(kept, len(told), world),
         told,

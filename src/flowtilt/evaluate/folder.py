@@ -29,6 +29,7 @@ from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
 from flowtilt.rewards import Reward
+from flowtilt.rewards.facts import ranges_of
 from flowtilt.rewards.judging import judge
 from flowtilt.sampling.sampler import Sampler
 
@@ -258,7 +259,8 @@ def _finish(folder: Path, blocks: Sequence[Block], variants: Sequence[str]) -> d
     """scores.jsonl in the order of the blocks, results.json and the report."""
     found = {_key(record): record for record in _records(folder)}
     records = [found[key] for block in blocks for key in block.names()]
-    results = results_of(records, variants, _protocol_of(folder / PROTOCOL))
+    rewards = {name: reward for block in blocks for name, reward in block.of.rewards.items()}
+    results = results_of(records, variants, _protocol_of(folder / PROTOCOL), ranges_of(rewards))
     _save_records(folder, records)
     write_json(folder / "results.json", results)
     write_evaluation_page(folder)

@@ -16,11 +16,9 @@ from flowtilt.evaluate.gather import Pair
 from flowtilt.evaluate.progress import progress
 from flowtilt.io.files import write_atomic
 from flowtilt.io.images import LARGEST, read_image
-from flowtilt.rewards import PAPER, Reward, score
-from flowtilt.rewards.versions import built_in_name
+from flowtilt.rewards import Reward, score
+from flowtilt.rewards.facts import facts_of
 
-READ_PROMPTS = (*PAPER, "playground", "playground_strict", "playground_partial", "playground_smooth")
-PROMPT_FREE = ("aesthetic",)
 BATCH = 32
 
 
@@ -37,7 +35,8 @@ def judge_images(pairs: Sequence[Pair], rewards: Mapping[str, Reward], *, device
     Raises:
         UserError: a reward fails, or needs prompts where there are none.
     """
-    needing = [name for name, reward in rewards.items() if _reads_prompts(reward)]
+    # of a user's own that does not say so we can't tell
+    needing = [name for name, reward in rewards.items() if facts_of(name, reward).reads_prompt]
     if needing and not any(pair.prompt.text for pair in pairs):
         raise UserError(f"score: {', '.join(needing)} need the prompts of the images; give them with --prompts")
     with progress(len(pairs)) as bar:
@@ -56,12 +55,6 @@ def with_columns(records: list[dict[str, Any]], rewards: Mapping[str, Reward]) -
     known = dict.fromkeys([*rewards, *(column for record in records for column in record["scores"])])
     ordered = [column for name in rewards for column in known if column.partition("/")[0] == name]
     return [{**record, "scores": {column: record["scores"].get(column) for column in ordered}} for record in records]
-
-
-def _reads_prompts(reward: Reward) -> bool:
-    """Whether it would judge the empty prompt, which nobody means. Of a reward of the user's we can't tell."""
-    name = getattr(reward, "reward", None) or built_in_name(reward)
-    return name in READ_PROMPTS and name not in PROMPT_FREE
 
 
 def _record(pair: Pair, scores: dict[str, float | None], note: str) -> dict[str, Any]:

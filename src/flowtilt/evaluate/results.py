@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 
 from flowtilt.io.environment import versions
-from flowtilt.statistics import bounds_of, paired, summary
+from flowtilt.statistics import Bounds, bounds_within, paired, summary
 
 
-def results_of(records: Sequence[Mapping[str, Any]], variants: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, Any]:
+def results_of(
+    records: Sequence[Mapping[str, Any]], variants: Sequence[str], protocol: Mapping[str, Any], ranges: Mapping[str, Bounds]
+) -> dict[str, Any]:
     """results.json: for each set and column the mean with its interval, over tags and by tag; paired differences for two variants.
 
     Args:
         records: one an image, see `evaluate.folder`.
         variants: the first is compared with the second.
         protocol: how the images were made and judged; kept beside the numbers.
+        ranges: the lowest and highest possible score by column, where they are known; see `rewards.facts.ranges_of`.
     """
     sets: dict[str, Any] = {}
     for name in dict.fromkeys(record["set"] for record in records):
@@ -26,7 +29,7 @@ def results_of(records: Sequence[Mapping[str, Any]], variants: Sequence[str], pr
         columns: dict[str, Any] = {}
         for column in dict.fromkeys(column for record in first for column in record["scores"]):
             values = {variant: _values(of_set[variant], column) for variant in variants}
-            bounds = bounds_of(column, list(values.values()))
+            bounds = bounds_within(ranges.get(column), list(values.values()))
             columns[column] = {variant: summary(values[variant], clusters, strata, bounds=bounds) for variant in variants}
             if len(variants) == 2:
                 columns[column]["difference"] = paired(values[variants[0]], values[variants[1]], clusters, strata, bounds=bounds)

@@ -1,29 +1,20 @@
 """The reward models on the meta device: their weights, and what an image costs them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from importlib import import_module
 
 import torch
-from torch import nn
 
+from flowtilt.errors import UserError
 from flowtilt.plan.meter import added, measure, scaled
 from flowtilt.plan.network import Weights, weights_of
-from flowtilt.rewards import BUILT_IN
+from flowtilt.rewards import find_reward
+from flowtilt.rewards.about import BuiltIn, Facts, built_in
+from flowtilt.rewards.facts import facts_of
 from flowtilt.rewards.named import Named
-
-MODELS = {
-    "pickscore": ("pickscore",),
-    "hpsv2": ("hpsv2",),
-    "clipscore": ("clip-l",),
-    "aesthetic": ("clip-l",),
-    "imagereward": ("imagereward",),
-    "geneval": ("mask2former", "clip-l"),
-}
-"""Which models a built-in reward has; what two rewards share is there once."""
-OCR_SECONDS = 0.14
-"""Seconds of one core for an image of 512 pixels with side = 512; the default side takes about three times as long (docs/rewards.md)."""
+from flowtilt.rewards.networks import Network
 
 
 @dataclass(frozen=True)
@@ -82,81 +73,47 @@ def judging(rewards: Sequence[Named], resolution: int) -> Judging:
     beside: dict[str, str] = {}
     off_device = False
     for one in rewards:
-        source = one.source
-        if source in MODELS:
-            names = MODELS[source]
-            models |= {name: _model(name, resolution if name == "mask2former" else 224) for name in names}
-            readers[one.name] = names
-            if source == "geneval":
-                beside[one.name] = "without the colours' crops, whose number depends on the images"
-        elif source == "ocr":
-            seconds = OCR_SECONDS * (1 if one.options.get("side") == 512 else 3)
-            beside[one.name] = f"on the CPU while images are drawn, about {seconds:.2f} s an image and core"
-        elif source == "unifiedreward" or "://" in source:
-            beside[one.name] = "on its server while images are drawn"
-        elif source in BUILT_IN:
-            beside[one.name] = "on the CPU"
-        else:
-            beside[one.name] = "your own: neither its time nor its memory is known"
-        off_device |= source in ("ocr", "unifiedreward") or "://" in source
+        facts = _facts(one)
+        if isinstance(facts, BuiltIn) and facts.networks:
+            models |= {name: _model(source, resolution) for name, source in facts.networks.items()}
+            readers[one.name] = tuple(facts.networks)
+        if isinstance(facts, str):
+            beside[one.name] = facts
+            continue
+        if cost := facts.plan_note_for(one.options):
+            beside[one.name] = cost
+        off_device |= facts.off_device
     return Judging(models, readers, beside, off_device)
 
 
+def _facts(one: Named) -> Facts | str:
+    """What a reward says of itself, or why that is not known."""
+    if "://" in one.source:
+        return Facts(off_device=True, plan_note="on its server while images are sampled")
+    if one.source in built_in():
+        return built_in()[one.source]
+    try:
+        found = facts_of(one.name, find_reward(one.name, one.source))
+    except UserError as error:
+        return str(error)
+    return found if found.plan_note else replace(found, plan_note="your own: neither its time nor its memory is known")
+
+
 @cache
-def _model(name: str, side: int) -> Model:
+def _model(source: str, resolution: int) -> Model:
+    """The network that "module:function" returns, measured."""
+    place, _, function = source.partition(":")
     with torch.device("meta"), torch.no_grad():
-        return _mask2former(side) if name == "mask2former" else _imagereward() if name == "imagereward" else _clip(name)
-
-
-def _clip(name: str) -> Model:
-    from transformers import CLIPModel
-
-    from flowtilt.rewards import clip, openclip
-
-    model: Any = CLIPModel(openclip.config("ViT-L-14" if name == "clip-l" else "ViT-H-14")).eval()
-    text = measure(lambda: model.get_text_features(input_ids=torch.zeros(1, clip.TOKENS, dtype=torch.long))).flops
-    return _measured(model, clip.IMAGES, (3, 224, 224), lambda x: model.get_image_features(pixel_values=x), text)
-
-
-def _imagereward() -> Model:
-    from flowtilt.rewards import imagereward
-
-    model: Any = imagereward.Network(*imagereward.configs()).eval()
-
-    def judge(images: torch.Tensor) -> None:
-        # a mask would be looked into, which meta tensors do not allow; it changes no count
-        seen = model.vision(images).last_hidden_state
-        ids = torch.zeros(len(images), imagereward.TOKENS, dtype=torch.long)
-        model.head(model.text(input_ids=ids, encoder_hidden_states=seen).last_hidden_state[:, 0])
-
-    return _measured(model, imagereward.IMAGES, (3, imagereward.SIZE, imagereward.SIZE), judge, {})
-
-
-def _mask2former(side: int) -> Model:
-    from flowtilt.rewards.geneval import detect, mask2former
-
-    model = mask2former.Mask2Former(mask2former.config(), mask2former.CLASSES).eval().to("meta")  # one parameter is made on the CPU
-    shape = (3, *(size + -size % detect.STRIDE for size in detect.resized(side, side)))
-    return _measured(model, detect.IMAGES, shape, model, {}, whole=False)
-
-
-def _measured(
-    model: nn.Module,
-    chunk: int,
-    shape: tuple[int, ...],
-    judge: Callable[[torch.Tensor], object],
-    prompt: Mapping[str, float],
-    *,
-    whole: bool = True,
-) -> Model:
-    images = torch.empty(chunk, *shape)
-    work = measure(lambda: judge(images))
+        network: Network = getattr(import_module(place), function)(resolution)
+        prompt = measure(network.read).flops if network.read else {}
+        images = torch.empty(network.chunk, *network.shape)
+        work = measure(lambda: network.judge(images))
     return Model(
-        weights=weights_of(model),
-        chunk=chunk,
-        image=scaled(work.flops, 1 / chunk),
+        weights=weights_of(network.module),
+        chunk=network.chunk,
+        image=scaled(work.flops, 1 / network.chunk),
         prompt=prompt,
-        activations=work.peak / chunk,
+        activations=work.peak / network.chunk,
         crop=images[0].nbytes,
-        whole=whole,
+        whole=network.whole,
     )

@@ -13,7 +13,6 @@ from flowtilt.report.loading import Run
 from flowtilt.report.markup import none_yet
 from flowtilt.report.numbers import Array, counted, number, short
 from flowtilt.report.verdict import score_name
-from flowtilt.statistics import SHARES
 
 MEANINGS = {
     "loss": "The objective. Its target moves with the policy, so it need not fall while the reward rises.",
@@ -75,7 +74,7 @@ def score_curve(run: Run) -> str:
         band = (np.array([e.low for e in run.estimates]), np.array([e.high for e in run.estimates]))
     curve = Curve(steps, scores, dots=True, band=band, read=_reads(time, steps, scores))
     known = scores[np.isfinite(scores)]
-    share = run.column in SHARES and len(known) > 0 and 0 <= known.min() <= known.max() <= 1
+    share = run.score_range == (0, 1) and len(known) > 0 and 0 <= known.min() <= known.max() <= 1
     axis = unit_axis() if share else value_axis([scores, *(band or ())])
     chart = Chart(_spoken(score_name(run), steps, scores), [curve], time.axis(), axis, UNIT, _marks(run), clock="ticks")
     images = {int(number(record, "images")) for record in run.evaluations if number(record, "images") >= 1}

@@ -7,16 +7,18 @@ from typing import Any
 from flowtilt.estimate import EXACT, FEW, FEWEST, KINDS, UNKNOWN, Estimate
 from flowtilt.report.numbers import number
 from flowtilt.report.reading import Record, is_list_of
-from flowtilt.statistics import bounds_of, paired, summary
+from flowtilt.rewards.about import about_column
+from flowtilt.statistics import Bounds, bounds_within, paired, summary
 
 IMAGE_SCORES = "scores.json"
-"""{"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...]}, in samples/step-…"""
+"""{"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...], "range": [low, high] or
+[] where the score has none}, in samples/step-…"""
 
 
 def score_summary(images: Mapping[str, Any]) -> dict[str, Any]:
     """The same summary, to the bit, that `flowtilt evaluate` gives the same scores."""
     scores = _values(images)
-    return summary(scores, images["prompt"], images["tag"], bounds=bounds_of(images["column"], [scores]))
+    return summary(scores, images["prompt"], images["tag"], bounds=bounds_within(score_range(images), [scores]))
 
 
 def read_image_scores(record: Record) -> Record | None:
@@ -28,7 +30,10 @@ def read_image_scores(record: Record) -> Record | None:
         return None
     known = all(score is None or math.isfinite(number({"": score}, "")) for score in scores)
     fits = known and all(abs(prompt) < 2**53 for prompt in prompts)
-    return record if fits and isinstance(record.get("column"), str) and isinstance(record.get("captions"), str) else None
+    bounds = record.get("range", [])
+    ranged = isinstance(bounds, list) and (not bounds or (len(bounds) == 2 and math.isfinite(sum(number({"": b}, "") for b in bounds))))
+    texts = isinstance(record.get("column"), str) and isinstance(record.get("captions"), str)
+    return record if fits and ranged and texts else None
 
 
 def change(before: Record | None, after: Record | None) -> Estimate:
@@ -36,7 +41,7 @@ def change(before: Record | None, after: Record | None) -> Estimate:
     if not before or not after or any(before[key] != after[key] for key in ("column", "captions", "prompt", "tag")):
         return Estimate(math.nan, kind=UNKNOWN)
     scores = _values(after), _values(before)
-    return estimate_of(paired(*scores, after["prompt"], after["tag"], bounds=bounds_of(after["column"], scores)))
+    return estimate_of(paired(*scores, after["prompt"], after["tag"], bounds=bounds_within(score_range(after), scores)))
 
 
 def estimate_of(record: Record, prompts: int = 0) -> Estimate:
@@ -66,3 +71,12 @@ def count(record: Record, key: str) -> int:
 
 def _values(images: Mapping[str, Any]) -> list[float]:
     return [math.nan if score is None else float(score) for score in images["score"]]
+
+
+def score_range(images: Mapping[str, Any]) -> Bounds | None:
+    """The range of the score in scores.json; where that lacks it (version 0.1.0), of the built-in reward of the column's name."""
+    if "range" in images:
+        given = images["range"]
+        return (float(given[0]), float(given[1])) if given else None
+    about = about_column(str(images.get("column")))
+    return about.ranges(about.name).get(str(images.get("column"))) if about else None

@@ -8,9 +8,10 @@ import numpy as np
 
 from flowtilt.config.held_out import is_held_out
 from flowtilt.estimate import UNKNOWN, Estimate
-from flowtilt.report.image_scores import IMAGE_SCORES, change, estimate_of, read_image_scores
+from flowtilt.report.image_scores import IMAGE_SCORES, change, estimate_of, read_image_scores, score_range
 from flowtilt.report.numbers import Array, counted, number
 from flowtilt.report.reading import Reader, Record
+from flowtilt.rewards.about import Bounds
 
 __all__ = ["Record", "Run", "Sample", "load"]
 
@@ -80,6 +81,16 @@ class Run:
         return next((str(record["column"]) for record in reversed(self.evaluations) if record.get("column")), "")
 
     @cached_property
+    def score_range(self) -> Bounds | None:
+        """The lowest and the highest score that there can be; none where there are no bounds, or they are not known."""
+        newest = self._images_of(int(self.evaluations[-1]["step"])) if self.evaluations else None
+        return score_range(newest or {"column": self.column})
+
+    def _images_of(self, step: int) -> Record | None:
+        """The score of every image of an evaluation, none where they are not kept."""
+        return read_image_scores(Reader(self.folder / "samples" / f"step-{step:06d}").object(IMAGE_SCORES))
+
+    @cached_property
     def estimates(self) -> list[Estimate]:
         """The score of each evaluation with its interval over prompts, which runs of 0.1.0 did not log."""
         return [_estimate(record) for record in self.evaluations]
@@ -90,8 +101,7 @@ class Run:
         scored = [(int(record["step"]), e.value) for record, e in zip(self.evaluations, self.estimates, strict=True) if e.known]
         if len(scored) < 2 or scored[0][0]:
             return Estimate(np.nan, kind=UNKNOWN)
-        files = (self.folder / "samples" / f"step-{step:06d}" for step, _ in (scored[0], scored[-1]))
-        found = change(*(read_image_scores(Reader(folder).object(IMAGE_SCORES)) for folder in files))
+        found = change(*(self._images_of(step) for step, _ in (scored[0], scored[-1])))
         return found if found.known else found._replace(value=scored[-1][1] - scored[0][1])
 
     @cached_property

@@ -11,6 +11,7 @@ from flowtilt.errors import UserError
 from flowtilt.io import weights
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import clip, pixels
+from flowtilt.rewards.about import find_weights
 
 LAYERS = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
 """The head's linear layers by their place, and their widths; dropouts stand between them, activations nowhere."""
@@ -28,7 +29,7 @@ class Aesthetic:
 
     def __init__(self, *, device: torch.device | str):
         self.clip = clip.load("clip-l", device)
-        path = weights.find("aesthetic")
+        path = find_weights("aesthetic")
         self.vector, self.bias = fold(weights.read(path), self.clip.model.visual_projection.out_features, path)
 
     @property

@@ -11,7 +11,7 @@ an image: they resize it differently, and features are the same only where the p
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from flowtilt.errors import UserError
 from flowtilt.io import weights
 from flowtilt.rewards import keymap, openclip
+from flowtilt.rewards.about import find_weights
+from flowtilt.rewards.networks import Network, no_tokens
 from flowtilt.rewards.pixels import normalize
 
 IMAGES = 64
@@ -78,7 +80,9 @@ def _projected(output: Any) -> Tensor:
 
 @cache
 def load(name: str, device: torch.device | str) -> CLIP:
-    """The model "clip-l", "pickscore" or "hpsv2" in fp32, read once a process and device.
+    """The model of these weights ("clip-l", "pickscore", "hpsv2") in fp32, read once per process and device.
+
+    A folder is in the layout of transformers, a file in that of open_clip's ViT-H/14.
 
     Raises:
         UserError: weights are missing, damaged, or another model's.
@@ -86,15 +90,33 @@ def load(name: str, device: torch.device | str) -> CLIP:
     exact = torch.empty(0, device=device).device
     if device != exact:  # "cuda" and "cuda:0" are one device
         return load(name, exact)
-    path = weights.find(name)
-    tokenizer = _tokenizer(weights.find("clip-tokenizer"))
-    config, tensors = _open_clip(path) if name == "hpsv2" else _folder(path)
+    path = find_weights(name)
+    tokenizer = _tokenizer(find_weights("clip-tokenizer"))
+    config, tensors = _open_clip(path) if path.is_file() else _folder(path)
     model: Any = keymap.fill(keymap.build(lambda: CLIPModel(config)), tensors, path)
     _check_tokenizer(tokenizer, config, path)
-    clip = CLIP(model.to(exact), tokenizer)
-    if name == "pickscore" and not 50 <= clip.logit_scale <= 120:
-        raise UserError(f"{path}: exp(logit_scale) is {clip.logit_scale:.4g}, PickScore's is about 100; these are another model's weights")
-    return clip
+    return CLIP(model.to(exact), tokenizer)
+
+
+def vit_l14(resolution: int) -> Network:
+    """OpenAI's ViT-L/14 as `flowtilt plan` measures it."""
+    return _network("ViT-L-14")
+
+
+def vit_h14(resolution: int) -> Network:
+    """LAION's ViT-H/14 as `flowtilt plan` measures it."""
+    return _network("ViT-H-14")
+
+
+def _network(name: Literal["ViT-H-14", "ViT-L-14"]) -> Network:
+    model: Any = CLIPModel(openclip.config(name)).eval()
+    return Network(
+        model,
+        IMAGES,
+        (3, 224, 224),
+        lambda images: model.get_image_features(pixel_values=images),
+        lambda: model.get_text_features(input_ids=no_tokens(TOKENS)),
+    )
 
 
 def _folder(folder: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
@@ -111,7 +133,7 @@ def _folder(folder: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
 
 
 def _open_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """What HPSv2's file holds, stored in fp16."""
+    """What an open_clip checkpoint of ViT-H/14 holds, such as HPSv2's in fp16."""
     state = weights.read(path).get("state_dict")
     if not isinstance(state, dict):
         raise UserError(f'{path}: no "state_dict" in it, so it is not HPSv2\'s file; fetch it again')

@@ -13,10 +13,8 @@ from flowtilt.io.containment import contained
 from flowtilt.io.user_errors import hint, is_fault, told
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies
+from flowtilt.rewards.about import built_in
 from flowtilt.rewards.serving.answers import seed_of
-
-DIFFERENTIABLE = ("pickscore", "clipscore", "hpsv2", "imagereward", "playground_smooth")
-"""The built-in rewards that have a gradient."""
 
 Differentiable = Callable[[Tensor, list[Prompt]], Tensor]
 """Scores [N] of images [N, 3, H, W] in [0, 1] with their prompts; each score has a gradient to its own image."""
@@ -34,8 +32,9 @@ def differentiable(name: str, reward: Reward) -> Differentiable:
         return cast(Differentiable, reward)  # what it returns is checked where it is called
     if callable(found):
         return cast(Differentiable, found)
+    known = ", ".join(one.name for one in built_in().values() if one.differentiable)
     raise UserError(
-        f"reward {name}: has no gradient to the images; built in are {', '.join(DIFFERENTIABLE)}; "
+        f"reward {name}: has no gradient to the images; built in are {known}; "
         "a function of your own says so by `function.differentiable = True`, a class has a method `differentiable(images, prompts)`"
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from flowtilt.io import weights
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import keymap, pixels
+from flowtilt.rewards.about import find_weights
+from flowtilt.rewards.networks import Network as Planned
 
 SIZE = 224
 TOKENS = 35
@@ -107,6 +110,19 @@ def network(path: Path, device: torch.device) -> Network:
     return keymap.fill(keymap.build(lambda: Network(*configs())), tensors, path).to(device)
 
 
+def meta_network(resolution: int) -> Planned:
+    """The network as `flowtilt plan` measures it."""
+    model: Any = Network(*configs()).eval()
+
+    def judge(images: Tensor) -> None:
+        # a mask would be looked into, which meta tensors do not allow; it changes no count
+        seen = model.vision(images).last_hidden_state
+        ids = torch.zeros(len(images), TOKENS, dtype=torch.long)
+        model.head(model.text(input_ids=ids, encoder_hidden_states=seen).last_hidden_state[:, 0])
+
+    return Planned(model, IMAGES, (3, SIZE, SIZE), judge)
+
+
 class ImageReward:
     """Human preference, about -2.3 (bad) to 2 (good).
 
@@ -118,8 +134,8 @@ class ImageReward:
     """
 
     def __init__(self, *, device: torch.device | str):
-        self.network = network(weights.find("imagereward"), torch.device(device))
-        self.tokenizer = BertTokenizer.from_pretrained(weights.find("bert"))
+        self.network = network(find_weights("imagereward"), torch.device(device))
+        self.tokenizer = BertTokenizer.from_pretrained(find_weights("bert"))
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import torch
 
 from flowtilt.errors import UserError
-from flowtilt.rewards import PAPER, Reward, find_reward, load_reward
+from flowtilt.rewards import Reward, find_reward, load_reward
+from flowtilt.rewards.about import of_paper
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def parse(words: Sequence[str]) -> list[Named]:
     Raises:
         UserError: a reward has no name, or two have the same; of "all" one is replaced by another of its name.
     """
-    found: dict[str, Named] = {name: Named(name, name, optional=True) for name in PAPER if "all" in words}
+    found: dict[str, Named] = {name: Named(name, name, optional=True) for name in of_paper() if "all" in words}
     for word in (word for word in words if word != "all"):
         name, sign, source = word.partition("=")
         if not sign:

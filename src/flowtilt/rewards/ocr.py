@@ -100,9 +100,6 @@ class OCR:
         UserError: rapidocr is not installed, or it is a release without these models.
     """
 
-    off_device = True
-    """Reads one part of a rollout while the next is sampled."""
-
     def __init__(self, *, device: torch.device | str = "cpu", side: int = 736, compat: bool = False):
         try:
             import onnxruntime  # noqa: F401 - rapidocr imports it only once it reads

@@ -11,6 +11,7 @@ from flowtilt.io.containment import contained
 from flowtilt.io.threads import Background
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies, score
+from flowtilt.rewards.facts import facts_of
 from flowtilt.rewards.judging import joined, judge
 
 PARTS = 8
@@ -30,7 +31,7 @@ class Scoring:
     def __init__(self, rewards: Mapping[str, Reward], device: torch.device | str = "cpu"):
         self._device = device
         self._names = list(rewards)
-        self._elsewhere = {name: reward for name, reward in rewards.items() if getattr(reward, "off_device", False)}
+        self._elsewhere = {name: reward for name, reward in rewards.items() if facts_of(name, reward).off_device}
         self._local = {name: reward for name, reward in rewards.items() if name not in self._elsewhere}
         self._background = Background() if self._elsewhere else None
         self._asked: list[Future[tuple[dict[str, Tensor], list[str]]]] = []

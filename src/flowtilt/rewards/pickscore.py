@@ -6,8 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput, clip, pixels
+from flowtilt.rewards.about import find_weights
 
 UNIT = 26
 """DiffusionNFT and flow_grpo divide by it, to bring scores near 1."""
@@ -27,6 +29,10 @@ class PickScore:
 
     def __init__(self, *, device: torch.device | str):
         self.clip = clip.load("pickscore", device)
+        if not 50 <= self.clip.logit_scale <= 120:
+            scale = f"{self.clip.logit_scale:.4g}"
+            path = find_weights("pickscore")
+            raise UserError(f"{path}: exp(logit_scale) is {scale}, PickScore's is about 100; these are another model's weights")
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

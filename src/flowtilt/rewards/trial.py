@@ -7,6 +7,7 @@ import torch
 
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies
+from flowtilt.rewards.facts import facts_of
 from flowtilt.rewards.judging import judge
 from flowtilt.seeding import generator
 
@@ -27,7 +28,7 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, sid
     """
     noise = torch.rand(2, 3, side, side, generator=generator(seed, "trial"))
     for name, reward in rewards.items():
-        if getattr(reward, "off_device", False):
+        if facts_of(name, reward).off_device:
             continue
         able = list(islice((prompt for prompt in prompts if not applies(reward, prompt)), 2))
         if able:

@@ -78,9 +78,6 @@ class UnifiedReward:
         UserError: no address. Called: the server can't be reached or refuses, or too many answers have no points.
     """
 
-    off_device = True
-    """Asked for one part of a rollout while the next is sampled."""
-
     def __init__(
         self,
         *,

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from flowtilt.estimate import EXACT, Estimate
 from flowtilt.report.evaluation.loading import Column, PromptSet
 from flowtilt.report.numbers import counted
+from flowtilt.rewards.about import about_column
 
-KNOWN = {"pickscore/raw": "what papers print"}
-"""What a reader should know of a score."""
+
+def reader_note(column: Column) -> str:
+    """What a reader should know of a score of a built-in reward; "" where there is nothing."""
+    about = about_column(column.name)
+    return about.detail_notes.get(column.name.partition("/")[2], "") if about else ""
 
 
 def decimals(estimates: Sequence[Estimate]) -> int:
@@ -82,12 +86,13 @@ def extent(prompts: int, images: int) -> str:
 def rows_of(one: PromptSet, column: Column) -> list[tuple[str, dict[str, Estimate]]]:
     """(which mean, variant -> estimate): one row, with an empty name for the mean over images, or one for each of the two means.
 
-    GenEval's scores have two, as its papers print either; so has what a set is judged by first. Of other scores
-    only the mean over images is ever printed.
+    Scores whose papers print either have two; so has what a set is judged by first. Of other scores only the mean over images
+    is ever printed.
     """
     overall = {variant: summary.overall for variant, summary in column.of.items()}
     of_tags = {variant: summary.of_tags for variant, summary in column.of.items() if summary.of_tags}
     is_first = column.reward == one.columns[0].reward
-    if of_tags and (is_first or "geneval" in column.reward.lower()):
+    about = about_column(column.name)
+    if of_tags and (is_first or (about is not None and about.mean_over_tags)):
         return [("mean over images", overall), ("mean over tags", of_tags)]
     return [("", overall)]

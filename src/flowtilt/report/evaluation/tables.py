@@ -6,12 +6,12 @@ from html import escape
 from flowtilt.estimate import EXACT, FEW, FEWEST, Estimate
 from flowtilt.report.evaluation.bars import forest, rows, scale_of
 from flowtilt.report.evaluation.estimates import (
-    KNOWN,
     bracketed,
     column_decimals,
     difference_decimals,
     extent,
     missing,
+    reader_note,
     reasons,
     rows_of,
     verdict,
@@ -50,7 +50,7 @@ def _means_of(one: PromptSet, column: Column, results: Results) -> str:
             # how many are missing belongs to the score, and is said once
             lost = missing(column.of[variant].overall) if place == 0 else ""
             cells.append(f"<td>{estimate_cell(of.get(variant), digits)}{_lost(lost)}</td>")
-        said = " · ".join(filter(None, (which, KNOWN.get(column.name, "") if place == 0 else "")))
+        said = " · ".join(filter(None, (which, reader_note(column) if place == 0 else "")))
         found.append(f'<tr{_look(column, place)}><th scope="row">{_name(column, said)}</th>{"".join(cells)}</tr>')
     return "".join(found)
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowtilt.report.evaluation.estimates import (
-    KNOWN,
     bracketed,
     column_decimals,
     difference_decimals,
     extent,
     missing,
+    reader_note,
     reasons,
     rows_of,
     verdict,
@@ -62,7 +62,7 @@ def _means(results: Results) -> list[_Row | str]:
                     f"{written(of[v].value, digits)} {bracketed(of[v], digits)}" if v in of and of[v].known else "-"
                     for v in results.variants
                 ]
-                rows.append(_Row(f"  {column.name}", f", {which}" if which else "", cells, KNOWN.get(column.name, "")))
+                rows.append(_Row(f"  {column.name}", f", {which}" if which else "", cells, reader_note(column)))
             lost = {variant: missing(summary.overall) for variant, summary in column.of.items()}
             rows += [f"    {f'{variant}: ' if results.compares else ''}{said}" for variant, said in lost.items() if said]
     return rows

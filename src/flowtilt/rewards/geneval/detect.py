@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from flowtilt.errors import UserError
-from flowtilt.io import weights
 from flowtilt.io.images import to_bytes
+from flowtilt.rewards.about import find_weights
 from flowtilt.rewards.geneval import mask2former
+from flowtilt.rewards.networks import Network
 
 LONGEST, SHORTEST = 1333, 800
 """The resized image's sides are at most these, and one of them is reached."""
@@ -61,7 +62,7 @@ class Detector:
         if channel_order not in ("rgb", "upstream_bgr"):
             raise UserError(f'geneval: no channel_order {channel_order!r}; it is "rgb" or "upstream_bgr"')
         self.flip = channel_order == "upstream_bgr"
-        self.network = mask2former.network(weights.find("mask2former"), torch.device(device))
+        self.network = mask2former.network(find_weights("mask2former"), torch.device(device))
 
     @torch.no_grad()
     def __call__(self, images: Tensor, threshold: Sequence[float]) -> list[list[Detection]]:
@@ -166,3 +167,10 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
     if not len(rows):
         return (0.0, 0.0, 0.0, 0.0)
     return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+
+
+def meta_network(resolution: int) -> Network:
+    """Mask2Former for square images of so many pixels, as `flowtilt plan` measures it."""
+    model = mask2former.Mask2Former(mask2former.config(), mask2former.CLASSES).eval().to("meta")  # one parameter is made on the CPU
+    shape = (3, *(size + -size % STRIDE for size in resized(resolution, resolution)))
+    return Network(model, IMAGES, shape, model, whole=False)

@@ -16,6 +16,7 @@ from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
 from flowtilt.errors import UserError
 from flowtilt.io import weights
 from flowtilt.rewards import keymap
+from flowtilt.rewards.about import all_weights
 
 CLASSES = 80
 
@@ -142,7 +143,7 @@ def convert(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         UserError: it is mmdetection 3's or another model's.
     """
     if any(".cross_attn." in name for name in state):
-        wanted = weights.WEIGHTS["mask2former"].files[0]
+        wanted = all_weights()["mask2former"].files[0]
         raise UserError(f"{path}: has mmdetection 3's names, which are not supported; use mmdetection 2's file {wanted}")
     tensors = keymap.rename(state, NAMES, path)
     return {name: _columns(tensor) if ".downsample." in name else tensor for name, tensor in tensors.items()}

@@ -13,7 +13,8 @@ from flowtilt.errors import UserError
 from flowtilt.io.threads import in_threads
 from flowtilt.io.web import Refused, post_json
 from flowtilt.prompts import Prompt
-from flowtilt.rewards import BUILT_IN, RewardOutput, find_reward
+from flowtilt.rewards import RewardOutput, find_reward
+from flowtilt.rewards.about import Facts, built_in
 from flowtilt.rewards.serving.wire import KEY, KEY_HOST, key_for, key_from_environment, most_bytes, read_answer, request
 
 log = logging.getLogger("flowtilt")
@@ -37,7 +38,6 @@ class Served:
     """
 
     off_device = True
-    """Scores while the caller's own device does something else."""
 
     def __init__(
         self, url: str, reward: str, *, timeout: float = 120.0, patience: float = 600.0, images_per_request: int = 32, workers: int = 4
@@ -51,7 +51,9 @@ class Served:
         self.version: dict[str, Any] = {}
         self._key = key_for(self.url)
         self._away = False
-        self._own = getattr(find_reward(self.reward, self.reward), "applies", None) if self.reward in BUILT_IN else None
+        about = built_in().get(self.reward, Facts())
+        self.score_range, self.detail_ranges, self.reads_prompt = about.score_range, about.detail_ranges, about.reads_prompt
+        self._own = getattr(find_reward(self.reward, self.reward), "applies", None) if self.reward in built_in() else None
         self._find()
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:

@@ -1,0 +1,128 @@
+"""Published files: which they are, where they are looked for, how they are fetched.
+
+Nothing is downloaded while a run starts: a file is in `FLOWTILT_WEIGHTS`, in flowtilt's own cache or in
+the hub's, or an error says what to type. `flowtilt download NAME` fetches, with size and checksum.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowtilt.errors import UserError
+from flowtilt.io.download import fetch, fetch_hub, wrong
+from flowtilt.io.files import cache_folder
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Files of one commit of a hub repository. A single file may also lie under its own name in the weights' folder.
+
+    Args:
+        name: what flowtilt calls them.
+        repo: the repository's id.
+        revision: the commit.
+        files: their names there; the hub names each one's size and SHA-256.
+        licence: as the publisher states it; "" where it is not known.
+        size: bytes of all files, where they are known.
+    """
+
+    name: str
+    repo: str
+    revision: str
+    files: Sequence[str]
+    licence: str = ""
+    size: int | None = None
+
+    @property
+    def source(self) -> str:
+        return f"https://huggingface.co/{self.repo}"
+
+
+@dataclass(frozen=True)
+class Url:
+    """One file by its address.
+
+    Args:
+        name: what flowtilt calls it.
+        source: the address.
+        sha256: the whole sum, or as much of its beginning as its publisher states.
+        licence: as the publisher states it; "" where it is not known.
+        size: bytes, where they are known.
+        alias: another name under which users have the file.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    licence: str = ""
+    size: int | None = None
+    alias: str | None = None
+
+    @property
+    def files(self) -> tuple[str]:
+        return (self.source.rpartition("/")[2].replace("%2B", "+"),)
+
+
+Published = Hub | Url
+
+
+def folder() -> Path:
+    """Where downloads go and files are looked for first: FLOWTILT_WEIGHTS, else flowtilt's cache."""
+    return cache_folder("FLOWTILT_WEIGHTS", "weights")
+
+
+def find(entry: Published, download_as: str) -> Path:
+    """The file of an entry, or the folder where it has several.
+
+    A folder is looked for under the repository's name, with and without its owner, then in the hub's cache.
+
+    Args:
+        download_as: what `flowtilt download` fetches it with, for the error.
+
+    Raises:
+        UserError: it is not there; says which file, from where, and into which folder.
+    """
+    if len(entry.files) == 1:
+        for file in (entry.files[0], getattr(entry, "alias", None)):
+            if file and (folder() / file).is_file():
+                return folder() / file
+    elif isinstance(entry, Hub):
+        for place in (folder() / entry.repo, folder() / entry.repo.rpartition("/")[2]):
+            if all((place / file).is_file() for file in entry.files[:2]):
+                return place
+    if isinstance(entry, Hub):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(entry.repo, file, revision=entry.revision) for file in entry.files[:2]]
+        if all(isinstance(path, str) for path in cached):
+            return Path(str(cached[0])) if len(entry.files) == 1 else Path(str(cached[0])).parent
+    what = entry.files[0] if len(entry.files) == 1 else entry.name
+    cache = isinstance(entry, Hub) and not os.environ.get("FLOWTILT_WEIGHTS")
+    raise UserError(
+        f"{what} is missing: `flowtilt download {download_as}` fetches it from {entry.source} "
+        f"into {'the hub cache' if cache else folder()}; or point FLOWTILT_WEIGHTS at the folder that has it"
+    )
+
+
+def download(entry: Published, to: Path | None = None) -> Path:
+    """Fetches an entry where it is missing, and checks it either way; returns what `find` will.
+
+    Args:
+        to: the folder, which is FLOWTILT_WEIGHTS later on; None is FLOWTILT_WEIGHTS now, else flowtilt's cache
+            for single addresses and the hub's own for repositories.
+
+    Raises:
+        UserError: it can't be fetched, or is not what its publisher states.
+    """
+    if isinstance(entry, Url):
+        place = to or folder()
+        if entry.alias and (place / entry.alias).is_file() and not wrong(place / entry.alias, sha256=entry.sha256, size=entry.size):
+            return place / entry.alias
+        return fetch(entry.source, place / entry.files[0], sha256=entry.sha256, size=entry.size)
+    if to is None and os.environ.get("FLOWTILT_WEIGHTS"):
+        to = folder()
+    if to and len(entry.files) > 1:
+        to = to / entry.repo
+    paths = fetch_hub(entry.repo, entry.revision, entry.files, to=to)
+    return paths[0] if len(entry.files) == 1 else paths[0].parent
