@@ -1,6 +1,9 @@
 """flowtilt call by call: the README's ten lines, what each part returns, and what it refuses."""
 
+import contextlib
+import io
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,10 @@ from conftest import two_blocks
 from test_docs import ROOT, blocks
 
 import flowtilt as ft
+from flowtilt.cli import main
+from flowtilt.io.files import read_lines
+from flowtilt.objectives import ForwardProcess
+from flowtilt.runs import checkpoint
 
 FOUR = {"solver": "euler", "steps": 4}
 
@@ -102,6 +109,8 @@ def test_what_is_saved_samples_as_the_average_did(policy, tmp_path):
         (lambda p: ft.Learner(p, ft.NFT()).step(p.sample("a", 2, **FOUR), torch.full((2,), torch.nan)), "no image has an advantage"),
         (lambda p: ft.Learner(p, ft.GRPO()).step(p.sample("a", 2, **FOUR), torch.ones(2)), "trains kept steps; sample with keep=objective"),
         (lambda p: ft.Learner(p, ft.NFT(times_per_image=9)).step(p.sample("a", 2, **FOUR), torch.ones(2)), "lower times_per_image"),
+        (lambda p: ft.Learner("playground", ft.NFT()), "Learner: want a policy of load_policy, not str"),
+        (lambda p: ft.Learner(p, ft.NFT), "Learner: want a method with its settings, such as NFT"),
         (lambda p: ft.load_policy("nowhere"), "model nowhere"),
         (lambda p: ft.load_policy("playground", resolutoin=32), "load_policy: resolutoin: "),
     ],
@@ -115,6 +124,140 @@ def test_what_is_wrong_is_one_line(policy, call, message):
 def test_a_learner_can_be_made_again_once_the_first_is_closed(policy):
     ft.Learner(policy, ft.NFT()).close()
     ft.Learner(policy, ft.NFT())
+
+
+# the trainer -----------------------------------------------------------------------------------------
+
+
+SMALL = {
+    "steps": 3,
+    "rollout": {"prompts": 3, "images_per_prompt": 3, "steps": 3},
+    "objective": {"times_per_image": 1},
+    "optimizer": {"steps_per_rollout": 1},
+    "evaluate": {"every": 0, "images": 6, "steps": 2, "samples": 2},
+    "lora": {"rank": 4},
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The keys of a run of half a second on half of the playground's network."""
+    return {**SMALL, "model": two_blocks().partition("=")[2], "run": str(tmp_path / "run")}
+
+
+def test_rewards_are_callables_and_the_callback_sees_metrics_and_images(small, tmp_path, capsys):
+    seen = []
+    rewards = {"red": lambda images, prompts: images[:, 0].mean((1, 2)), "playground": 0.5}
+    trainer = ft.Trainer("playground", rewards=rewards, on_rollout=lambda metrics, images: seen.append((metrics, images)), **small)
+    summary = trainer.run()
+    assert summary["steps"] == 3 and summary["protocol"].startswith("red,")
+    assert [metrics["step"] for metrics, _ in seen] == [1, 2, 3] and {"reward/red", "reward/playground"} <= seen[0][0].keys()
+    preview = seen[-1][1]
+    assert preview.images.shape == (8, 3, 32, 32) and len(preview.prompts) == 8 and preview.step == 3
+    torch.testing.assert_close(preview.scores["red"], preview.images[:, 0].mean((1, 2)))
+    assert preview.png().startswith(b"\x89PNG")
+    said = capsys.readouterr().err
+    assert said.count("resumes only in Python: Trainer(resume=") == 1 and "rewards={'red': ...}" in said
+
+
+def test_a_function_of_a_file_is_named_by_its_file_and_resumes_anywhere(small, tmp_path, capsys):
+    ft.Trainer("playground", rewards=red, **small | {"steps": 1}).run()
+    assert f'red = "{Path(__file__)}:red"' in (tmp_path / "run" / "recipe.toml").read_text()
+    assert main(["train", "--resume", small["run"], "steps=2"]) == 0
+    assert "only in Python" not in capsys.readouterr().err
+
+
+def test_a_run_driven_rollout_by_rollout_is_the_run_of_one_call(small, tmp_path):
+    whole = ft.Trainer({"base": "playground", **small})
+    whole.run()
+    trainer = ft.Trainer({"base": "playground", **small, "run": str(tmp_path / "steps")})
+    rewards = [trainer.step()["reward/total"]] + [metrics["reward/total"] for metrics in trainer]
+    assert rewards == [line["reward/total"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert trainer.done and trainer.clock.step == 3
+    for name in ("summary.json", "report.html", "evaluations.jsonl", "lora"):
+        assert (tmp_path / "steps" / name).exists()
+    ours, theirs = (checkpoint.newest(tmp_path / run).tensors["current"] for run in ("steps", "run"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    for go_on in (trainer.step, lambda: list(trainer)):
+        with pytest.raises(ft.UserError, match="nothing is left to train, the run is at rollout 3"):
+            go_on()
+
+
+def test_a_loop_that_is_left_saves_and_the_run_goes_on_with_its_object(small, tmp_path):
+    rewards = {"red": lambda images, prompts: images[:, 0].mean((1, 2))}
+    for metrics in ft.Trainer("playground", rewards=rewards, **small):
+        if metrics["step"] == 2:
+            break
+    assert checkpoint.newest(tmp_path / "run").step == 2
+    with pytest.raises(ft.UserError, match=r"rewards.red: is a Python object, which no file holds; give it again: Trainer\(resume="):
+        ft.Trainer(resume=small["run"])
+    with pytest.raises(ft.UserError, match=r"rewards\.rde: the run has no such reward; did you mean 'red'"):
+        ft.Trainer(resume=small["run"], rewards={"rde": red})
+    assert "trained with a Python object" in complaint(main, "evaluate", "--lora", small["run"], "--images", "2")
+    trainer = ft.Trainer(resume=small["run"], rewards=rewards, steps=4)
+    assert trainer.clock.step == 2 and trainer.run()["steps"] == 4
+
+
+def test_ctrl_c_saves_after_the_rollout_and_stops_the_cell(small, tmp_path):
+    trainer = ft.Trainer("playground", on_rollout=lambda metrics, images: signal.raise_signal(signal.SIGINT), **small)
+    with pytest.raises(KeyboardInterrupt, match="saved after 1 rollouts; go on with: Trainer\\(resume="):
+        for _ in trainer:
+            pass
+    assert checkpoint.newest(tmp_path / "run").step == 1
+    assert trainer.run() is None and trainer.clock.step == 2  # once more
+    assert checkpoint.newest(tmp_path / "run").step == 2
+
+
+def test_what_a_callback_raises_ends_the_run_after_a_checkpoint(small, tmp_path):
+    def fail(metrics, images):
+        raise ZeroDivisionError
+
+    trainer = ft.Trainer("playground", on_rollout=fail, **small)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert checkpoint.newest(tmp_path / "run").step == 1
+    with pytest.raises(ZeroDivisionError):
+        trainer.step()
+    assert checkpoint.newest(tmp_path / "run").step == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: ft.Trainer(), "Trainer: which recipe"),
+        (lambda s: ft.Trainer("playgruond"), "did you mean 'playground'"),
+        (lambda s: ft.Trainer(3), "recipe: want a name, a .toml file, a dict or a Recipe, not int"),
+        (lambda s: ft.Trainer("playground", stps=3), r"stps: unknown key; did you mean 'steps'\? \[Python\]"),
+        (lambda s: ft.Trainer({"base": "playground", "rollout": {"promts": 3}}), "did you mean 'rollout.prompts'"),
+        (lambda s: ft.Trainer("playground", rewards=[red]), "rewards: want a dict of rewards by name"),
+        (lambda s: ft.Trainer("playground", rewards={"red": None}), "rewards.red: want a callable"),
+        (lambda s: ft.Trainer("playground", rewards={}), "rewards: "),
+        (lambda s: ft.Trainer("playground", **s | {"rewards": {"red": lambda images, prompts: images}}), "reward red: "),
+        (lambda s: ft.Trainer("playground", **s | {"objective": Notebook()}), "objective: Notebook was defined in Python, not in a file"),
+        (lambda s: (ft.Trainer("playground", **s).close(), ft.Trainer("playground", **s)), "run: not empty; go on with"),
+        (lambda s: (kept.append(ft.Trainer("playground", **s)), ft.Trainer(resume=s["run"])), "held by a training run of this very"),
+        (lambda s: ft.Trainer(resume="nowhere"), "nowhere: not a run"),
+        (lambda s: (ft.Trainer("playground", **s).close(), ft.Trainer(resume=s["run"], seed=1)), "override seed: a resumed run can't"),
+        (lambda s: (ft.Trainer("playground", **s).close(), ft.Trainer("playground", s["run"], **s | {"seed": 1})), "another recipe .seed "),
+    ],
+)
+def test_what_a_trainer_can_not_do_is_one_line(small, call, message):
+    with pytest.raises(ft.UserError, match=message) as told:
+        call(small)
+    assert "\n" not in str(told.value)
+    while kept:
+        kept.pop().close()
+
+
+kept: list[ft.Trainer] = []
+Notebook = type("Notebook", (ForwardProcess,), {"sample_loss": lambda self, at, batch: at.v.mean(), "__module__": "__main__"})
+
+
+def complaint(main, *words):
+    """The one line that a mistaken command ends in."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main(list(words)) == 2
+    return err.getvalue().strip().splitlines()[-1]
 
 
 def test_the_example_runs_and_its_lora_is_written(tmp_path, monkeypatch, capsys):

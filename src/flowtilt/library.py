@@ -11,10 +11,8 @@
 >>> policy.save_lora("mine")  # doctest: +SKIP
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,8 @@ from flowtilt.config import ModelSettings, OptimizerSettings, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.io.files import write_atomic
 from flowtilt.io.images import sheet
+from flowtilt.io.showing import Showable
 from flowtilt.lora.stacked import read_stack
 from flowtilt.methods.base import Method
 from flowtilt.models.conditioning import Conditioning
@@ -51,7 +49,7 @@ __all__ = ["Learner", "Policy", "Samples", "load_policy", "load_prompts", "score
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Showable):
     """Images of a policy, prompt by prompt.
 
     Args:
@@ -77,26 +75,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def png(self) -> bytes:
-        """A PNG file of all images, one row per prompt; small images are enlarged."""
-        buffer = BytesIO()
-        sheet(self.images.unflatten(0, (-1, self.settings.images_per_prompt)).unbind(1)).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    def save(self, path: str | Path) -> None:
-        """Writes `png()` to a file."""
-        write_atomic(Path(path), self.png())
-
-    def show(self) -> None:
-        """Shows the images in a notebook; elsewhere in the system's viewer."""
-        shell = sys.modules.get("IPython")  # imported in every notebook
-        if shell is not None and shell.get_ipython() is not None:
-            shell.display.display(shell.display.Image(self.png()))
-        else:
-            Picture.open(BytesIO(self.png())).show()
-
-    def _repr_png_(self) -> bytes:
-        return self.png()
+    def picture(self) -> Picture.Image:
+        """All images, one row per prompt; small ones are enlarged."""
+        return sheet(self.images.unflatten(0, (-1, self.settings.images_per_prompt)).unbind(1))
 
 
 class Policy(Roles):
@@ -256,6 +237,10 @@ class Learner:
     """
 
     def __init__(self, policy: Policy, objective: Method, lr: float = 3e-4, *, ema: float = 0.9, seed: int = 0, **optimizer: Any):
+        if not isinstance(policy, Policy):
+            raise UserError(f"Learner: want a policy of load_policy, not {type(policy).__name__}")
+        if not isinstance(objective, Method):
+            raise UserError(f"Learner: want a method with its settings, such as NFT(beta=1.0), not {objective!r:.80}")
         if policy.learner is not None:
             raise UserError("Learner: this policy has a learner already; call its close(), or load another policy")
         if objective.learner != Method.learner:

@@ -1,6 +1,7 @@
 """From a recipe's names to the things they name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -109,10 +110,18 @@ def judges_of(recipe: Recipe) -> list[Named]:
     return [trained.get(name, Named(name, name)) for name in names] or list(trained.values())
 
 
-def load_rewards(recipe: Recipe, device: torch.device) -> tuple[dict[str, Reward], dict[str, Reward]]:
-    """The rewards that train and those that judge; what does both is loaded once, and off the device where models only visit it."""
+def load_rewards(
+    recipe: Recipe, device: torch.device, objects: Mapping[str, Reward] | None = None
+) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The rewards that train and those that judge; what does both is loaded once, and off the device where models only visit it.
+
+    Args:
+        objects: rewards that Python gave, by name; they are used in place of what the recipe names.
+    """
     away = home(recipe.model.offload, device)
-    trained, _ = load_named(rewards_of(recipe), device=device, home=away)
+    given = objects or {}
+    wanted = [replace(one, source=given[one.name]) if one.name in given else one for one in rewards_of(recipe)]
+    trained, _ = load_named(wanted, device=device, home=away)
     only = [one for one in judges_of(recipe) if one.name not in trained]
     others = load_named(only, device=device, home=away)[0] if only else {}
     return trained, {one.name: (trained | others)[one.name] for one in judges_of(recipe)}

@@ -1,4 +1,4 @@
-"""`flowtilt train`, `sample`, `recipes` and `keys`."""
+"""`flowtilt train` and `sample`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.cli.words import TRUST
-from flowtilt.config import Recipe, known_keys, load_recipe, recipe_names
+from flowtilt.config import Recipe, load_recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
 from flowtilt.config.trust import check, of_recipe
 from flowtilt.distributed import signals, torchrun
@@ -48,9 +48,6 @@ def add(commands: Any) -> None:
     sample.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help=".png, .jpg or .webp (%(default)s)")
     sample.add_argument("--trust", action="store_true", help=TRUST)
     sample.set_defaults(call=_sample)
-
-    commands.add_parser("recipes", help="list the recipes").set_defaults(call=_recipes)
-    commands.add_parser("keys", help="list every key of a recipe with its default and meaning").set_defaults(call=_keys)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -142,22 +139,4 @@ def _sample(args: argparse.Namespace) -> int:
         trust=args.trust,
     )
     print(written)
-    return 0
-
-
-def _recipes(args: argparse.Namespace) -> int:
-    width = max(map(len, recipe_names()))
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        rewards = ", ".join(recipe.rewards)
-        r = recipe.rollout
-        print(f"{name:{width}}  {recipe.model.path}: {rewards}; {recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images")
-    return 0
-
-
-def _keys(args: argparse.Namespace) -> int:
-    for key in known_keys():
-        default = "required" if key.field.is_required() else repr(key.field.get_default(call_default_factory=True))
-        of = f"{', '.join(key.types)}: " if key.types else ""
-        print(f"{key.name:32} {default:12} {of}{key.field.description or ''}")
     return 0

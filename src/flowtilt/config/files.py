@@ -46,7 +46,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 
 def _load(source: str | Path, overrides: Sequence[str], stored: bool) -> Recipe:
-    tree, origins = _read(str(source), ())
+    tree, origins = read(str(source))
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
@@ -87,29 +87,32 @@ def validate(tree: dict[str, Any], origins: dict[str, str], where: str, stored: 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that `load_recipe` reads back equal; what is none is left out."""
     tree = recipe.model_dump(mode="json", exclude_none=True)
-    plain = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    plain = [f"{key} = {toml_value(value)}" for key, value in tree.items() if not isinstance(value, dict)]
     tables = [
-        f"\n[{key}]\n" + "\n".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items())
+        f"\n[{key}]\n" + "\n".join(f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items())
         for key, value in tree.items()
         if isinstance(value, dict) and value
     ]
     return "\n".join(plain) + "\n" + "\n".join(tables) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value in one line; tomli_w has neither inline tables nor comments, which a recipe has both of."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     # JSON's numbers, booleans and strings are TOML's, once DEL is escaped
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _toml_key(key: str) -> str:
-    return key if key.isascii() and key.replace("_", "a").replace("-", "a").isalnum() else _toml(key)
+def toml_key(key: str) -> str:
+    """A key, quoted where it has to be."""
+    return key if key.isascii() and key.replace("_", "a").replace("-", "a").isalnum() else toml_value(key)
 
 
-def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree of a name or file on top of its bases, not yet checked, and where each key was set."""
     text, where = _find(source)
     try:
         tree = tomllib.loads(text)
@@ -123,13 +126,24 @@ def _read(source: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str,
         return tree, origins
     if not isinstance(base, str):
         raise UserError(f"recipe {where}: base = {base!r:.80} must name another recipe")
-    base_source = base if base in recipe_names() else str(Path(where).parent / base)
+    base_source = _base_of(base, where)
     seen = (*seen, _identity(source))
     if _identity(base_source) in seen:
         raise UserError(f"recipe {where}: base = {base!r} must name another recipe, but comes back to itself")
-    below, below_origins = _read(base_source, seen)
-    _merge(below, tree)
+    below, below_origins = read(base_source, seen)
+    merge(below, tree)
     return below, _newer(below_origins, origins)
+
+
+def chain(source: str) -> list[tuple[str, str]]:
+    """Where a recipe and each of its bases is, with its text; the recipe itself first."""
+    text, where = _find(source)
+    base = tomllib.loads(text).get("base")
+    return [(where, text), *(chain(_base_of(base, where)) if base else [])]
+
+
+def _base_of(base: str, where: str) -> str:
+    return base if base in recipe_names() else str(Path(where).parent / base)
 
 
 def _identity(source: str) -> str:
@@ -178,7 +192,8 @@ def _newer(below: dict[str, str], above: dict[str, str]) -> dict[str, str]:
     return {old: at for old, at in below.items() if not any(old.startswith(key + ".") for key in above)} | above
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Puts a tree on top of another, in place."""
     for key, value in above.items():
         if key == "rewards":  # what a run is for: a recipe that names its own means those alone
             below[key] = value
@@ -188,7 +203,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
                 below[key] = {}
             if key in ("rollout", "evaluate"):
                 _leave_cps(below[key], value)
-            _merge(below[key], value)
+            merge(below[key], value)
         else:
             below[key] = value
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.config import ModelSettings, Recipe
+from flowtilt.config.given import OBJECT
 from flowtilt.errors import UserError
 from flowtilt.io.files import cache_folder, shown, write_atomic
 from flowtilt.methods import is_own
 
 RECIPE = "recipe.toml"
 NAME = re.compile(r"[\w.-]+")
-"""A built-in reward; "file.py:function" and addresses have a colon, and nothing else is ever run."""
+"""A built-in reward; "file.py:function" and addresses have a colon. A Python object is never loaded from a recipe."""
 
 
 def of_model(settings: ModelSettings) -> dict[str, str]:
@@ -37,7 +38,7 @@ def of_rewards(rewards: Iterable[tuple[str, str, Mapping[str, Any]]]) -> dict[st
     """What rewards, as (name, source, options), run or contact besides flowtilt's own code, by key."""
     found = {}
     for name, source, options in rewards:
-        if not NAME.fullmatch(source):
+        if not (NAME.fullmatch(source) or source.startswith(OBJECT)):
             found[f"rewards.{name}"] = source
         for key, value in options.items():
             if isinstance(value, str) and "://" in value:  # UnifiedReward's server

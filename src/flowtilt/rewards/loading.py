@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from flowtilt.config.given import OBJECT
 from flowtilt.errors import UserError
 from flowtilt.io import user_code as sources
 from flowtilt.io.containment import contained
@@ -118,6 +119,11 @@ def _shown(thing: Any) -> str:
 
 def find_reward(name: str, source: str) -> Any:
     """The function or class behind `source`, not yet built; see `load_reward`."""
+    if source.startswith(OBJECT):
+        raise UserError(
+            f"rewards.{name}: this run was trained with a Python object, which no file holds; give it again in Python: "
+            f"Trainer(resume=RUN, rewards={{{name!r}: ...}}), or name other rewards"
+        )
     if source.startswith(("http://", "https://")):
         from flowtilt.rewards.serving.client import Served
 

@@ -23,7 +23,7 @@ class Named:
     """
 
     name: str
-    source: str
+    source: Any
     options: Mapping[str, Any] = field(default_factory=dict)
     optional: bool = False
 

@@ -1,6 +1,6 @@
 """What a method is handed to train with, and what it gives back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ from flowtilt.policy.roles import Policy
 from flowtilt.prompts import PromptWalk
 from flowtilt.rewards import Reward
 from flowtilt.training.optimizer import Update
+from flowtilt.training.preview import Preview
 from flowtilt.training.timing import Phases
 
 
@@ -22,6 +23,7 @@ class Parts:
 
     Args:
         resume: the folder of the run that goes on; none for a new one.
+        show: takes the first images of each rollout; none where nobody looks.
     """
 
     recipe: Recipe
@@ -31,6 +33,7 @@ class Parts:
     world: World
     micro_batch: MicroBatch
     resume: Path | None = None
+    show: Callable[[Preview], None] | None = None
 
 
 class Training(Protocol):

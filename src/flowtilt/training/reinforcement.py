@@ -59,7 +59,7 @@ class Reinforcement:
         self.learner = learner
         self.base_loras = base_loras or {}
         """The LoRA that a further role was put on, by role."""
-        self.rollouts = Rollouts(parts.recipe, parts.policy, learner.objective, parts.rewards, parts.world, parts.micro_batch)
+        self.rollouts = Rollouts(parts.recipe, parts.policy, learner.objective, parts.rewards, parts.world, parts.micro_batch, parts.show)
 
     @property
     def updates(self) -> dict[str, Update]:

@@ -1,6 +1,6 @@
 """Rollouts: images of the collecting policy, their scores and advantages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from flowtilt.seeding import noise
 from flowtilt.training.collector import collector
 from flowtilt.training.image_metrics import image_features, image_metrics
 from flowtilt.training.learner import Scored
+from flowtilt.training.preview import IMAGES, Preview
 from flowtilt.training.timing import Phases
 
 
@@ -29,13 +30,21 @@ class Rollouts:
 
     Args:
         objective: what the rollouts are for.
+        show: takes this rank's first images of each rollout.
     """
 
     def __init__(
-        self, recipe: Recipe, policy: Policy, objective: Collecting, rewards: Mapping[str, Reward], world: World, micro_batch: MicroBatch
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        objective: Collecting,
+        rewards: Mapping[str, Reward],
+        world: World,
+        micro_batch: MicroBatch,
+        show: Callable[[Preview], None] | None = None,
     ):
         self.recipe, self.policy, self.objective, self.rewards = recipe, policy, objective, rewards
-        self.world, self.micro_batch = world, micro_batch
+        self.world, self.micro_batch, self.show = world, micro_batch, show
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
 
     def draw(self, step: int, drawn: list[Prompt], phases: Phases) -> tuple[Scored, dict[str, float]]:
@@ -54,6 +63,7 @@ class Rollouts:
             conditioning = policy.model.encode([p.text for p in own])
         parts: list[tuple[Tensor, Trajectory | None]] = []
         features: list[Tensor] = []
+        first: list[Tensor] = []
         collect = collector(r, self.recipe.seed, step, self.objective)
         with Scoring(self.rewards, self.world.device) as scoring:
             for rows in scoring.parts(len(own)):
@@ -68,10 +78,16 @@ class Rollouts:
                 with phases("decode"):
                     images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
                     features.append(image_features(images))
+                    if self.show and sum(map(len, first)) < IMAGES:
+                        first.append(images[:IMAGES].float().cpu())
                 scoring.add(images, [own[k] for k in rows])
                 parts.append((x0, path))
             with phases("reward"):
                 scores, missing = scoring.finish()
+        if self.show and first:
+            shown = torch.cat(first)[:IMAGES]
+            few = {name: value[: len(shown)].cpu() for name, value in scores.items()}
+            self.show(Preview(step, shown, [prompt.text for prompt in own[: len(shown)]], few))
         with phases("sync"):
             scores = self.world.gather_columns(scores, number)
             looks = self.world.gather(torch.cat(features).to(self.world.device), number).cpu()

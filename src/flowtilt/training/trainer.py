@@ -6,7 +6,6 @@ the micro-batch, the number of processes, or how often the run was interrupted.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from flowtilt.build import (
     training_prompts,
 )
 from flowtilt.config import Recipe, recipe_names
-from flowtilt.config.held_out import score_name_of
 from flowtilt.device.micro_batch import MicroBatch
-from flowtilt.distributed import signals
 from flowtilt.distributed import world as distributed
 from flowtilt.distributed.sameness import digests
 from flowtilt.errors import UserError
@@ -44,54 +41,61 @@ from flowtilt.rewards.trial import try_rewards
 from flowtilt.runs import checkpoint, tracking
 from flowtilt.runs import folder as runs
 from flowtilt.runs.export import write_lora, write_role
-from flowtilt.runs.shared import RunFolder
+from flowtilt.runs.given import note_objects, recipe_for
 from flowtilt.training.display import Display
+from flowtilt.training.driving import Driver, OnRollout
 from flowtilt.training.guards import Guards
 from flowtilt.training.pace import Pace
 from flowtilt.training.parts import Parts, Training
+from flowtilt.training.preview import Preview
+from flowtilt.training.state import Clock, checkpoint_of, restore
 from flowtilt.training.timing import Phases
 
 
-@dataclass
-class Clock:
-    """How far a run is. `seconds` counts training alone, without evaluations, checkpoints and loading."""
+class Trainer(Driver):
+    """A run from its recipe, all at once with `run`, or rollout by rollout: `for metrics in trainer`, or `step`.
 
-    step: int = 0
-    seconds: float = 0.0
-    network_evaluations: int = 0
-
-
-class Trainer:
-    """A run from its recipe. It holds the run's folder, so that nobody else writes there, until `run` has ended or `close`.
+    It holds the run's folder, so that nobody else writes there, until `run` has ended or `close`.
 
     Args:
-        recipe: what to do.
+        recipe: what to do: a recipe, its name, a .toml file, or its keys as a dict; may be left out with `resume`.
         resume: the folder of a run to go on with; none starts a new one.
         world: the processes; none asks torchrun's environment.
         changed: go on although prompt files, reward files or the model have changed since the run began.
+        rewards: in place of the recipe's rewards and those that its evaluation reports: name -> callable, weight, built-in name,
+            "file.py:function" or {"source": ..., "weight": ...}. A run with a callable that is not in a file resumes only in Python,
+            with the callable given again.
+        on_rollout: called after each rollout, on the first process, with its metrics and a `Preview` of its first images (None for a
+            method that samples none). What it raises ends the run after a checkpoint.
+        keys: further keys of the recipe: steps=20, rollout={"prompts": 6}, run="runs/mine".
 
     Raises:
         UserError: anything of the recipe that can't be loaded or used, before anything is written; another process
             holds the run.
     """
 
-    def __init__(self, recipe: Recipe, resume: Path | str | None = None, world: distributed.World | None = None, changed: bool = False):
-        self.world = world or distributed.start()
-        tracking.check(recipe.track, quiet=self.world.rank > 0)
-        self.trackers = tracking.Trackers()
-        self._folder, self._failed = RunFolder(self.world), False
+    def __init__(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+        resume: Path | str | None = None,
+        world: distributed.World | None = None,
+        changed: bool = False,
+        *,
+        rewards: Any = None,
+        on_rollout: OnRollout | None = None,
+        **keys: Any,
+    ):
+        found, self._objects = recipe_for(recipe, resume, rewards, keys)
+        super().__init__(world or distributed.start(), on_rollout)
+        tracking.check(found.track, quiet=self.world.rank > 0)
         folder = None if resume is None else Path(resume)
         try:
             if folder:
                 self._folder.resume(folder)
-            self._prepare(inputs.found_again(recipe, folder) if folder else inputs.whole(recipe), folder, changed)
+            self._prepare(inputs.found_again(found, folder) if folder else inputs.whole(found), folder, changed)
         except BaseException:
             self.close()
             raise
-
-    def close(self) -> None:
-        """Lets others write to the run's folder. `run` does so when it ends."""
-        self._folder.close()
 
     def _prepare(self, recipe: Recipe, resume: Path | None, changed: bool) -> None:
         """Loads all that the recipe names, and makes or finds the folder."""
@@ -100,7 +104,7 @@ class Trainer:
         images = recipe.rollout.images()
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
-        self.rewards, self.judges = load_rewards(recipe, self.world.device)
+        self.rewards, self.judges = load_rewards(recipe, self.world.device, self._objects)
         self.prompts = training_prompts(recipe)
         self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
         weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
@@ -124,20 +128,26 @@ class Trainer:
         if recipe.model.recompute is True:
             self.policy.recompute()
         self.micro_batch = MicroBatch(recipe.micro_batch, self.world.device.type)
-        parts = Parts(recipe, self.policy, self.walk, self.rewards, self.world, self.micro_batch, resume)
+        parts = Parts(
+            recipe,
+            self.policy,
+            self.walk,
+            self.rewards,
+            self.world,
+            self.micro_batch,
+            resume,
+            show=self._keep_preview if self._on_rollout else None,
+        )
         self.method: Training = named(recipe.objective.learner)(parts)
         # after recomputation, which it would not see
         if recipe.model.compile:
             self._compile()
         self.clock, self.guards = Clock(), Guards(recipe)
-        self.interrupted = False
-        """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
-        self.unsaved = False
-        """Whether there is more than the newest checkpoint has; where not, the run may be ended at any instant and loses nothing."""
         self.pace = Pace()
-        self.stopped_by: str | None = None
-        """The guard's message that ended the run."""
         self.run_folder = self._open(resume)
+
+    def _keep_preview(self, found: Preview) -> None:
+        self._preview = found
 
     def _compile(self) -> None:
         def say(text: str) -> None:
@@ -167,7 +177,7 @@ class Trainer:
         if found := self._folder.newest() if resume else None:
             if not are_named(self.below, found.state["parents"]):
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
-            self._load(found)
+            self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method.updates)
         if self.clock.step > self.recipe.steps:
             raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
@@ -180,63 +190,10 @@ class Trainer:
         if main:
             inputs.save(self.recipe, folder, self.clock.step if found else None, self._accepted)
             write_json(folder / "environment.json", describe(self.world.size))
+            if not resume:
+                note_objects(folder, self.recipe)
         self.world.barrier()
         return folder
-
-    def run(self) -> dict[str, object] | None:
-        """Trains to the recipe's last step; returns the summary, or none when interrupted or stopped by a guard.
-
-        Ctrl-C and SIGTERM end it after the rollout that is going on, and save. It may be called again to go on from there.
-
-        Raises:
-            UserError: a reward fails or the disk is full; the last checkpoint stands.
-        """
-        if self._folder.closed:
-            if self._failed:
-                raise UserError(f"{self.run_folder}: its run was stopped in the middle; {self._folder.again()}")
-            self._folder.resume_at(self.clock.step)
-            self.interrupted = False
-        try:
-            # the command line has its own handlers, which may end a process that hangs
-            with signals.handled(force=False) as ending:
-                ending.protect(self, tell=self.world.rank == 0)
-                return self._train()
-        except BaseException:
-            self._failed = True
-            raise
-        finally:
-            self.close()
-
-    def _train(self) -> dict[str, object] | None:
-        main = self.world.rank == 0
-        display = Display(self.recipe.steps, self.clock.step, self.recipe.objective.progress, not main, score_name_of(self.recipe))
-        if main:
-            self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, display.say)
-        try:
-            if self.clock.step == 0:
-                self.save()
-            # checkpoints come before the evaluation that is due with them, which a kill may have kept from being made
-            if self._evaluation_due():
-                if record := self.world.first(self._evaluated):
-                    self._remember(record)
-                else:
-                    self._evaluate(display)
-            stopping = False
-            while self.clock.step < self.recipe.steps and not self.stopped_by and not stopping:
-                self.unsaved = True
-                self._log(self._step(), display)
-                stopping = self.world.any(self.interrupted)
-                due = self._evaluation_due()
-                if due or stopping or self.stopped_by or self.clock.step % self.recipe.checkpoint.every == 0:
-                    self.save()
-                    self.unsaved = False
-                    stopping = self.world.any(self.interrupted)
-                if due and not stopping:
-                    self._evaluate(display)
-            return self._finish() if self.clock.step == self.recipe.steps and not stopping else None
-        finally:
-            display.close()
-            self.trackers.close()
 
     # one step ---------------------------------------------------------------------------------------
 
@@ -315,20 +272,11 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as a LoRA that diffusers loads."""
         if self.world.rank == 0:
-            state = {
-                "clock": asdict(self.clock),
-                "optimizer_steps": {role: update.count for role, update in self.method.updates.items()},
-                "guards": self.guards.state,
-                "parents": self.parents,
-                "micro_batch": self.micro_batch.sizes,
-                "recompute": self.policy.recomputes,
-            }
-            tensors = {role: self.policy.state(role) for role in self.policy.roles} | {
-                _optimizer_of(role): update.tensors() for role, update in self.method.updates.items()
-            }
-            checkpoint.save(self.run_folder, checkpoint.Checkpoint(self.clock.step, state, tensors), self.recipe.checkpoint.keep)
+            found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method.updates)
+            checkpoint.save(self.run_folder, found, self.recipe.checkpoint.keep)
             self._write_loras()
         self.world.barrier()
+        self.unsaved = False
 
     def _write_loras(self) -> None:
         write_lora(self.policy, self.run_folder, self.recipe, self.clock.step, self.parents)
@@ -336,17 +284,6 @@ class Trainer:
             if role not in ROLES:
                 base = self.method.base_loras.get(role)
                 write_role(self.policy, role, self.run_folder, [fingerprint(base)] if base else [])
-
-    def _load(self, found: checkpoint.Checkpoint) -> None:
-        self.clock = Clock(**found.state["clock"])
-        self.guards = Guards(self.recipe, found.state["guards"])
-        self.micro_batch.restore(found.state["micro_batch"])
-        if self.recipe.model.recompute == "auto" and found.state["recompute"]:
-            self.policy.recompute()
-        for role in self.policy.roles:
-            self.policy.load_state(role, found.tensors[role])
-        for role, update in self.method.updates.items():
-            update.load(found.state["optimizer_steps"][role], found.tensors[_optimizer_of(role)])
 
     def _evaluation_due(self) -> bool:
         """Whether an evaluation belongs to the rollouts done so far: to none, to all, or to every so many."""
@@ -377,8 +314,3 @@ class Trainer:
             write_report(self.run_folder)
         self.world.barrier()
         return summary
-
-
-def _optimizer_of(role: str) -> str:
-    """The checkpoint's file of what AdamW remembers."""
-    return "optimizer" if role == "current" else f"optimizer_{role}"

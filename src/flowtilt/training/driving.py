@@ -1,0 +1,218 @@
+"""How a run is driven: to its end, or rollout by rollout; what is saved when, and what an interrupt does."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from flowtilt.config import Recipe
+from flowtilt.config.held_out import score_name_of
+from flowtilt.distributed import signals
+from flowtilt.distributed.world import World
+from flowtilt.errors import UserError
+from flowtilt.runs import tracking
+from flowtilt.runs.shared import RunFolder
+from flowtilt.training.display import Display
+from flowtilt.training.preview import Preview
+from flowtilt.training.state import Clock
+
+OnRollout = Callable[[dict[str, float], Preview | None], object]
+"""Takes a rollout's metrics and its first images."""
+
+
+class Driver:
+    """`run`, `step` and iteration over rollouts; a `Trainer` is one.
+
+    Args:
+        recipe: its `steps` say where the run ends.
+        on_rollout: called after each rollout on the first process.
+    """
+
+    recipe: Recipe
+    clock: Clock
+    run_folder: Path
+    stopped_by: str | None = None
+    """The guard's message that ended the run."""
+    interrupted = False
+    """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
+    unsaved = False
+    """Whether there is more than the newest checkpoint has; where not, the run may be ended at any instant and loses nothing."""
+
+    def __init__(self, world: World, on_rollout: OnRollout | None):
+        self.world, self._on_rollout = world, on_rollout
+        self._folder, self._preview = RunFolder(world), None
+        self.trackers, self._display = tracking.Trackers(), Display(0, 0, quiet=True)
+        self._begun = self._failed = False
+
+    # what a trainer does in each of them -----------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        raise NotImplementedError
+
+    def _step(self) -> dict[str, float]:
+        """Trains one rollout; returns its metrics."""
+        raise NotImplementedError
+
+    def _log(self, metrics: dict[str, float], display: Display) -> None:
+        """Writes and shows the metrics, and asks the guards."""
+        raise NotImplementedError
+
+    def _evaluate(self, display: Display) -> None:
+        """Evaluates and writes what came out."""
+        raise NotImplementedError
+
+    def _evaluated(self) -> dict[str, Any] | None:
+        """The evaluation after the rollouts done so far, if it was made."""
+        raise NotImplementedError
+
+    def _evaluation_due(self) -> bool:
+        """Whether an evaluation belongs to the rollouts done so far."""
+        raise NotImplementedError
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Takes note of an evaluation that was made before the run was resumed."""
+        raise NotImplementedError
+
+    def _finish(self) -> dict[str, object]:
+        """Writes the summary."""
+        raise NotImplementedError
+
+    # how it goes on --------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Saves what is not saved yet, and lets others write to the run's folder. `run` does so when it ends."""
+        try:
+            if self.unsaved and not self._failed and not self._folder.closed:
+                self.save()
+        finally:
+            self._display.close()
+            self.trackers.close()
+            self._begun = False
+            self._folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is at the recipe's last rollout, or a guard stopped it."""
+        return self.clock.step >= self.recipe.steps or self.stopped_by is not None
+
+    def run(self) -> dict[str, object] | None:
+        """Trains to the recipe's last step; returns the summary, or none when interrupted or stopped by a guard.
+
+        Ctrl-C and SIGTERM end it after the rollout that is going on, and save. It may be called again to go on from there.
+
+        Raises:
+            UserError: a reward fails or the disk is full; the last checkpoint stands.
+        """
+        with self._running():
+            try:
+                self._begin()
+                stopping = False
+                while not self.done and not stopping:
+                    _, stopping = self._advance()
+                return self._finish() if self.clock.step == self.recipe.steps and not stopping else None
+            except BaseException:
+                self._failed = self._failed or self.unsaved
+                raise
+            finally:
+                self.close()
+
+    def step(self) -> dict[str, float]:
+        """Trains one rollout and returns its metrics, with its checkpoint and evaluation where they are due; the last one ends the run.
+
+        Raises:
+            UserError: as `run`, or there is no rollout left.
+            KeyboardInterrupt: Ctrl-C, after the rollout that was going on, once it is saved; `step` may be called again.
+        """
+        if self.done:
+            why = (
+                f"stopped by a guard: {self.stopped_by}" if self.stopped_by else f"at rollout {self.clock.step}, its last one; raise steps"
+            )
+            raise UserError(f"{self.run_folder}: nothing is left to train, the run is {why}")
+        with self._running():
+            try:
+                self._begin()
+                metrics, stopping = self._advance()
+                if self.clock.step == self.recipe.steps and not stopping:
+                    self._finish()
+            except BaseException:
+                self._failed = self._failed or self.unsaved
+                self.close()
+                raise
+        if self.done or stopping:
+            self.close()
+        if stopping and not self.done:
+            raise KeyboardInterrupt(f"saved after {self.clock.step} rollouts; go on with: Trainer(resume={str(self.run_folder)!r})")
+        return metrics
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        """The metrics of each rollout that is left. A loop that is left early saves."""
+        try:
+            yield self.step()
+            while not self.done:
+                yield self.step()
+        finally:
+            self.close()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Holds the folder; inside, signals end the run after the rollout that is going on."""
+        if self._failed:
+            raise UserError(f"{self.run_folder}: its run was stopped in the middle; {self._folder.again()}")
+        if self._folder.closed:
+            self._folder.resume_at(self.clock.step)
+            self.interrupted = False
+        # the command line has its own handlers, which may end a process that hangs
+        with signals.handled(force=False) as ending:
+            ending.protect(self, tell=self.world.rank == 0)
+            yield
+
+    def _begin(self) -> None:
+        """What comes before the first rollout of this process: the display, trackers, and what is due after the rollouts so far."""
+        if self._begun:
+            return
+        self._begun, main = True, self.world.rank == 0
+        self._display = Display(self.recipe.steps, self.clock.step, not main, score_name_of(self.recipe))
+        if main:
+            self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, self._display.say)
+        if self.clock.step == 0:
+            self.save()
+        # checkpoints come before the evaluation that is due with them, which a kill may have kept from being made
+        if self._evaluation_due():
+            if record := self.world.first(self._evaluated):
+                self._remember(record)
+            else:
+                self._evaluate(self._display)
+
+    def _advance(self) -> tuple[dict[str, float], bool]:
+        """One rollout, and what is due after it; its metrics, and whether the run was interrupted."""
+        self.unsaved = True
+        metrics = self._step()
+        self._log(metrics, self._display)
+        metrics = {"step": self.clock.step, **metrics}
+        self._show(metrics)
+        stopping = self.world.any(self.interrupted)
+        due = self._evaluation_due()
+        if due or stopping or self.stopped_by or self.clock.step % self.recipe.checkpoint.every == 0:
+            self.save()
+            stopping = self.world.any(self.interrupted)
+        if due and not stopping:
+            self._evaluate(self._display)
+        return metrics, stopping
+
+    def _show(self, metrics: dict[str, float]) -> None:
+        """Calls the user's own code, which may raise anything; the rollout is whole by then."""
+        if self._on_rollout is None or self.world.rank:
+            return
+        try:
+            self._on_rollout(metrics, self._preview)
+        except BaseException:
+            if self.world.size == 1:
+                self.save()
+            raise
