@@ -22,11 +22,11 @@ def complaint(capsys, *words):
 @pytest.mark.parametrize("name", recipe_names())
 def test_init_writes_every_key_with_its_meaning_and_the_same_recipe(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    given = 'rewards.x={source="ocr", weight=0, options={level=1}}'
-    assert main(["init", "my.toml", "--from", name, given]) == 0
+    given = ['rewards.x={source="ocr", weight=0, options={level=1}}'] if name == "playground" else []
+    assert main(["init", "my.toml", "--from", name, *given]) == 0
     assert "flowtilt train my.toml" in capsys.readouterr().out
     recipe = load_recipe("my.toml")
-    assert recipe == load_recipe(name, ["name=my", given])
+    assert recipe == load_recipe(name, ["name=my", *given])
     lines = Path("my.toml").read_text().splitlines()
     keys = {line.removeprefix("# ").partition(" =")[0] for line in lines if " =" in line}
     kind = recipe.objective.type
@@ -82,7 +82,7 @@ def test_a_sweep_is_every_combination(capsys):
     found = sweep.runs_of(["objective.beta=0.5,1", "seed=0..2", "steps=4"])
     assert list(found) == [f"beta={beta},seed={seed}" for beta in ("0.5", "1") for seed in range(3)]
     assert found["beta=1,seed=2"] == ["objective.beta=1", "seed=2", "steps=4"]
-    assert list(sweep.runs_of(["rollout.steps=4,5", "evaluate.steps=4,5"]))[0] == "rollout.steps=4,evaluate.steps=4"
+    assert next(iter(sweep.runs_of(["rollout.steps=4,5", "evaluate.steps=4,5"]))) == "rollout.steps=4,evaluate.steps=4"
 
 
 @pytest.mark.parametrize(

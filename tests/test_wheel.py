@@ -66,6 +66,7 @@ def test_the_source_distribution_has_every_file_of_the_repository(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert {".ci/run", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "README.md", "constraints.txt"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "examples").iterdir() if path.is_file()} <= names
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             path = (page.parent / target).resolve()

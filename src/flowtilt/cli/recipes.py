@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.config import known_keys, load_recipe, recipe_names
-from flowtilt.config.annotated import annotated
 from flowtilt.config.files import chain
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
@@ -66,6 +65,8 @@ def _keys(args: argparse.Namespace) -> int:
 
 
 def _init(args: argparse.Namespace) -> int:
+    from flowtilt.config.annotated import annotated
+
     if args.file.suffix != ".toml":
         raise UserError(f"init: {args.file} must end in .toml")
     if args.file.exists():

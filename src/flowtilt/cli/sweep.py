@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,6 +141,8 @@ def _words(source: str, overrides: list[str], run: Path, recipe: Recipe) -> list
 
 def train(words: Sequence[str]) -> int:
     """Runs `flowtilt WORDS` in a process of its own; returns its exit status. A signal is passed on, so that the run saves."""
+    import subprocess  # no other command needs it
+
     with signals.current().deferred() as ending:
         child = subprocess.Popen([sys.executable, "-m", "flowtilt", *words])
         passed = False

@@ -1,6 +1,7 @@
 """No greetings from libraries."""
 
 import os
+import warnings
 
 
 def quieten(progress: bool = False) -> None:
@@ -9,3 +10,4 @@ def quieten(progress: bool = False) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if not progress:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without widgets
