@@ -54,7 +54,7 @@ class RunFolder:
 
     def again(self) -> str:
         """How to go on with what the folder has."""
-        return f"open it again: Trainer(recipe, resume={str(self.path)!r})"
+        return f"open it again: Trainer(resume={str(self.path)!r})"
 
     def compare(self, recipe: Recipe, changed: bool) -> list[str]:
         """What has changed of the files that the run was made of; raises UserError where that was not `changed` on purpose."""

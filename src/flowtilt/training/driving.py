@@ -10,6 +10,7 @@ from flowtilt.config.held_out import score_name_of
 from flowtilt.distributed import signals
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
+from flowtilt.methods.base import Method
 from flowtilt.runs import tracking
 from flowtilt.runs.shared import RunFolder
 from flowtilt.training.display import Display
@@ -41,7 +42,7 @@ class Driver:
     def __init__(self, world: World, on_rollout: OnRollout | None):
         self.world, self._on_rollout = world, on_rollout
         self._folder, self._preview = RunFolder(world), None
-        self.trackers, self._display = tracking.Trackers(), Display(0, 0, quiet=True)
+        self.trackers, self._display = tracking.Trackers(), Display(0, 0, Method.progress, quiet=True)
         self._begun = self._failed = False
 
     # what a trainer does in each of them -----------------------------------------------------------------
@@ -147,7 +148,7 @@ class Driver:
                 raise
         if self.done or stopping:
             self.close()
-        if stopping and not self.done:
+        if stopping and not self.stopped_by:
             raise KeyboardInterrupt(f"saved after {self.clock.step} rollouts; go on with: Trainer(resume={str(self.run_folder)!r})")
         return metrics
 
@@ -178,7 +179,7 @@ class Driver:
         if self._begun:
             return
         self._begun, main = True, self.world.rank == 0
-        self._display = Display(self.recipe.steps, self.clock.step, not main, score_name_of(self.recipe))
+        self._display = Display(self.recipe.steps, self.clock.step, self.recipe.objective.progress, not main, score_name_of(self.recipe))
         if main:
             self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, self._display.say)
         if self.clock.step == 0:
