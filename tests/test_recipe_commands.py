@@ -55,7 +55,7 @@ def test_a_recipe_is_shown_with_those_that_it_is_based_on(capsys):
 def test_keys_are_searched_by_name_and_meaning(capsys):
     assert main(["keys", "peak learning rate"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["optimizer.lr"]
-    assert main(["keys", "^rollout"]) == 0
+    assert main(["keys", r"^rollout\."]) == 0
     assert all(line.startswith("rollout.") for line in capsys.readouterr().out.splitlines())
     assert "did you mean 'optimizer.lr'" in complaint(capsys, "keys", "lrr")
     assert "not a regular expression" in complaint(capsys, "keys", "(")
@@ -120,7 +120,7 @@ def trained(tmp_path, monkeypatch):
 
 
 def short():
-    return [*QUICK, *LIGHT, two_blocks(), "evaluate.every=0"]
+    return [*QUICK, *LIGHT, two_blocks()]
 
 
 def test_a_sweep_trains_compares_skips_and_resumes(trained, tmp_path, capsys):

@@ -63,10 +63,10 @@ class Samples(Showable):
         path: the stochastic steps that were kept for training, if any.
     """
 
-    images: Tensor
-    latents: Tensor
-    prompts: list[Prompt]
-    groups: Tensor
+    images: Tensor = field(repr=False)
+    latents: Tensor = field(repr=False)
+    prompts: list[Prompt] = field(repr=False)
+    groups: Tensor = field(repr=False)
     conditioning: Conditioning = field(repr=False)
     settings: RolloutSettings
     seed: int

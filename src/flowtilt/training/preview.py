@@ -25,9 +25,9 @@ class Preview(Showable):
     """
 
     step: int
-    images: Tensor
+    images: Tensor = field(repr=False)
     prompts: Sequence[str]
-    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
