@@ -20,7 +20,8 @@ from flowtilt.lora.read import read_lora
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.flux import Flux, _shift
 from flowtilt.models.opening import load_pipeline, open_model
-from flowtilt.policy.roles import ROLES, Policy
+from flowtilt.policy.lora import LoraPolicy
+from flowtilt.policy.roles import ROLES
 from flowtilt.policy.tuned_model import Stack
 from flowtilt.runs.export import export
 from flowtilt.sampling.sampler import Sampler, decode
@@ -64,7 +65,7 @@ def stock(pipeline, model, guidance=1.0, **options):
 
 def trained(folder, dtype="float32"):
     """A policy whose roles differ from the base and from one another."""
-    policy = Policy(load(folder, dtype), rank=4, alpha=16.0, seed=0)
+    policy = LoraPolicy(load(folder, dtype), rank=4, alpha=16.0, seed=0)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for role in ROLES:
@@ -184,7 +185,7 @@ def test_at_full_size_loras_go_on_the_layers_of_flowgrpos_flux_and_shapes_are_ri
         known = {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "vae_scale_factor": 8, "default_sample_size": 128}
         reads = {"text_encoder_2": network, "tokenizer_2": SimpleNamespace(model_max_length=512), "components": {}}
         model = Flux(SimpleNamespace(transformer=network, **known, **reads), resolution=512)
-        policy = Policy(model, rank=64, alpha=128.0, seed=0)
+        policy = LoraPolicy(model, rank=64, alpha=128.0, seed=0)
         captions = {"encoder_hidden_states": torch.empty(1, 512, 4096), "pooled_projections": torch.empty(1, 768)}
         x, t = torch.empty(2, *model.latent_shape), torch.empty(2)
     assert 11.9e9 < sum(x.numel() for name, x in network.named_parameters() if "lora" not in name) < 11.91e9

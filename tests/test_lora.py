@@ -19,7 +19,8 @@ from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.roles import ROLES, Policy
+from flowtilt.policy.lora import LoraPolicy
+from flowtilt.policy.roles import ROLES
 from flowtilt.policy.start import load_lora
 from flowtilt.policy.tuned_model import Stack
 
@@ -247,7 +248,7 @@ def test_several_joined_add_what_they_add_one_after_the_other(shapes):
 
 def test_on_a_half_precision_base_a_stack_is_what_the_policy_is_and_two_add_up(shapes):
     lora = random_lora(shapes, ends=tuple(SD3.lora_targets), size=0.05)
-    policy = Policy(model("bfloat16"), rank=4, alpha=10.0, seed=0)
+    policy = LoraPolicy(model("bfloat16"), rank=4, alpha=10.0, seed=0)
     load_lora(policy, lora)
     stack = Stack(model("bfloat16"), [lora])
     assert torch.equal(drawn(stack, "tuned"), drawn(policy, "ema")) and torch.equal(drawn(stack, "base"), drawn(policy, "reference"))
@@ -276,7 +277,7 @@ def test_on_a_half_precision_base_each_layer_has_its_own_rank_and_alpha(shapes):
 def test_a_policy_starts_as_a_lora_bit_for_bit(shapes, ends):
     """Also as one that changes fewer layers than are trained."""
     lora = random_lora(shapes, ends=ends)
-    policy = Policy(model(), rank=4, alpha=10.0, seed=0)
+    policy = LoraPolicy(model(), rank=4, alpha=10.0, seed=0)
     load_lora(policy, lora)
     for role in ROLES:
         state = policy.state(role)
@@ -291,7 +292,7 @@ def test_a_policy_takes_a_lora_of_another_scale_by_rescaling_it(shapes):
     """Bit for bit where the ratio is a power of two, as between a written file, alpha 4, and a run's alpha 16."""
     for alpha, tolerance in ((4.0, 0.0), (10.0, 2e-5)):
         lora = random_lora(shapes, alpha=alpha)
-        policy = Policy(model(), rank=4, alpha=16.0, seed=0)
+        policy = LoraPolicy(model(), rank=4, alpha=16.0, seed=0)
         load_lora(policy, lora)
         torch.testing.assert_close(drawn(policy, "ema"), drawn(Stack(model(), [lora]), "tuned"), atol=tolerance, rtol=tolerance)
 
@@ -305,7 +306,7 @@ def test_a_policy_takes_a_lora_of_another_scale_by_rescaling_it(shapes):
     ],
 )
 def test_a_policy_refuses_a_lora_that_it_could_not_keep(shapes, given, said):
-    policy = Policy(model(), rank=4, alpha=10.0, seed=0)
+    policy = LoraPolicy(model(), rank=4, alpha=10.0, seed=0)
     before = policy.state("current")
     with pytest.raises(UserError) as caught:
         load_lora(policy, random_lora(shapes, **given))

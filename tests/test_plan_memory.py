@@ -57,7 +57,7 @@ def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(unread, tmp_path, 
     assert drawing.peak == pytest.approx(decode.total - sum(found.resident.values()) + beside, rel=1e-3)
     # captions and latents are from before; noise is the computer's, and of the residents the gradient is made
     noise = 6 * 4 * costs.latent
-    assert learning.peak == pytest.approx(train.activations + train.held["micro-batch"] + noise + costs.lora.bytes, rel=2e-3)
+    assert learning.peak == pytest.approx(train.activations + train.held["micro-batch"] + noise + costs.trained.bytes, rel=2e-3)
     assert found.recompute == recompute
 
 
@@ -69,7 +69,7 @@ def test_the_peak_of_training_guided_steps_is_that_of_a_real_one_on_a_cpu(tmp_pa
     learning = measure(lambda: trainer.method.learner.learn(2, scored, Phases(torch.device("cpu"))))
     train = phase(found, "train")
     inside = train.held["micro-batch"] + train.held["captions with the empty one"]
-    assert learning.peak == pytest.approx(train.activations + inside + found.costs.lora.bytes, rel=5e-3)
+    assert learning.peak == pytest.approx(train.activations + inside + found.costs.trained.bytes, rel=5e-3)
 
 
 def test_a_caption_is_held_once_however_many_images_share_it():

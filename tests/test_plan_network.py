@@ -24,7 +24,7 @@ from flowtilt.plan.meter import measure
 from flowtilt.plan.network import batch, build_pipeline, conditioning, costs_of, training, weights_of
 from flowtilt.plan.shapes import outcome
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.roles import Policy
+from flowtilt.policy.lora import LoraPolicy
 from flowtilt.rewards.named import parse
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def without_numbers(dtype, rows, recompute=False):
     geometry = find_geometry("playground")
     model = SD3(build_pipeline(geometry, dtype))
     with torch.device("meta"):
-        policy = Policy(model, rank=32, alpha=64, seed=0)
+        policy = LoraPolicy(model, rank=32, alpha=64, seed=0)
     return ready(policy, batch(model, conditioning(geometry, model), rows), recompute)
 
 
@@ -225,7 +225,7 @@ def test_training_saves_and_costs_on_the_meta_device_what_it_does_on_a_cpu(recom
     brought = sum(weight.nbytes for weight in real._weights_for("old").values()) if recompute else 0
     # a checkpoint holds the merged weights for its block; without one they are among what autograd has
     assert computed.saved == saved.bytes() + brought
-    assert costs(load_recipe("playground", ["model.dtype=float32"])).lora.number == sum(p.numel() for p in real.parameters)
+    assert costs(load_recipe("playground", ["model.dtype=float32"])).trained.number == sum(p.numel() for p in real.parameters)
 
 
 def test_recomputing_costs_one_more_forward_pass_of_the_blocks_and_saves_memory():
@@ -270,4 +270,4 @@ def test_every_recipe_of_sd35_medium_has_its_published_shapes():
     # r (1536 + 1536) for each of 8 layers in 24 blocks; the last has nothing to add to the caption
     for rank, alpha in {(r.lora.rank, r.lora.alpha) for r in recipes}:
         alike = load_recipe("sd35m", [f"lora.rank={rank}", f"lora.alpha={alpha}"])
-        assert costs(alike).lora.number == rank * 3072 * (8 * 24 - 1)
+        assert costs(alike).trained.number == rank * 3072 * (8 * 24 - 1)

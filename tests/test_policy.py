@@ -6,13 +6,14 @@ import torch
 from flowtilt.errors import UserError
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
-from flowtilt.policy.roles import ROLES, Policy
+from flowtilt.policy.lora import LoraPolicy
+from flowtilt.policy.roles import ROLES
 
 
 def build(merge=None, dtype="float32", rank=4, alpha=16.0, blocks=4):
     pipeline = load_pipeline("playground", revision=None, dtype=dtype, device=torch.device("cpu"))
     pipeline.transformer.transformer_blocks = pipeline.transformer.transformer_blocks[-blocks:]
-    policy = Policy(SD3(pipeline), rank=rank, alpha=alpha, seed=0, merge=merge)
+    policy = LoraPolicy(SD3(pipeline), rank=rank, alpha=alpha, seed=0, merge=merge)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for role in ROLES:
@@ -131,7 +132,7 @@ def test_a_role_that_changed_is_merged_anew(inputs):
 def test_every_role_starts_as_the_base_and_a_seed_gives_the_same_adapters():
     def fresh(seed):
         pipeline = load_pipeline("playground", revision=None, dtype="float32", device=torch.device("cpu"))
-        return Policy(SD3(pipeline), rank=4, alpha=8.0, seed=seed)
+        return LoraPolicy(SD3(pipeline), rank=4, alpha=8.0, seed=seed)
 
     torch.manual_seed(0)
     one = fresh(0)

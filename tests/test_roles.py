@@ -11,7 +11,7 @@ from flowtilt.lora import Lora
 from flowtilt.lora.fit import shapes_of
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
-from flowtilt.policy.roles import Policy
+from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.tuned_model import Stack
 
 COLD = {"mixed": True, "seed": 1}
@@ -42,7 +42,7 @@ def inputs():
 
 def build(shapes, merge, dtype="float32", moved=True):
     """A policy on a stack, with a fake score on another one; `moved` gives both LoRAs a B."""
-    policy = Policy(model(dtype), rank=4, alpha=16.0, seed=0, merge=merge, below=[random_lora(shapes, **COLD)])
+    policy = LoraPolicy(model(dtype), rank=4, alpha=16.0, seed=0, merge=merge, below=[random_lora(shapes, **COLD)])
     policy.add_role("fake", 0, [random_lora(shapes, **BENEATH_FAKE)])
     rng = torch.Generator().manual_seed(5)
     for role in ("current", "fake") if moved else ():
@@ -176,8 +176,8 @@ def test_layers_that_are_not_trained_can_lie_beneath_no_role(shapes):
     beyond = random_lora(shapes, ends=("to_q", "ff.net.2"))
     named = Lora(beyond.layers, beyond.alphas, "the other one")
     with pytest.raises(UserError, match=r"lora the other one: changes \d+ layers that are not trained, transformer_blocks.0.ff.net.2"):
-        Policy(model(), rank=4, alpha=16.0, seed=0, below=[random_lora(shapes, **COLD), named])
-    policy = Policy(model(), rank=4, alpha=16.0, seed=0)
+        LoraPolicy(model(), rank=4, alpha=16.0, seed=0, below=[random_lora(shapes, **COLD), named])
+    policy = LoraPolicy(model(), rank=4, alpha=16.0, seed=0)
     with pytest.raises(UserError, match="the other one"):
         policy.add_role("fake", 0, [named])
 
@@ -193,7 +193,7 @@ def test_a_further_role_is_saved_and_put_back_and_starts_from_an_a_of_its_own(sh
     assert torch.equal(drawn(other, "fake", inputs), drawn(policy, "fake", inputs))
     assert all(torch.equal(x, state[name]) for name, x in other.state("fake").items())
     assert all(w.requires_grad and w.is_leaf for w in other._weights["fake"].values())
-    with pytest.raises(UserError, match="LoRA weights of fake: 1 tensors do not fit"):
+    with pytest.raises(UserError, match="weights of fake: 1 tensors do not fit"):
         other.load_state("fake", {name: x for name, x in state.items() if name != min(state)})
 
 

@@ -12,7 +12,7 @@ from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.sd3 import SD3
 from flowtilt.plan.geometry import KNOWN
 from flowtilt.plan.network import build_pipeline, conditioning
-from flowtilt.policy.roles import Policy
+from flowtilt.policy.lora import LoraPolicy
 
 PUBLISHED = {  # blocks, second attentions, normalised queries and keys
     "stabilityai/stable-diffusion-3-medium-diffusers": (24, 0, False),
@@ -26,7 +26,7 @@ def at_full_size(name, resolution, t5_length):
     geometry = KNOWN[name]
     model = SD3(build_pipeline(geometry, "bfloat16"), resolution=resolution, t5_length=t5_length)
     with torch.device("meta"):
-        policy = Policy(model, rank=32, alpha=64.0, seed=0)
+        policy = LoraPolicy(model, rank=32, alpha=64.0, seed=0)
     return geometry, model, policy
 
 
@@ -67,7 +67,7 @@ def test_a_block_of_sd35_medium_trains_in_bfloat16_to_the_same_bits_when_recompu
     torch.manual_seed(0)
     pipeline.transformer = SD3Transformer2DModel(**small).to(torch.bfloat16).requires_grad_(False)
     model = SD3(pipeline, resolution=64)
-    policy = Policy(model, rank=32, alpha=64.0, seed=0)
+    policy = LoraPolicy(model, rank=32, alpha=64.0, seed=0)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in policy._weights["current"].items():

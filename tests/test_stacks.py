@@ -24,10 +24,10 @@ from flowtilt.lora.read import read_lora
 from flowtilt.lora.stacked import keep, kept, leading, read_onto, read_stack
 from flowtilt.lora.write import to_diffusers, to_generator_ema, to_peft
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.roles import Policy
+from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.start import load_lora
 from flowtilt.runs import checkpoint
-from flowtilt.runs.export import export, write_lora
+from flowtilt.runs.export import export, write_result
 
 COLD = {"mixed": True, "seed": 1}
 RL = {"rank": 2, "alpha": 3.0, "seed": 2, "ends": ("to_q", "to_v")}
@@ -321,9 +321,9 @@ def carded(shapes, cold, tmp_path):
     folder.mkdir()
     (folder / "recipe.toml").write_text(to_toml(recipe))
     keep(beneath, folder)
-    policy = Policy(model(), rank=2, alpha=3.0, seed=0)
+    policy = LoraPolicy(model(), rank=2, alpha=3.0, seed=0)
     load_lora(policy, random_lora(shapes, **RL))
-    write_lora(policy, folder, recipe, 3, [fingerprint(lora) for lora in beneath])
+    write_result(policy, folder, recipe, 3, [fingerprint(lora) for lora in beneath])
     return folder
 
 

@@ -34,7 +34,7 @@ from flowtilt.lora.stacked import read_stack
 from flowtilt.methods.base import Method
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.opening import open_model
-from flowtilt.policy.roles import Policy as Roles
+from flowtilt.policy.lora import LoraPolicy
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, load_reward
 from flowtilt.rewards.judging import judge
@@ -80,7 +80,7 @@ class Samples(Showable):
         return sheet(self.images.unflatten(0, (-1, self.settings.images_per_prompt)).unbind(1))
 
 
-class Policy(Roles):
+class Policy(LoraPolicy):
     """A pipeline with a LoRA to train, in the roles "current" (trained), "old" (samples) and "ema" (the average, saved)."""
 
     world: World

@@ -26,8 +26,10 @@ from flowtilt.models.opening import open_model
 from flowtilt.objectives import Objective
 from flowtilt.playground import world as playground
 from flowtilt.policy.lockstep import Lockstep
+from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import Policy
 from flowtilt.policy.start import load_lora
+from flowtilt.policy.whole import WholePolicy
 from flowtilt.prompts import Prompt, sets
 from flowtilt.rewards import Reward, applicable, applies
 from flowtilt.rewards.named import Named, load_named
@@ -35,7 +37,9 @@ from flowtilt.sampling.sampler import Sampler
 
 
 def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start: bool = True) -> Policy:
-    """The recipe's model with fresh adapters on top of `below`, spread over the ranks where the recipe says so and there are several.
+    """The recipe's model with what it trains: all weights, or fresh adapters on top of `below`.
+
+    A frozen base is spread over the ranks where the recipe says so and there are several.
 
     Args:
         start: begin with the weights of `lora.init`; a run that goes on has its own.
@@ -43,13 +47,15 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start
     Raises:
         UserError: a LoRA belongs to another base, or has layers that are not trained.
     """
+    if recipe.train == "full":
+        return WholePolicy(open_model(recipe.model, world.device))
     sharded = recipe.shard == "base" and world.size > 1
     model = open_model(recipe.model, world.device, sharded)
     merge = False if sharded else None  # merged weights would be whole on every rank
     shapes = shapes_of(model.network)
     for lora in below:
         check(lora, shapes)
-    policy = Policy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, below=below)
+    policy = LoraPolicy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, below=below)
     if start and recipe.lora.init:
         load_lora(policy, read_onto(recipe.lora.init, below))
     if sharded:

@@ -110,7 +110,8 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     if changed:
         print(changed)
     print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
-    print(f"lora    {folder / 'lora'}\nreport  {folder / 'report.html'}")
+    result = recipe.result()
+    print(f"{'network' if recipe.train == 'full' else 'lora':7} {folder / result}\nreport  {folder / 'report.html'}")
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -190,6 +190,8 @@ class Recipe(Table):
     """What is optimised; `type` chooses the method and with it the other keys; "file.py:Class" is your own."""
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    train: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA on the frozen base, or all weights of its network (docs/full.md), then without `[lora]`."""
     lora: LoraSettings = LoraSettings()
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
@@ -233,6 +235,8 @@ class Recipe(Table):
             if table.eta is not None and table.solver != "cps":
                 raise ValueError(f"{name}.eta: belongs to {name}.solver = 'cps', not {table.solver!r}")
         self.objective.check(self)
+        if self.train == "full":
+            self._check_full()
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
@@ -248,6 +252,20 @@ class Recipe(Table):
             if "/" in name or name == "total" or re.fullmatch(r"top_\d+|.*_std", name):
                 raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")
         return self
+
+    def _check_full(self) -> None:
+        """Raises ValueError where something belongs to LoRAs or to a frozen base."""
+        fresh = LoraSettings()
+        if changed := [name for name in LoraSettings.model_fields if getattr(self.lora, name) != getattr(fresh, name)]:
+            raise ValueError(f'lora.{changed[0]}: there is no LoRA with train = "full"; leave it out')
+        if self.shard == "base":
+            raise ValueError('shard: "base" spreads a frozen base, and train = "full" has none; set shard = "none"')
+        if not self.objective.trains_all_weights:
+            raise ValueError(f'train: {self.objective.type} trains LoRAs alone; set train = "lora"')
+
+    def result(self) -> str:
+        """The folder of a run with what it trained."""
+        return "transformer" if self.train == "full" else "lora"
 
     def rows_per_image(self) -> int:
         """How often each image of a rollout is trained: at several noise levels, or at several steps of its path."""

@@ -21,6 +21,9 @@ from torch import Tensor
 from flowtilt.distributed import rendezvous, torchrun
 from flowtilt.errors import UserError
 
+LARGE = 2**22
+"""Numbers of a tensor beyond which a sum over the ranks makes no copy of it."""
+
 
 @dataclass
 class World:
@@ -97,14 +100,18 @@ class World:
         return [value for part, size in zip(parts, length.tolist(), strict=True) for value in json.loads(bytes(part[:size].tolist()))]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Adds tensors up over the ranks, in place, in one message."""
+        """Adds tensors up over the ranks, in place, in one message; those beyond `LARGE` have one each, and no copy."""
         if self.size == 1:
             return
-        flat = torch.cat([x.flatten() for x in tensors])
+        large = [x for x in tensors if x.numel() > LARGE and x.is_contiguous()]
+        small = [x for x in tensors if not any(x is other for other in large)]
+        flat = torch.cat([x.flatten() for x in small]) if small else None
         with self._message():
-            dist.all_reduce(flat)
-        for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(part.view_as(x))
+            for x in [*large, *([] if flat is None else [flat])]:
+                dist.all_reduce(x)
+        if flat is not None:
+            for x, part in zip(small, flat.split([x.numel() for x in small]), strict=True):
+                x.copy_(part.view_as(x))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""

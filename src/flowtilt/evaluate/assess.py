@@ -16,13 +16,10 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
 from flowtilt.evaluate.folder import PromptSet, opened, run
 from flowtilt.io.environment import versions
-from flowtilt.io.files import digest
-from flowtilt.lora import Lora
-from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.base import Model
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import fingerprint, open_model
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned import Tuned, read_tuned
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
 from flowtilt.rewards import Reward, applicable
@@ -72,14 +69,14 @@ def assess(
             holds another evaluation, or a reward fails.
     """
     world, folder = distributed.start(), Path(folder)
-    added = read_stack(loras)
+    added = read_tuned(loras)
     if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
     recipe = _recipe_for(model, added, complete=bool(prompts and rewards))
     settings = model_settings(model, recipe, resolution)
-    if added and recipe:
+    if added.leading and recipe:
         theirs = [] if rewards else [(one.name, one.source, one.options) for one in judges_of(recipe)]
-        vouch(leading(added), of_model(settings) | of_rewards(theirs), trust)
+        vouch(added.leading, of_model(settings) | of_rewards(theirs), trust)
     e = recipe.evaluate if recipe else default_evaluation(model)
     sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
     named = _named(rewards, recipe, compat)
@@ -89,7 +86,7 @@ def assess(
     judges, left_out = load_named(named, device=world.device, home=home(settings.offload, world.device))
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)
-    stack = Stack(open_model(settings, world.device), added)
+    stack = added.on(open_model(settings, world.device))
     notice_cut(stack.model, [prompt for members in loaded.values() for prompt in members])
     variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
     seed = seed if seed is not None else recipe.seed if recipe else 0
@@ -104,7 +101,7 @@ def assess(
         return run(folder, stack, sets, variants, sampler, seed=seed, micro_batch=size, world=world, save_images=save_images)
 
 
-def _recipe_for(model: str | None, loras: Sequence[Lora], complete: bool) -> Recipe | None:
+def _recipe_for(model: str | None, added: Tuned, complete: bool) -> Recipe | None:
     """Where what is not said comes from: the leading LoRA's run, or the playground's recipe; none for another model.
 
     Args:
@@ -113,7 +110,7 @@ def _recipe_for(model: str | None, loras: Sequence[Lora], complete: bool) -> Rec
     Raises:
         UserError: they are not, and there is no such recipe.
     """
-    own = recipe_of(leading(loras)) if loras else None
+    own = recipe_of(added.leading) if added.leading else None
     recipe = own or (load_recipe("playground") if model in (None, "playground") else None)
     if recipe is None and not complete:
         raise UserError("evaluate: --prompts and --rewards must be named for a model that is no run of ours")
@@ -176,15 +173,13 @@ def _digest_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _model_protocol(model: Model, settings: ModelSettings, loras: Sequence[Lora], sampler: Sampler) -> dict[str, Any]:
+def _model_protocol(model: Model, settings: ModelSettings, added: Tuned, sampler: Sampler) -> dict[str, Any]:
     """All that an image depends on but its prompt and noise."""
     return {
         "model": settings.path,
         "revision": settings.revision,
         "model_files": fingerprint(settings.path, settings.revision),
-        "lora": [
-            {"path": str(Path(lora.source).resolve()), "sha256": digest(Path(lora.source)), "scales": lora.scales()} for lora in loras
-        ],
+        **added.protocol(),
         "solver": sampler.solver,
         **({} if sampler.eta is None else {"eta": sampler.eta}),
         "steps": sampler.steps,

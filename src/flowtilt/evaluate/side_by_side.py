@@ -13,10 +13,9 @@ from flowtilt.config.trust import of_model
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_atomic
 from flowtilt.io.images import SHEET, sheet
-from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import open_model
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned import read_tuned
 from flowtilt.prompts import Prompt
 from flowtilt.sampling.sampler import decode
 from flowtilt.seeding import noise, step_noise
@@ -55,14 +54,14 @@ def sample(
     """
     output = Path(output)
     kind = _format_of(output)
-    added = read_stack(loras)
-    recipe = recipe_of(leading(added)) if added else None
+    added = read_tuned(loras)
+    recipe = recipe_of(added.leading) if added.leading else None
     e = recipe.evaluate if recipe else default_evaluation(model)
     sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
     settings = model_settings(model, recipe)
-    if added:
-        vouch(leading(added), of_model(settings), trust)
-    stack = Stack(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")), added)
+    if added.leading:
+        vouch(added.leading, of_model(settings), trust)
+    stack = added.on(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     notice_cut(stack.model, [Prompt(text) for text in prompts])
     places = [(0 if same_noise else k,) for k in range(len(prompts))]
     start = noise(seed, "sample", places, stack.model.latent_shape).to(stack.model.device)

@@ -89,6 +89,8 @@ def run_of(place: Path | str) -> Path | None:
 def _inside(path: Path) -> Path:
     if (path / "model_index.json").is_file():
         raise UserError(f"lora {path}: this is a whole pipeline; give it as --model")
+    if (path / "transformer" / "diffusion_pytorch_model.safetensors").is_file():
+        raise UserError(f'lora {path}: a run of train = "full" has all weights and no LoRA; export it, and give that as the model')
     if file := first_in(path):
         return file
     if path.exists():

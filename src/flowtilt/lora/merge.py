@@ -81,16 +81,33 @@ def to_pipeline(loras: Sequence[Lora], base: Path, folder: Path) -> None:
     shapes = shapes_in(base)
     for lora in loras:
         check(lora, shapes)
-    components = [name for name in json.loads((base / "model_index.json").read_text(encoding="utf-8")) if (base / name).is_dir()]
-    for name in components:
-        ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.bin.index.json") if name == NETWORK else None
-        shutil.copytree(base / name, folder / name, ignore=ignored)
-    for file in (base / "model_index.json", *base.glob("LICENSE*")):
-        shutil.copy(file, folder / file.name)
+    copy_parts(base, folder, network=("*.safetensors", "*.bin", "*.bin.index.json"))
     for file in _files(base):
         with _opened(file) as opened:
             metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         save_file({name: _merged(name, weight, loras) for name, weight in tensors.items()}, folder / NETWORK / file.name, metadata)
+
+
+def copy_parts(base: Path, folder: Path, network: Sequence[str]) -> None:
+    """Copies a pipeline's index, components and licence, of its network all files but those that `network`'s patterns match."""
+    components = [name for name in json.loads((base / "model_index.json").read_text(encoding="utf-8")) if (base / name).is_dir()]
+    for name in components:
+        shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns(*network) if name == NETWORK else None)
+    for file in (base / "model_index.json", *base.glob("LICENSE*")):
+        shutil.copy(file, folder / file.name)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a pipeline's network by name.
+
+    Raises:
+        UserError: it has no safetensors files, or a damaged one.
+    """
+    found = {}
+    for file in _files(folder):
+        with _opened(file) as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    return found
 
 
 def _merged(name: str, weight: Tensor, loras: Sequence[Lora]) -> Tensor:

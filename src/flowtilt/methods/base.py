@@ -99,6 +99,8 @@ class Method(Table):
     """The metric that is shown while a run is going, and what it is called there."""
     hold: ClassVar[str] = "raise objective.kl"
     """How to hold the policy closer to the base, as the guards' advice says it."""
+    trains_all_weights: ClassVar[bool] = True
+    """Whether `train = "full"` goes with it."""
     kl_of_velocities: ClassVar[bool] = True
     """Whether the metric "kl" is mean (v - v_ref)^2, which the guard "kl" has a threshold for."""
     guided_training: ClassVar[bool] = False

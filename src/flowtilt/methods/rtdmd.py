@@ -29,6 +29,7 @@ class MatchingSettings(Method):
     """What divides a sample's gradient: its distance from the teacher's projection as sampled, with noise in it, or without."""
 
     memory_known: ClassVar[bool] = False
+    trains_all_weights: ClassVar[bool] = False
 
     def check_few_steps(self, recipe: "Recipe") -> None:
         """As `check`, for what both stages want of a rollout."""

@@ -98,8 +98,8 @@ class Memory:
             "network": costs.network.bytes,
             "vae": costs.vae.bytes,
             **({} if self.offload else beside),
-            "lora (current, old, ema)": 3 * costs.lora.bytes,
-            "gradient and AdamW": 3 * costs.lora.bytes,
+            f"{'weights' if self.recipe.train == 'full' else 'lora'} (current, old, ema)": 3 * costs.trained.bytes,
+            "gradient and AdamW": 3 * costs.trained.bytes,
             # of the roles that draw, kept until they change
             "as the network takes it (old, ema)": 2 * costs.brought,
             "CUDA context": CONTEXT,
@@ -192,7 +192,9 @@ class Memory:
         }
         if self.recipe.objective.guided_training and guidance != 1:
             rows, held = 2 * rows, {**held, "captions with the empty one": self._joined(self.captions)}
-        return self._phase("train", held, self.costs.train(self.recipe.objective.reference, recompute).at(rows).peak)
+        # AdamW's step has another copy of the weights at hand, when the activations are gone
+        peak = max(self.costs.train(self.recipe.objective.reference, recompute).at(rows).peak, self.costs.trained.bytes)
+        return self._phase("train", held, peak)
 
     def evaluate(self, of: str, size: int) -> Phase:
         """The work "encode", "sample", "decode" or "reward" of an evaluation, which goes block by block."""
@@ -221,6 +223,7 @@ class Memory:
         # parts pile up until they are joined, and then are there twice; an update's noise goes when the next one's is there
         updates = min(2, self.recipe.optimizer.steps_per_rollout)
         moments = {"the pipeline while it is loaded": loaded, "images": 2 * self.images * costs.image}
+        moments["a checkpoint"] = 5 * costs.trained.bytes  # three roles and AdamW's two averages
         if steps := self.recipe.objective.kept_steps(self.recipe.rollout.steps):
             moments["steps that are trained"] = 2 * self.images * (2 * steps + 1) * costs.latent
         else:

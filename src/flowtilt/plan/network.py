@@ -17,7 +17,9 @@ from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.nft import NFT
 from flowtilt.plan.geometry import Config, Geometry, find_geometry
 from flowtilt.plan.meter import ROWS, Line, Work, measure, measure_rows
+from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import Policy
+from flowtilt.policy.whole import WholePolicy
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Costs:
         source: where the shapes are known from.
         dtype: of the frozen base.
         network, encoders, vae: weights of the frozen parts.
-        lora: of one role, fp32.
-        brought: bytes of what a role brings along to its forwards: merged weights, or A and B in the base's half precision.
+        trained: of one role, fp32: a LoRA, or all weights.
+        brought: bytes of what a role brings along to its forwards: merged weights, A and B or all weights in the base's half precision;
+            0 where the role's own weights are taken as they are.
         bringing: operations that make it.
         latent, caption, image: bytes of one image's latents, of what the network reads of a caption, of one decoded image.
         resolution: in pixels.
@@ -60,7 +63,7 @@ class Costs:
     network: Weights
     encoders: Weights
     vae: Weights
-    lora: Weights
+    trained: Weights
     brought: int
     bringing: Mapping[str, float]
     latent: int
@@ -111,26 +114,31 @@ def _encoder(config: Config, dtype: str) -> nn.Module:
     return encoder
 
 
-def costs_of(model: ModelSettings, rank: int, alpha: float) -> Costs:
+def costs_of(model: ModelSettings, rank: int, alpha: float, whole: bool = False) -> Costs:
     """The costs of a recipe's model; measured once a process for what they depend on.
+
+    Args:
+        whole: all weights are trained, instead of a LoRA.
 
     Raises:
         UserError: the model's shapes are not known, or its settings do not fit them.
     """
     # a plan is for GPUs, where "auto" is bfloat16
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha)
+    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha, whole)
 
 
 @cache
-def _costs(path: str, revision: str | None, dtype: str, t5_length: int | None, resolution: int | None, rank: int, alpha: float) -> Costs:
+def _costs(
+    path: str, revision: str | None, dtype: str, t5_length: int | None, resolution: int | None, rank: int, alpha: float, whole: bool
+) -> Costs:
     geometry = find_geometry(path, revision)
     pipeline = build_pipeline(geometry, dtype)
     model = SD3(pipeline, t5_length=t5_length, resolution=resolution)
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     network = weights_of(model.network)  # before adapters are on it
     with torch.device("meta"):
-        policy = Policy(model, rank=rank, alpha=alpha, seed=0)
+        policy = WholePolicy(model) if whole else LoraPolicy(model, rank=rank, alpha=alpha, seed=0)
     policy.changed()  # so that the old policy is not the current one, and has its own pass
     given = conditioning(geometry, model)
     many = batch(model, given, ROWS)
@@ -149,8 +157,8 @@ def _costs(path: str, revision: str | None, dtype: str, t5_length: int | None, r
         network=network,
         encoders=weights_of(*encoders),
         vae=weights_of(pipeline.vae),
-        lora=Weights(sum(p.numel() for p in policy.parameters), sum(p.nbytes for p in policy.parameters)),
-        brought=sum(weight.nbytes for weight in policy._weights_for("old").values()),
+        trained=Weights(sum(p.numel() for p in policy.parameters), sum(p.nbytes for p in policy.parameters)),
+        brought=_brought(policy),
         bringing=bringing.flops,
         latent=many.x0[0].nbytes,
         caption=sum(x.nbytes for x in given.distinct.values()),
@@ -161,6 +169,12 @@ def _costs(path: str, revision: str | None, dtype: str, t5_length: int | None, r
         train=train,
         decode=_decode(model),
     )
+
+
+def _brought(policy: Policy) -> int:
+    """Bytes of what "old" brings along and does not hold anyway."""
+    held = {weight.untyped_storage()._cdata for weight in policy._weights["old"].values()}
+    return sum(weight.nbytes for weight in policy._weights_for("old").values() if weight.untyped_storage()._cdata not in held)
 
 
 def conditioning(geometry: Geometry, model: SD3) -> Conditioning:

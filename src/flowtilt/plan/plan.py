@@ -124,7 +124,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     if not recipe.objective.memory_known:
         raise UserError(f"plan: the memory of {recipe.objective.type} is not counted yet; other objectives are (docs/plan.md)")
-    costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha)
+    costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha, recipe.train == "full")
     train, judge = (judging(rewards, costs.resolution) for rewards in (rewards_of(recipe), judges_of(recipe)))
     models = {**train.models, **judge.models}
     needed = Memory(recipe, costs, train, judge, machine)
@@ -134,7 +134,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         "text encoders": costs.encoders,
         "vae": costs.vae,
         **{f"reward model {name}": model.weights for name, model in models.items()},
-        f"lora, rank {recipe.lora.rank}": costs.lora,
+        "all weights, fp32" if recipe.train == "full" else f"lora, rank {recipe.lora.rank}": costs.trained,
     }
     return Plan(
         recipe=recipe,

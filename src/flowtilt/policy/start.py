@@ -5,10 +5,11 @@ import torch
 from flowtilt.errors import UserError
 from flowtilt.lora import Lora, baked
 from flowtilt.lora.fit import check, shapes_of
-from flowtilt.policy.roles import ROLES, Policy
+from flowtilt.policy.lora import LoraPolicy
+from flowtilt.policy.roles import ROLES
 
 
-def load_lora(policy: Policy, lora: Lora) -> None:
+def load_lora(policy: LoraPolicy, lora: Lora) -> None:
     """Every role of the policy starts as this LoRA; layers that it lacks start as they would without it, from B = 0.
 
     Another scale than the policy's goes into B: bit for bit the same update where their ratio is a power of two.

@@ -1,6 +1,7 @@
-"""LoRAs on a pipeline, for drawing: "tuned" adds all of them up, "base" is without any."""
+"""What was trained on a pipeline, for sampling: "tuned" has LoRAs added up, or all weights replaced; "base" is without."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.policy.whole import read_weights
 
 
 class Stack:
-    """A model with LoRAs.
+    """A model with LoRAs, or with all weights of its network from a file.
 
     On an fp32 base the sum is merged exactly as `Policy` merges, so that a run's LoRA draws the same bits
     here as in training; on a half-precision base PEFT's layers add it to each activation, in the base's
@@ -24,19 +26,22 @@ class Stack:
     Args:
         model: on a half-precision base its network gets an adapter.
         loras: what adds up.
+        whole: weights in the place of the network's own.
 
     Raises:
-        UserError: a LoRA changes a layer that this model lacks, or that has another shape here.
+        UserError: a LoRA changes a layer that this model lacks, or that has another shape here; so have the weights.
     """
 
-    def __init__(self, model: Model, loras: Sequence[Lora]):
+    def __init__(self, model: Model, loras: Sequence[Lora], whole: Path | None = None):
         self.model = model
         shapes = shapes_of(model.network)
         for lora in loras:
             check(lora, shapes)
         self._weights: dict[str, Tensor] = {}
         self._layers: dict[str, Any] = {}  # PEFT types its layers as bare modules
-        if model.network.dtype == torch.float32:
+        if whole:
+            self._weights = _read_whole(model, whole)
+        elif model.network.dtype == torch.float32:
             self._weights = self._merged(loras)
         elif loras:
             self._layers = self._adapted(join(loras))
@@ -75,3 +80,9 @@ class Stack:
             return self.model.velocity(x_t, t, conditioning)
         finally:
             self._activate(False)
+
+
+def _read_whole(model: Model, file: Path) -> dict[str, Tensor]:
+    """All weights of a file, each in the precision and on the device of the network's own."""
+    own: dict[str, Tensor] = model.network.state_dict()
+    return {name: x.to(own[name].device, own[name].dtype) for name, x in read_weights(file, own).items()}

@@ -1,4 +1,4 @@
-"""The model card of a run's LoRA: what it is, how it scored, and the code that loads it."""
+"""The model card of what a run trained: what it is, how it scored, and the code that loads it."""
 
 import json
 import re
@@ -21,9 +21,12 @@ JOINED = "- joined with what it was trained on top of: this one file is all\n"
 LOADS = re.compile(r"^pipe\.load_lora_weights\(.*\)$(\n^pipe\.(load_lora_weights|set_adapters)\(.*\)$)*", re.MULTILINE)
 HEAD = re.compile(r"\A---\n.*?^---\n", re.MULTILINE | re.DOTALL)
 
+LORA, ALL = "A LoRA of rank {rank} (alpha {rank:g}) on", "All weights of the network of"
+REPLACED = "pipe.transformer = type(pipe.transformer).from_pretrained({folder}, dtype=pipe.transformer.dtype).to(pipe.device)"
+
 CARD = """# {name}
 
-A LoRA of rank {rank} (alpha {alpha:g}) on {base}, {made} with {objective} by flowtilt.
+{what} {base}, {made} with {objective} by flowtilt.
 
 - rewards: {rewards}
 - rollouts: {steps}, of {prompts} prompts x {images} images; seed {seed}
@@ -37,7 +40,7 @@ A LoRA of rank {rank} (alpha {alpha:g}) on {base}, {made} with {objective} by fl
 image = pipe({prompt!r}, {options}).images[0]
 ```
 
-The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same LoRA usually scores lower.
+The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same weights usually score lower.
 
 The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run.
 """
@@ -87,8 +90,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         base="the pipeline that comes with flowtilt" if playground else f"`{m.path}`",
         made=recipe.objective.made,
         objective=recipe.objective.type,
-        rank=recipe.lora.rank,
-        alpha=recipe.lora.rank,
+        what=ALL if recipe.train == "full" else LORA.format(rank=recipe.lora.rank),
         rewards=", ".join(f"{name} x {reward.weight:g}" for name, reward in recipe.reward_table().items()),
         steps=step,
         prompts=recipe.rollout.prompts,
@@ -99,7 +101,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
-        add=_added([*beneath, run / "lora"]),
+        add=REPLACED.format(folder=_quoted(run / recipe.result())) if recipe.train == "full" else _added([*beneath, run / "lora"]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         sampling=CPS.format(eta=e.eta) if cps else LEVELS.format(steps=e.steps),
@@ -118,10 +120,10 @@ def metadata(recipe: Recipe, library: str = "diffusers") -> str:
     base = path if _is_hub_id(path) else None
     data = ModelCardData(
         base_model=base,
-        base_model_relation="adapter" if base else None,
+        base_model_relation=("finetune" if recipe.train == "full" else "adapter") if base else None,
         library_name=library,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "lora", "flowtilt", recipe.objective.type],
+        tags=["text-to-image", *(["lora"] if recipe.train == "lora" else []), "flowtilt", recipe.objective.type],
         **_license(path),
     )
     return f"---\n{data.to_yaml()}\n---\n"

@@ -1,4 +1,4 @@
-"""The result of a run: a LoRA that plain diffusers loads; and LoRAs in others' formats."""
+"""The result of a run, as plain diffusers loads it; and LoRAs in others' formats, or merged."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,13 +9,15 @@ from flowtilt.config import Recipe, load_recipe
 from flowtilt.config.trust import RECIPE, is_ours, remember
 from flowtilt.errors import UserError
 from flowtilt.io.files import whole_folder
+from flowtilt.io.tensors import save_file
 from flowtilt.lora import Lora, join
 from flowtilt.lora.comfyui import to_comfyui
 from flowtilt.lora.fit import check
-from flowtilt.lora.merge import local_folder, network_class, pipeline_folder, shapes_in, to_pipeline
-from flowtilt.lora.stacked import leading, read_stack
+from flowtilt.lora.merge import NETWORK, copy_parts, local_folder, network_class, pipeline_folder, shapes_in, tensors_in, to_pipeline
 from flowtilt.lora.write import DIFFUSERS, RTDMD_RATIO, add_parents, to_diffusers, to_generator_ema, to_peft
 from flowtilt.policy.roles import Policy
+from flowtilt.policy.tuned import read_tuned
+from flowtilt.policy.whole import WEIGHTS, read_weights
 from flowtilt.runs.card import exported, model_card
 
 FORMATS = {
@@ -28,15 +30,15 @@ FORMATS = {
 """What a LoRA is written as, and how it is loaded again."""
 
 
-def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Sequence[str] = ()) -> Path:
-    """Writes the EMA weights to `run`/lora with a model card; the folder is replaced as a whole.
+def write_result(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Sequence[str] = ()) -> Path:
+    """Writes the EMA weights to `run`/lora or, of all weights, `run`/transformer, with a model card; the folder is replaced as a whole.
 
     Args:
         parents: fingerprints of the LoRAs beneath it, of which `lora.stacked.keep` has put copies into the run.
     """
-    folder = run / "lora"
+    folder = run / recipe.result()
     with whole_folder(folder) as temporary:
-        policy.save_lora(str(temporary))
+        policy.save(str(temporary))
         add_parents(temporary / DIFFUSERS, parents)
         (temporary / "README.md").write_text(model_card(policy, run, recipe, step), encoding="utf-8")
     return folder
@@ -45,28 +47,31 @@ def write_lora(policy: Policy, run: Path, recipe: Recipe, step: int, parents: Se
 def write_role(policy: Policy, role: str, run: Path, parents: Sequence[str]) -> None:
     """Writes a further role, such as RTDMD's fake score, to `run`/<role>, from where another run goes on with it."""
     with whole_folder(run / role) as temporary:
-        policy.save_lora(str(temporary), role)
+        policy.save(str(temporary), role)
         add_parents(temporary / DIFFUSERS, parents)
 
 
-def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: str | None = None) -> str:
-    """Writes one LoRA, or several joined exactly, into a new folder; returns a line that says how it is loaded.
+def export(places: Sequence[Path | str], output: Path | str, to: str | None = None, *, model: str | None = None) -> str:
+    """Writes one LoRA, or several joined exactly, or a run of all weights, into a new folder; returns a line that says how it is loaded.
 
     What a LoRA was trained on top of is joined with it, so that what is written needs the base alone.
 
     Args:
         places: runs, checkpoints, folders or files, as `read_stack` takes them.
-        to: one of `FORMATS`.
+        to: one of `FORMATS`; none is diffusers', or of all weights the only one, a pipeline.
         model: hub id or folder of the base; none is that of the first one's run. A base that is on disk is checked to fit.
 
     Raises:
         UserError: nothing to read, no base to merge into or another one than the LoRA's, a target that is taken, or no space.
     """
-    loras, output = read_stack(places), Path(output)
+    tuned, output = read_tuned(places), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"export: {output} is there already; choose a new folder with -o")
-    recipe = recipe_of(leading(loras))
+    recipe = recipe_of(tuned.leading) if tuned.leading else None
     base = model_settings(model, recipe) if model or recipe else None
+    if tuned.whole and base:
+        return _export_whole(tuned.whole, pipeline_folder(base.path, base.revision), output, to)
+    loras, to = tuned.loras, to or "diffusers"
     lora = join(loras)
     if to == "pipeline":
         if base is None:
@@ -95,6 +100,17 @@ def export(places: Sequence[Path | str], output: Path | str, to: str, *, model: 
     if (output / RECIPE).is_file() and is_ours(Path(loras[-1].source).parent.parent):
         remember(output)  # a copy of the user's own recipe is the user's own
     return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=RTDMD_RATIO * lora.ranks()[0])
+
+
+def _export_whole(weights: Path, base: Path, output: Path, to: str | None) -> str:
+    if to not in (None, "pipeline"):
+        raise UserError(f'export: {weights} has all weights (train = "full") and no LoRA; write it with --to pipeline')
+    with whole_folder(output) as temporary:
+        own = tensors_in(base)
+        trained = read_weights(weights, own)
+        copy_parts(base, temporary, network=("*.safetensors", "*.bin", "*.index.json"))
+        save_file(own | trained, temporary / NETWORK / WEIGHTS, {"format": "pt"})
+    return FORMATS["pipeline"].format(folder=output)
 
 
 def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> None:

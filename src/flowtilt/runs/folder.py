@@ -1,8 +1,8 @@
 """A run's folder: made, found again, and put back to where its newest checkpoint is.
 
 recipe.toml, sources.json (what it was made of), torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl,
-guards.jsonl, checkpoints/, samples/, lora/, on/ (the LoRAs below it), fake/ (RTDMD's fake score), summary.json, report.html;
-wandb.json, trackio.json and tensorboard/ where these track it.
+guards.jsonl, checkpoints/, samples/, lora/ or transformer/ (what was trained), on/ (the LoRAs below it), fake/ (RTDMD's
+fake score), summary.json, report.html; wandb.json, trackio.json and tensorboard/ where these track it.
 """
 
 import shutil
@@ -35,7 +35,7 @@ JOB = "torchrun.txt"
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
 WRITTEN = {
     *("recipe.toml", inputs.SOURCES, JOB, "environment.json", *LOGS, "summary.json", "report.html"),
-    *("lora", "on", "fake", HOLDER),
+    *("lora", "transformer", "on", "fake", HOLDER),
     *("wandb.json", "trackio.json"),
 }
 """What flowtilt writes into a run's folder, besides the folders of `STEPS`."""
@@ -199,12 +199,12 @@ def check_progress(folder: Path) -> None:
         return
     with read_errors(folder):
         steps = [record["step"] for name in LOGS for record in read_log(folder / name)]
-        begun = any((folder / name).exists() for name in ("lora", "summary.json"))
+        begun = any((folder / name).exists() for name in ("lora", "transformer", "summary.json"))
     if begun or max(steps, default=0) > 0:
         reached = f"rollout {max(steps)}" if max(steps, default=0) > 0 else "its first checkpoint"
+        how = f" (lora.init={folder} begins with its weights)" if (folder / "lora").exists() else ""
         raise UserError(
-            f"{folder}: has reached {reached}, but checkpoints/ has none to go on from; put its checkpoints back, or start a new run "
-            f"(lora.init={folder} begins with its weights)"
+            f"{folder}: has reached {reached}, but checkpoints/ has none to go on from; put its checkpoints back, or start a new run{how}"
         )
 
 

@@ -40,7 +40,7 @@ from flowtilt.report import write_report
 from flowtilt.rewards.trial import try_rewards
 from flowtilt.runs import checkpoint, tracking
 from flowtilt.runs import folder as runs
-from flowtilt.runs.export import write_lora, write_role
+from flowtilt.runs.export import write_result, write_role
 from flowtilt.runs.given import note_objects, recipe_for
 from flowtilt.training.display import Display
 from flowtilt.training.driving import Driver, OnRollout
@@ -270,16 +270,16 @@ class Trainer(Driver):
             self.guards.check_evaluation(record["rewards"], record["stds"], record["images"])
 
     def save(self) -> None:
-        """Writes a checkpoint and the newest EMA as a LoRA that diffusers loads."""
+        """Writes a checkpoint and the newest EMA as diffusers loads it."""
         if self.world.rank == 0:
             found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method.updates)
             checkpoint.save(self.run_folder, found, self.recipe.checkpoint.keep)
-            self._write_loras()
+            self._write_results()
         self.world.barrier()
         self.unsaved = False
 
-    def _write_loras(self) -> None:
-        write_lora(self.policy, self.run_folder, self.recipe, self.clock.step, self.parents)
+    def _write_results(self) -> None:
+        write_result(self.policy, self.run_folder, self.recipe, self.clock.step, self.parents)
         for role in self.policy.roles:
             if role not in ROLES:
                 base = self.method.base_loras.get(role)
@@ -308,7 +308,7 @@ class Trainer(Driver):
         }
         if self.world.rank == 0:
             # once more: a kill may have come between the last checkpoint and its LoRA
-            self._write_loras()
+            self._write_results()
             write_json(self.run_folder / "summary.json", summary)
             self.trackers.summary(self.clock.step, summary)
             write_report(self.run_folder)

@@ -9,7 +9,15 @@ from flowtilt.report.evaluation.estimates import column_decimals, missing, rows_
 from flowtilt.report.evaluation.loading import Record, Results
 from flowtilt.report.numbers import counted, duration
 
-GENERIC = {"lora", "transformer", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "generator_ema.pt", ""}
+GENERIC = {
+    "lora",
+    "transformer",
+    "pytorch_lora_weights.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "adapter_model.safetensors",
+    "generator_ema.pt",
+    "",
+}
 """Parts of a LoRA's path that don't tell it from others."""
 FORMS = {
     "eta": "eta {}",
@@ -57,10 +65,11 @@ def headline(results: Results) -> str:
 
 
 def subject(protocol: Record) -> str:
-    """The model and its LoRAs, by the parts of their paths that tell them from others."""
+    """The model and what was trained, by the parts of their paths that tell them from others."""
     model = str(protocol.get("model") or "unknown model").rstrip("/").split("/")[-1]
     lora = protocol.get("lora")
-    names = [_lora_name(part, model) for part in lora if part] if isinstance(lora, list) else []
+    parts = [*(lora if isinstance(lora, list) else []), protocol.get("weights")]
+    names = [_lora_name(part, model) for part in parts if part]
     return f"{model} with {' and '.join(names)}" if names else model
 
 
