@@ -19,7 +19,7 @@ from flowtilt.io.files import read_lines, write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="All weights beside a LoRA on the playground.")
     parser.add_argument("--rollouts", type=int, default=40)
     parser.add_argument("--lr", default="4e-4", help="of all weights")
     parser.add_argument("--seed", type=int, default=0)
