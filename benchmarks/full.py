@@ -47,8 +47,8 @@ def main() -> None:
                     "machine": machine,
                 }
             )
-            print(entries[-1], flush=True)
-    write_json(Path(__file__).parent / "results" / "full.json", entries)
+            write_json(Path(__file__).parent / "results" / "full.json", entries)
+            print(train, curve, flush=True)
 
 
 if __name__ == "__main__":
