@@ -15,7 +15,7 @@ from nbclient import NotebookClient  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-FEW = {"rollouts": 2, "prompts_per_rollout": 2, "evaluation_images": 12}
+FEW = {"rollouts": 1, "prompts_per_rollout": 2, "evaluation_images": 6}
 LARGEST = 200_000
 """Bytes of a notebook with its pictures."""
 
