@@ -196,5 +196,5 @@ def test_a_guard_tells_where_the_winner_gets_worse(settings):
     (guard,) = settings.guards().values()
     worse = guard.check({"winner_worse": 0.03, "winner_error": 0.53})
     assert worse is not None and "0.03 above the reference's (0.5)" in worse
-    for healthy in ({"winner_worse": 0.002, "winner_error": 0.5}, {"winner_worse": -0.1, "winner_error": 0.4}, {}):
+    for healthy in ({"winner_worse": 0.02, "winner_error": 0.52}, {"winner_worse": -0.1, "winner_error": 0.4}, {}):
         assert winner_gets_worse(healthy) is None
