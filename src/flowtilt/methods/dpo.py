@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PLAYGROUND = "playground"
 """Pairs of this name are sampled from the playground's base when they are first asked for."""
 WORSE = 0.05
-"""Share of the reference's error. On the playground offline DPO learnt up to .05 and no more beyond (docs/dpo.md)."""
+"""Share of the reference's error. On the playground offline DPO learnt up to .05 and no more beyond: three runs, docs/dpo.md."""
 ROLLOUTS_WORSE = 5
 """A step sees few pairs at few noise levels: one of them says little."""
 
