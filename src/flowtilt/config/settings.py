@@ -11,6 +11,7 @@ from flowtilt.io.user_code import absolute
 from flowtilt.methods import Objective
 from flowtilt.methods.base import LEVELS, NO_CLIP, ROLLOUTS, WEIGHT, Table, Weight
 from flowtilt.methods.nft import NFTSettings
+from flowtilt.methods.schedule import Schedule
 
 IMAGES = 10_000_000
 """Bound of images, and of prompts."""
@@ -114,6 +115,8 @@ class OptimizerSettings(Table):
     """Optimizer steps of linear warm-up."""
     half_life: int | None = Field(default=None, ge=1, le=ROLLOUTS)
     """After this many optimizer steps the rate is half the peak: lr / (1 + s / half_life), whatever `steps` is; none keeps it constant."""
+    schedule: Schedule = 1.0
+    """Factor of the rate: a number, or [[optimizer step, factor], ...], linear between the points."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averages."""
     weight_decay: float = Field(default=1e-4, ge=0, le=WEIGHT)
@@ -178,8 +181,10 @@ class Recipe(Table):
     """The base model."""
     prompts: str = Field(min_length=1)
     """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
-    tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] = Field(default_factory=dict)
-    """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out."""
+    tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] | Literal["auto"] = Field(default_factory=dict)
+    """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out; "auto" prefers tags of low reward (CGPO)."""
+    prompts_by: Literal["turn", "variance"] = "turn"
+    """Which prompts of a tag come next: each once per pass, or more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
     rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
     combine: Literal["sum", "normalized"] = "sum"

@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Method, Passes, sampled
+from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Passes, sampled
+from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
     from flowtilt.config import Recipe
 
 
-class StepSettings(Method):
+class StepSettings(GuideSettings):
     """A method that declares a key `kl` is pulled to the reference by kl times `objectives.grpo.path_kl`."""
 
     type: Any = ""
@@ -78,4 +79,4 @@ class StepSettings(Method):
     def passes(self, recipe: "Recipe", step: int) -> Passes:
         # guided steps are trained guided, and what the collecting policy said is stored
         pairs = recipe.rollout.images() * recipe.rows_per_image() * (2 if recipe.rollout.guidance != 1 else 1)
-        return Passes(sample=sampled(recipe), pairs=pairs, old=0, reference=pairs if self.reference else 0)
+        return Passes(sample=sampled(recipe), pairs=pairs, old=0, reference=self.reference_passes(pairs, step))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flowtilt.flow import add_noise, per_sample, velocity_target
 from flowtilt.methods.forward import ForwardSettings, old_policy_decay
+from flowtilt.models.guidance import guided
+from flowtilt.objectives.guide import guide_target
 
 if TYPE_CHECKING:
     from flowtilt.config import RolloutSettings
@@ -90,12 +92,16 @@ class ForwardProcess(ForwardSettings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that `loss` returns."""
-        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.reference else ()))
+        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.reference else ()), *(("guide",) if self.guided else ()))
 
     def loss(self, policy: "Policy", batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of a micro-batch and its metrics [N], detached."""
         at = self._velocities(policy, batch)
         loss, metrics = self.sample_loss(at, batch)
+        if self.guided:
+            pull = self._guide(policy, batch, at)
+            metrics |= {"guide": pull.detach()}
+            loss = loss + pull
         if at.v_ref is not None:
             pull = velocity_kl(at.v, at.v_ref)
             metrics |= {"kl": pull, "norm_ratio": norm_ratio(at.v.detach(), at.v_ref)}
@@ -111,8 +117,25 @@ class ForwardProcess(ForwardSettings):
         with torch.no_grad():
             same = policy.equal("old", "current")
             v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
-            v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.reference else None
+            v_ref = None
+            if self.reference:
+                given, scale = batch.conditioning, self.reference_guidance
+                v_ref = guided(policy, "reference", given, batch.empty if scale != 1 else None, scale)(x_t, batch.t)
         return Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps))
+
+    def _guide(self, policy: "Policy", batch: "TrainingBatch", at: Velocities) -> Tensor:
+        """weight mean (v - v_guided)^2 on the rows that carry the guide, 0 on the others; [N]."""
+        pull = torch.zeros_like(batch.t)
+        if batch.guide is None or batch.empty is None or not len(rows := batch.guide.at(batch.t)):
+            return pull
+        t, v_old = batch.t[rows], at.v_old[rows]
+        x_t = add_noise(batch.x0[rows], batch.eps[rows], t)
+        target = guide_target(policy, x_t, t, v_old, batch.empty, self.guide_scale)
+        return pull.index_add(0, rows, batch.guide.weight * velocity_kl(at.v[rows], target))
+
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
+        return advantages
 
     def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:
         """Moves the data-collecting policy toward the trained one."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowtilt.config import OptimizerSettings
 from flowtilt.distributed.world import World
+from flowtilt.methods.schedule import value_at
 from flowtilt.policy.roles import Policy
 from flowtilt.runs import checkpoint
 from flowtilt.training.timing import Phases
@@ -50,9 +51,9 @@ class Update:
         return norm
 
     def rate(self) -> float:
-        """The learning rate of the next update: linear warm-up, then 1 / (1 + s / half_life)."""
+        """The learning rate of the next update: linear warm-up, then 1 / (1 + s / half_life), times the schedule's factor."""
         o, s = self._settings, self.count
-        rate = o.lr * min(1.0, (s + 1) / (o.warmup + 1))
+        rate = o.lr * min(1.0, (s + 1) / (o.warmup + 1)) * value_at(o.schedule, s)
         return rate if o.half_life is None else rate / (1 + s / o.half_life)
 
     def tensors(self) -> dict[str, Tensor]:
