@@ -91,12 +91,17 @@ class ForwardSettings(GuideSettings):
     def rows_per_image(self, steps: int) -> int:
         return self.times_per_image
 
+    def first_share(self, images: int, updates: int, group: int) -> int:
+        """Images of the first of so many updates; `group` are those of a prompt."""
+        return images // updates
+
     def passes(self, recipe: "Recipe", step: int) -> Passes:
-        images, updates = recipe.rollout.images(), recipe.optimizer.steps_per_rollout
+        images, updates = recipe.rollout.trained(), recipe.optimizer.steps_per_rollout
         pairs = round(images * self.times_per_image * self.row_share)
         # the rollout before left the old policy equal to the current one, which the first update moves
         equal = step == 1 or old_policy_decay(self.old_policy, (step - 1) * updates) == 0
-        old = pairs - (round(images // updates * self.times_per_image * self.row_share) if equal else 0)
+        first = round(self.first_share(images, updates, recipe.rollout.images_per_prompt) * self.times_per_image * self.row_share)
+        old = pairs - (first if equal else 0)
         return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=self.reference_passes(pairs, step))
 
 

@@ -12,7 +12,7 @@ class GuideSettings(Method):
     type: Any = ""
     """The method's own word; named here so that it comes first."""
     guide: Schedule = 0.0
-    """Weight of the pull to the guided velocity v_old + (guide_scale - 1)(v_old - v_ref of no words); a number, or [[rollout, weight], ...]."""
+    """Weight of the pull to v_old + (guide_scale - 1)(v_old - v_ref of no words): a number, or points [[rollout, weight], ...]."""
     guide_scale: float = Field(default=2.0, gt=1, le=WEIGHT)
     """Guidance scale of the guide's target."""
     guide_share: float = Field(default=0.3, gt=0, le=1)
@@ -25,10 +25,10 @@ class GuideSettings(Method):
     @property
     def guided(self) -> bool:
         """Whether any rollout has a guide."""
-        return isinstance(self.guide, tuple) and any(weight for _, weight in self.guide) or self.guide != 0 and not isinstance(self.guide, tuple)
+        return any(weight for _, weight in self.guide) if isinstance(self.guide, tuple) else self.guide > 0
 
     def reference_passes(self, pairs: int, step: int) -> int:
-        """Forward passes of the reference in rollout `step`, from 1, of so many trained rows; half of the levels are taken to be above 0.5."""
+        """Forward passes of the reference in rollout `step`, from 1, of so many trained rows, on average over even noise levels."""
         pull = pairs * (2 if self.reference_guidance != 1 else 1) if self.reference else 0
         guide = round(pairs * self.guide_share * (1 - self.guide_from)) if self.guide_weight(step - 1) else 0
         return pull + guide

@@ -78,5 +78,5 @@ class StepSettings(GuideSettings):
 
     def passes(self, recipe: "Recipe", step: int) -> Passes:
         # guided steps are trained guided, and what the collecting policy said is stored
-        pairs = recipe.rollout.images() * recipe.rows_per_image() * (2 if recipe.rollout.guidance != 1 else 1)
+        pairs = recipe.rollout.trained() * recipe.rows_per_image() * (2 if recipe.rollout.guidance != 1 else 1)
         return Passes(sample=sampled(recipe), pairs=pairs, old=0, reference=self.reference_passes(pairs, step))

@@ -81,6 +81,8 @@ class ForwardProcess(ForwardSettings):
     """Groups whose images score alike are trained on, too: the pulls to other policies are of use there."""
     own_metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that `sample_loss` returns."""
+    whole_groups: ClassVar[bool] = False
+    """Whether the loss reads numbers of whole groups; see objectives/groups.py."""
 
     @abstractmethod
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,7 +108,7 @@ class ForwardProcess(ForwardSettings):
             pull = velocity_kl(at.v, at.v_ref)
             metrics |= {"kl": pull, "norm_ratio": norm_ratio(at.v.detach(), at.v_ref)}
             if self.pull:
-                loss = loss + self.pull * pull
+                loss = loss + self.pull_weight(batch) * pull
             if self.norm_guard:
                 loss = loss + self.norm_guard * norm_hinge(at.v, at.v_ref)
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
@@ -115,7 +117,7 @@ class ForwardProcess(ForwardSettings):
         x_t = add_noise(batch.x0, batch.eps, batch.t)
         v = policy.velocity("current", x_t, batch.t, batch.conditioning)
         with torch.no_grad():
-            same = policy.equal("old", "current")
+            same = policy.equal("old", "current") or not self.needs_old
             v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
             v_ref = None
             if self.reference:
@@ -130,8 +132,20 @@ class ForwardProcess(ForwardSettings):
             return pull
         t, v_old = batch.t[rows], at.v_old[rows]
         x_t = add_noise(batch.x0[rows], batch.eps[rows], t)
+        if not self.needs_old and not policy.equal("old", "current"):
+            with torch.no_grad():
+                v_old = policy.velocity("old", x_t, t, batch.conditioning.select(rows.cpu()))
         target = guide_target(policy, x_t, t, v_old, batch.empty, self.guide_scale)
         return pull.index_add(0, rows, batch.guide.weight * velocity_kl(at.v[rows], target))
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the loss reads v_old."""
+        return True
+
+    def pull_weight(self, batch: "TrainingBatch") -> Tensor | float:
+        """Weight of the pull to the reference: a number, or one per row, [N]."""
+        return self.pull
 
     def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
         """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""

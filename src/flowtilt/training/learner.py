@@ -1,6 +1,8 @@
 """A rollout's optimizer steps: noised samples, gradients over all ranks, one update after another."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +63,14 @@ class Learner:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
         means: dict[str, float] = {}
         skipped = empty = 0
-        for chunk in shares(self._updates, self._seed, step, rollout):
+        whole = getattr(self.objective, "whole_groups", False)
+        for chunk in shares(self._updates, self._seed, step, rollout, whole):
             if not chunk:  # the optimizer would still decay weights and follow its averages
                 empty += 1
                 continue
             own = self._rows.rows(step, rollout, rollout.own(chunk))
+            if whole:
+                own = self._completed(own, rollout, chunk)
             number_of_rows = len(chunk) * self._rows.per_image
             sums = self.micro_batch.fit(
                 "train",
@@ -82,6 +87,27 @@ class Learner:
         means = {name: value / made for name, value in means.items()}
         return {**means, "skipped_updates": skipped + empty, "lr": self.update.rate()}
 
+    def _completed(self, own: Any, rollout: Scored, chunk: list[int]) -> Pairs:
+        """The rows with what the method makes of the measures of whole groups, of all ranks."""
+        objective: Any = self.objective
+        measured = self.micro_batch.fit("train", lambda size: self._measured(own, size), self._save_memory, self.policy)
+        place = {image: k for k, image in enumerate(chunk)}
+        rows = torch.tensor([place[rollout.indices.start + i] for i in own.image.tolist()], dtype=torch.long)
+        column = torch.arange(len(rows)) % self._rows.per_image
+        table = {name: torch.zeros(len(chunk), self._rows.per_image, device=own.device) for name in objective.measures}
+        for name, values in measured.items():
+            table[name][rows, column] = values
+        self.update.world.sum_(list(table.values()))
+        table = {name: values.cpu() for name, values in table.items()}
+        found = table | objective.complete(table, rollout.all_advantages[chunk], rollout.groups[chunk])
+        return replace(own, given={name: values[rows, column] for name, values in found.items()})
+
+    def _measured(self, own: Pairs, size: int) -> dict[str, Tensor]:
+        """What the method measures of this rank's rows, [M] by name."""
+        objective: Any = self.objective
+        parts = [objective.measure(self.policy, micro) for micro in own.micro_batches(size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in objective.measures} if parts else {}
+
     def _gradients(self, own: Pairs | Transitions, number: int, size: int) -> dict[str, Tensor]:
         """Puts this rank's part of the gradient of the mean over all `number` rows into .grad; returns sums of the metrics."""
         self.update.clear()
@@ -95,9 +121,19 @@ class Learner:
         return sums
 
 
-def shares(number: int, seed: int, step: int, rollout: Scored) -> list[list[int]]:
-    """The images of each of a rollout's `number` updates, in random order, the same on every rank; some are empty where few are kept."""
-    order = torch.randperm(len(rollout.kept), generator=generator(seed, "order", step))
+def shares(number: int, seed: int, step: int, rollout: Scored, whole_groups: bool = False) -> list[list[int]]:
+    """The images of each of a rollout's `number` updates, in random order, the same on every rank; some are empty where few are kept.
+
+    Args:
+        whole_groups: the images of a prompt stay together.
+    """
+    rng = generator(seed, "order", step)
+    if whole_groups:
+        groups = rollout.groups[rollout.kept].unique()
+        groups = groups[torch.randperm(len(groups), generator=rng)]
+        chunks = [groups[len(groups) * k // number : len(groups) * (k + 1) // number] for k in range(number)]
+        return [(torch.isin(rollout.groups, chunk) & rollout.kept).nonzero()[:, 0].tolist() for chunk in chunks]
+    order = torch.randperm(len(rollout.kept), generator=rng)
     order = order[rollout.kept[order]].tolist()
     return [order[len(order) * k // number : len(order) * (k + 1) // number] for k in range(number)]
 

@@ -22,7 +22,7 @@ class Update:
     """
 
     def __init__(self, policy: Policy, role: str, weights: Sequence[Tensor], settings: OptimizerSettings, world: World):
-        self._policy, self._role, self._settings, self._world = policy, role, settings, world
+        self._policy, self._role, self._settings, self.world = policy, role, settings, world
         self.weights = list(weights)
         self.count = 0
         o = settings
@@ -40,7 +40,7 @@ class Update:
         """
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         with phases("sync"):
-            self._world.sum_([*gradients, *sums.values()])
+            self.world.sum_([*gradients, *sums.values()])
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate()
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights, self._settings.clip))

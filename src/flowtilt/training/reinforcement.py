@@ -75,13 +75,11 @@ class Reinforcement:
 
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Rollout number `step`, from 1, and its updates; returns metrics."""
-        if self._teaching:
-            drawn = self._teaching.draw(step, self._prompts)
-        else:
-            drawn = self._walk.draw((step - 1) * self._prompts, self._prompts)
+        number, teaching = self._prompts, self._teaching
+        drawn = teaching.draw(step, number) if teaching else self._walk.draw((step - 1) * number, number)
         rollout, metrics = self.rollouts.draw(step, drawn, phases)
-        if self._teaching and rollout.rewards is not None:
-            self._teaching.learn(rollout.rewards)
+        if teaching and rollout.rewards is not None:
+            teaching.learn(rollout.rewards)
         with phases("train"):
             return metrics | self.learner.learn(step, rollout, phases)
 

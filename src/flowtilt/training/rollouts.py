@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from flowtilt.advantages import combine, flat_groups, group_advantages
+from flowtilt.advantages import combine, flat_groups, group_advantages, widest
 from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
@@ -107,6 +107,8 @@ class Rollouts:
         kept = ~advantages.isnan()
         if self.objective.drops_flat:
             kept &= ~flat_groups(total, groups)
+        if r.train_per_prompt:
+            kept &= widest(total, groups, r.train_per_prompt)
         x0 = torch.cat([x0 for x0, _ in parts])
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
