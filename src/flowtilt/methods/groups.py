@@ -28,8 +28,6 @@ class GroupSettings(ForwardSettings):
         super().check(recipe)
         if self.shared not in ("time", "both"):
             raise ValueError(f'objective.shared: {self.type} compares images at the same noise level; set it to "both" or "time"')
-        if self.row_share < 1:
-            raise ValueError(f"objective.row_share: {self.type} compares all images of a prompt; set it to 1")
         if recipe.optimizer.steps_per_rollout > recipe.rollout.prompts:
             raise ValueError(f"optimizer.steps_per_rollout: {self.type} trains whole prompts, and a rollout has {recipe.rollout.prompts}")
 

@@ -66,6 +66,8 @@ class StepSettings(GuideSettings):
                 f"rollout.solver: 'cps' is not for {self.type}, which has stochastic steps of its own; "
                 'set objective.sde = "cps" and an ODE solver for the steps between'
             )
+        if self.guided and recipe.rollout.guidance != 1:
+            raise ValueError("objective.guide: teaches to sample without guidance; set rollout.guidance to 1")
         first, end = self.spanned(steps)
         if not 0 <= first < end <= steps:
             raise ValueError(f"objective.span: {first} to {end} does not lie within the rollout's {steps} steps")

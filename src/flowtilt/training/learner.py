@@ -52,7 +52,7 @@ class Learner:
 
     def sampled_by(self, rollout: RolloutSettings) -> None:
         """The rollouts to come are sampled by these settings."""
-        self._rows = RowMaker(self.policy, self.objective, rollout, self._seed)
+        self._maker = RowMaker(self.policy, self.objective, rollout, self._seed)
 
     @property
     def updates(self) -> dict[str, Update]:
@@ -68,10 +68,10 @@ class Learner:
             if not chunk:  # the optimizer would still decay weights and follow its averages
                 empty += 1
                 continue
-            own = self._rows.rows(step, rollout, rollout.own(chunk))
+            own = self.rows(step, rollout, rollout.own(chunk))
             if whole:
                 own = self._completed(own, rollout, chunk)
-            number_of_rows = len(chunk) * self._rows.per_image
+            number_of_rows = len(chunk) * self._maker.per_image
             sums = self.micro_batch.fit(
                 "train",
                 lambda size, own=own, of=number_of_rows: self._gradients(own, of, size),
@@ -87,14 +87,18 @@ class Learner:
         means = {name: value / made for name, value in means.items()}
         return {**means, "skipped_updates": skipped + empty, "lr": self.update.rate()}
 
+    def rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
+        """What is trained of this rank's images `own` of rollout number `step`, from 1."""
+        return self._maker.rows(step, rollout, own)
+
     def _completed(self, own: Any, rollout: Scored, chunk: list[int]) -> Pairs:
         """The rows with what the method makes of the measures of whole groups, of all ranks."""
         objective: Any = self.objective
         measured = self.micro_batch.fit("train", lambda size: self._measured(own, size), self._save_memory, self.policy)
         place = {image: k for k, image in enumerate(chunk)}
         rows = torch.tensor([place[rollout.indices.start + i] for i in own.image.tolist()], dtype=torch.long)
-        column = torch.arange(len(rows)) % self._rows.per_image
-        table = {name: torch.zeros(len(chunk), self._rows.per_image, device=own.device) for name in objective.measures}
+        column = torch.arange(len(rows)) % self._maker.per_image
+        table = {name: torch.zeros(len(chunk), self._maker.per_image, device=own.device) for name in objective.measures}
         for name, values in measured.items():
             table[name][rows, column] = values
         self.update.world.sum_(list(table.values()))
