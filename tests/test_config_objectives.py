@@ -5,14 +5,15 @@ import pytest
 from flowtilt.build import build_objective
 from flowtilt.config import Recipe, known_keys, load_recipe
 from flowtilt.errors import UserError
+from flowtilt.methods import built_in
 from flowtilt.methods.nft import NFTSettings
 
-KINDS = ("nft", "awm", "epg", "pepg", "par", "ram", "grpo")
 OF_STUDENTS = ("acdmd", "rtdmd")
 """RTDMD's two stages, which are no `Objective`: they want few steps of cps, one of them no reward."""
 OF_PAIRS = ("dpo", "dpo-offline")
 """They compare pairs of images; one samples them, one reads them."""
-EVERY = (*KINDS, *OF_STUDENTS, *OF_PAIRS)
+EVERY = tuple(built_in())
+KINDS = tuple(kind for kind in EVERY if kind not in (*OF_STUDENTS, *OF_PAIRS))
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
 STEPS = "rollout.steps=9"  # as many levels as most methods train on by default
 

@@ -1,6 +1,6 @@
 """The guide: a pull of v to the policy's own guided velocity, which teaches the policy to do without guidance."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -12,9 +12,11 @@ class GuideSettings(Method):
     type: Any = ""
     """The method's own word; named here so that it comes first."""
     guide: Schedule = 0.0
-    """Weight of the pull to v_old + (guide_scale - 1)(v_old - v_ref of no words): a number, or points [[rollout, weight], ...]."""
+    """Weight of the pull to a guided velocity: a number, or points [[rollout, weight], ...]."""
+    guide_of: Literal["old", "reference"] = "old"
+    """Whose velocity is guided: the collecting policy's, so that guidance adds up while the pull lasts, or the base's, which costs a pass."""
     guide_scale: float = Field(default=2.0, gt=1, le=WEIGHT)
-    """Guidance scale of the guide's target."""
+    """Guidance scale s of the guide's target: v_old + (s - 1)(v_old - v_ref of no words), or v_ref guided by s."""
     guide_share: float = Field(default=0.3, gt=0, le=1)
     """Share of the rows that carry the pull, with the inverse as their weight; each costs a forward pass."""
     guide_from: float = Field(default=0.5, ge=0, lt=1)
@@ -31,6 +33,7 @@ class GuideSettings(Method):
         """Forward passes of the reference in rollout `step`, from 1, of so many trained rows, on average over even noise levels."""
         pull = pairs * (2 if self.reference_guidance != 1 else 1) if self.reference else 0
         guide = round(pairs * self.guide_share * (1 - self.guide_from)) if self.guide_weight(step - 1) else 0
+        guide *= 2 if self.guide_of == "reference" else 1
         return pull + guide
 
     def guide_weight(self, rollout: int) -> float:

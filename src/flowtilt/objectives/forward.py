@@ -135,7 +135,7 @@ class ForwardProcess(ForwardSettings):
         if not self.needs_old and not policy.equal("old", "current"):
             with torch.no_grad():
                 v_old = policy.velocity("old", x_t, t, batch.conditioning.select(rows.cpu()))
-        target = guide_target(policy, x_t, t, v_old, batch.empty, self.guide_scale)
+        target = guide_target(self, policy, x_t, t, v_old, batch.conditioning.select(rows.cpu()), batch.empty)
         return pull.index_add(0, rows, batch.guide.weight * velocity_kl(at.v[rows], target))
 
     @property

@@ -1,24 +1,33 @@
-"""The guide's target: the policy's own velocity, guided away from the reference without words."""
+"""The guide's target: a guided velocity, to which the policy is pulled so that it can be sampled without guidance."""
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from flowtilt.models.guidance import guided
+
 if TYPE_CHECKING:
+    from flowtilt.methods.guide import GuideSettings
     from flowtilt.models.conditioning import Conditioning
     from flowtilt.policy.roles import Policy
 
 
 @torch.no_grad()
-def guide_target(policy: "Policy", x_t: Tensor, t: Tensor, v_old: Tensor, empty: "Conditioning", scale: float) -> Tensor:
-    """v_old + (scale - 1)(v_old - v_ref(x_t, no words)), [n, ...]: guidance of the collecting policy, whose unguided part stays the base's.
+def guide_target(
+    settings: "GuideSettings", policy: "Policy", x_t: Tensor, t: Tensor, v_old: Tensor, given: "Conditioning", empty: "Conditioning"
+) -> Tensor:
+    """The guided velocity [n, ...] at x_t [n, ...] and t [n].
 
-    A policy that is trained to match it needs no guidance when it samples: guidance is distilled into it while it learns.
+    "old": v_old + (s - 1)(v_old - v_ref(x_t, no words)), guidance of the collecting policy whose unguided part stays the base's;
+    "reference": the frozen base, guided as its family is.
 
     Args:
-        v_old: the collecting policy's velocity at x_t [n, ...] and t [n].
+        v_old: the collecting policy's velocity.
+        given: the captions.
         empty: the caption without words, one row.
     """
+    if settings.guide_of == "reference":
+        return guided(policy, "reference", given, empty, settings.guide_scale)(x_t, t)
     words = empty.select(torch.zeros(len(x_t), dtype=torch.long))
-    return v_old + (scale - 1) * (v_old - policy.velocity("reference", x_t, t, words))
+    return v_old + (settings.guide_scale - 1) * (v_old - policy.velocity("reference", x_t, t, words))

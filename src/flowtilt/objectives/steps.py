@@ -154,7 +154,7 @@ class StepProcess(StepSettings):
         with torch.no_grad():
             same = policy.equal("old", "current")
             v_old = v[rows].detach() if same else policy.velocity("old", x, sigma, batch.conditioning.select(rows.cpu()))
-        target = guide_target(policy, x, sigma, v_old, batch.empty, self.guide_scale)
+        target = guide_target(self, policy, x, sigma, v_old, batch.conditioning.select(rows.cpu()), batch.empty)
         return pull.index_add(0, rows, batch.guide.weight * velocity_kl(v[rows], target))
 
     def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
