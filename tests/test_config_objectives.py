@@ -121,5 +121,9 @@ def test_each_has_a_recipe_that_differs_in_the_objective_and_what_it_must_have(p
     assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "steps"} | (
         {"evaluate"} if kind == "grpo" else set()
     )
-    assert ours.advantage == ("global" if place == "sd35m" else "group") if kind in ("awm", "grpo") else ours.advantage == "none"
+    assert (
+        ours.advantage == ("global" if place == "sd35m" else "group")
+        if kind in ("awm", "awr", "crd", "dgpo", "grpo")
+        else ours.advantage == "none"
+    )
     assert place == "playground" or ours.optimizer.lr == base.optimizer.lr

@@ -14,7 +14,7 @@ class GuideSettings(Method):
     guide: Schedule = 0.0
     """Weight of the pull to a guided velocity: a number, or points [[rollout, weight], ...]."""
     guide_of: Literal["old", "reference"] = "old"
-    """Whose velocity is guided: the collecting policy's, so that guidance adds up while the pull lasts, or the base's, which costs a pass."""
+    """Whose velocity is guided: the collecting policy's, where guidance adds up while the pull lasts, or the base's, for one more pass."""
     guide_scale: float = Field(default=2.0, gt=1, le=WEIGHT)
     """Guidance scale s of the guide's target: v_old + (s - 1)(v_old - v_ref of no words), or v_ref guided by s."""
     guide_share: float = Field(default=0.3, gt=0, le=1)
