@@ -24,8 +24,8 @@ from flowtilt.config import (
     validate,
 )
 from flowtilt.errors import UserError
-from flowtilt.methods import built_in
 from flowtilt.io.user_code import absolute
+from flowtilt.methods import built_in
 
 FEW = settings(deadline=None, max_examples=25)
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
@@ -249,7 +249,7 @@ def test_a_base_that_is_no_recipe_is_refused(tmp_path, base, message):
 
 # what is wrong, where, and what was meant ------------------------------------------------------------
 
-METHODS = f"objective.type: must be one of {', '.join(map(repr, built_in()))}, or \"file.py:Class\""
+METHODS = f'objective.type: must be one of {", ".join(map(repr, built_in()))}, or "file.py:Class"'
 WRONG = [
     ("objective.bta=0.2", "objective.bta: unknown key; did you mean 'objective.beta'?"),
     ("rolout.steps=3", "rolout: unknown key; did you mean 'rollout'?"),
