@@ -40,9 +40,7 @@ def checkpoint_of(
     return Checkpoint(clock.step, state, tensors)
 
 
-def restore(
-    found: Checkpoint, recipe: Recipe, micro_batch: MicroBatch, policy: Policy, method: Training
-) -> tuple[Clock, Guards]:
+def restore(found: Checkpoint, recipe: Recipe, micro_batch: MicroBatch, policy: Policy, method: Training) -> tuple[Clock, Guards]:
     """Puts weights, optimizers and the micro-batch back to a checkpoint; returns its clock and guards."""
     micro_batch.restore(found.state["micro_batch"])
     if recipe.model.recompute == "auto" and found.state["recompute"]:
