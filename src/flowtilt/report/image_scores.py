@@ -1,4 +1,8 @@
-"""The score of every image of an evaluation in a run, kept beside its samples, and the intervals that come of them."""
+"""The score of every image of an evaluation in a run, kept with its samples, and the intervals that come of them.
+
+scores.json is {"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...],
+"range": [low, high], or [] where the score has no bounds}.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,10 +13,6 @@ from flowtilt.report.numbers import number
 from flowtilt.report.reading import Record, is_list_of
 from flowtilt.rewards.about import about_column
 from flowtilt.statistics import Bounds, bounds_within, paired, summary
-
-IMAGE_SCORES = "scores.json"
-"""{"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...], "range": [low, high] or
-[] where the score has none}, in samples/step-…"""
 
 
 def score_summary(images: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from html import escape
 
 import numpy as np
 
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.report.bars import divided_bar, paired_bars, swatch
 from flowtilt.report.loading import Record, Run
 from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
@@ -126,4 +127,4 @@ def environment(run: Run) -> str:
     """Versions, device, command: flattened."""
     if not run.environment:
         return none_yet("The folder holds no environment.json.")
-    return folded("environment.json", flat_table("Environment", run.environment))
+    return folded(RunFolder.environment, flat_table("Environment", run.environment))

@@ -10,6 +10,7 @@ import numpy as np
 
 from flowtilt.config import Recipe, load_recipe
 from flowtilt.errors import UserError
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.report.compare.costs import COSTS, spent
 from flowtilt.report.compare.spans import Line
 from flowtilt.report.loading import Run, load
@@ -85,14 +86,14 @@ def load_entry(folder: Path) -> Entry:
     Raises:
         UserError: the folder is no run, its recipe can't be read, or there is no score yet.
     """
-    if not os.path.isfile(folder / "recipe.toml"):
-        raise UserError(f"run {folder}: not a run (no recipe.toml there); give folders that flowtilt train has written")
+    if not os.path.isfile(RunFolder(folder).recipe):
+        raise UserError(f"run {folder}: not a run (no {RunFolder.recipe} there); give folders that flowtilt train has written")
     run = load(folder)
     scored = [record for record in run.evaluations if np.isfinite(number(record, "score"))]
     if not scored:
         raise UserError(f"run {folder}: no evaluation yet, so there is nothing to compare; leave it out, or go on training it")
     steps, scores = (np.array([number(record, key) for record in scored]) for key in ("step", "score"))
-    return Entry(run, load_recipe(folder / "recipe.toml", stored=True), steps, scores)
+    return Entry(run, load_recipe(RunFolder(folder).recipe, stored=True), steps, scores)
 
 
 def differing(settings: Sequence[dict[str, str]]) -> list[str]:
