@@ -92,7 +92,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt(more) from None
     if results:
         print(table(results))
-        print(f"results  {args.output / 'results.json'}\nreport   {args.output / 'report.html'}")
+        written = EvaluationFolder(args.output)
+        print(f"results  {written.results}\nreport   {written.report}")
         if args.save_images:
             print(f"images   {args.output / 'images'}")
     return 0

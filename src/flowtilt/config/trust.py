@@ -66,8 +66,8 @@ def check(run: Path, parts: Mapping[str, str], trust: bool) -> None:
     key, value = next(iter(parts.items()))
     more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
     raise UserError(
-        f"{shown(RunFolder(run).recipe)}: {key} is {_short(value)}{more}, which runs code or contacts a server, and this recipe was not made here; "
-        "read it, then add --trust if you trust it"
+        f"{shown(RunFolder(run).recipe)}: {key} is {_short(value)}{more}, which runs code or contacts a server, "
+        "and this recipe was not made here; read it, then add --trust if you trust it"
     )
 
 

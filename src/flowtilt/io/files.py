@@ -182,7 +182,7 @@ def read_data(path: Path) -> bytes:
 
 
 def parse_lines(data: bytes, parse: Callable[[bytes], Any] = json.loads) -> tuple[list[dict[str, Any]], list[int]]:
-    """The JSON objects of a lines file, and the numbers of its damaged lines; a torn tail counts as no line.
+    """The JSON objects of a lines file, and the numbers of its damaged lines; a last line without its end counts as no line.
 
     Args:
         parse: of one line; a ValueError says that it is damaged.
@@ -190,7 +190,6 @@ def parse_lines(data: bytes, parse: Callable[[bytes], Any] = json.loads) -> tupl
     lines = data.split(b"\n")
     found: list[dict[str, Any]] = []
     damaged: list[int] = []
-    tail: list[int] = []
     for number, line in enumerate(lines, 1):
         plain = line.strip(b"\0 \t\r")  # a crash of the machine leaves NUL bytes where data had not reached the disk
         if not plain:
@@ -199,12 +198,10 @@ def parse_lines(data: bytes, parse: Callable[[bytes], Any] = json.loads) -> tupl
             record = parse(plain)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):
-            tail.append(number)
-            continue
-        found.append(record)
-        damaged += tail
-        tail = []
+        if isinstance(record, dict):
+            found.append(record)
+        elif number < len(lines):
+            damaged.append(number)
     return found, damaged
 
 

@@ -63,6 +63,16 @@ def estimate_of(record: Record, prompts: int = 0) -> Estimate:
     return found._replace(low=math.nan, high=math.nan, kind=str(why))
 
 
+def tag_estimates(record: Record) -> dict[str, Estimate]:
+    """The score of each tag of a logged evaluation, with its interval, which version 0.1.0 did not log."""
+    logged, plain = record.get("estimate"), record.get("by_tag")
+    of = logged.get("by_tag") if isinstance(logged, dict) else None
+    known = {str(tag): estimate_of(value) for tag, value in of.items() if isinstance(value, dict)} if isinstance(of, dict) else {}
+    means = {str(tag): number(plain, tag) for tag in plain} if isinstance(plain, dict) else {}
+    found = {tag: Estimate(value, kind=UNKNOWN) for tag, value in means.items()} | known
+    return {tag: estimate for tag, estimate in found.items() if estimate.known}
+
+
 def count(record: Record, key: str) -> int:
     """A count of things, 0 where it is not known."""
     value = number(record, key)
