@@ -11,8 +11,8 @@ from flowtilt.config.held_out import score_name_of
 from flowtilt.config.trust import check, of_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
-from flowtilt.io.run_folder import RunFolder
 from flowtilt.io.quiet import quieten
+from flowtilt.io.run_folder import RunFolder
 
 
 def add(commands: Any) -> None:
