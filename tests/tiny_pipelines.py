@@ -1,19 +1,38 @@
 """Small random pipelines of the true classes, saved to disk as the published ones are."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from flowtilt.playground.pretrain import build_text_encoder, tokenizer
 
@@ -135,5 +154,80 @@ def aura_flow(place: Path) -> Path:
         text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
         tokenizer=t5,
     )
+    pipeline.save_pretrained(place)
+    return place
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """A Qwen tokenizer with a token for each byte and its chat's own marks."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {letter: k for k, letter in enumerate(bytes_to_unicode().values())}
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary |= {mark: 256 + k for k, mark in enumerate(marks)}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks[1:], chat_template=CHAT, model_max_length=2048)
+
+
+QWEN: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+}
+
+
+def qwen_image(place: Path) -> Path:
+    """A Qwen-Image pipeline: Qwen2.5-VL, a VAE of videos with statistics, dynamic shifting with a last level of .02."""
+    torch.manual_seed(0)
+    channels = torch.linspace(0.5, 2, 16)
+    text = Qwen2_5_VLConfig(
+        text_config={**QWEN, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+    )
+    pipeline = QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=16, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=(channels - 1).tolist(), latents_std=channels.tolist(),
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+        tokenizer=qwen_tokenizer(),
+    )  # fmt: skip
+    pipeline.save_pretrained(place)
+    return place
+
+
+def z_image(place: Path) -> Path:
+    """A Z-Image pipeline: Qwen3, refiners of image and caption, shift 6."""
+    torch.manual_seed(0)
+    pipeline = ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64]
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(),
+        text_encoder=Qwen3Model(Qwen3Config(**QWEN)),
+        tokenizer=qwen_tokenizer(),
+    )
+    for parameter in (pipeline.transformer.x_pad_token, pipeline.transformer.cap_pad_token):
+        torch.nn.init.normal_(parameter, std=0.02)
     pipeline.save_pretrained(place)
     return place

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from flowtilt.build import sampler_of
 from flowtilt.config import OptimizerSettings, Recipe, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
-from flowtilt.flow import sigma_schedule
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective, ema_decay
 from flowtilt.objectives.batches import Pairs, Transitions, draw_times
@@ -114,7 +114,7 @@ class Learner:
         if rollout.path is None:
             return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, *self._times_and_noise(step, rollout, own))
         r, model = self.rollout, self.policy.model
-        levels = sigma_schedule(r.steps, model.shift)
+        levels = model.levels(r.steps)
         steps = rollout.path.steps
         return Transitions(
             rollout.path,
@@ -132,12 +132,12 @@ class Learner:
         """t [M] and eps [M, ...]; an image's times and noises come from its own generator."""
         settings: Any = self.objective  # a method on clean samples, whichever
         model = self.policy.model
-        sigmas = sigma_schedule(self.rollout.steps, model.shift)
+        sigmas, between = model.levels(self.rollout.steps), partial(model.levels.at, steps=self.rollout.steps)
         times = torch.empty(len(own), settings.times_per_image)
         eps = torch.empty(len(own), settings.times_per_image, *model.latent_shape)
         for k, i in enumerate(own):
             rng = generator(self._seed, "train", step, rollout.indices.start + i)
-            times[k] = draw_times(settings.times, settings.times_per_image, sigmas, model.shift, rng)
+            times[k] = draw_times(settings.times, settings.times_per_image, sigmas, between, rng)
             torch.randn(eps.shape[1:], generator=rng, out=eps[k])  # in place: a rollout's noise may be gigabytes
         return times.flatten(), eps.flatten(0, 1)
 

@@ -122,7 +122,7 @@ class Trainer(Driver):
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],
-            side=self.policy.model.latent_shape[-1] * self.policy.model.pipeline.vae_scale_factor,
+            side=self.policy.model.resolution,
             device=self.world.device,
             seed=recipe.seed,
         )

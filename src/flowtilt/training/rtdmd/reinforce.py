@@ -20,7 +20,7 @@ from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.device.placement import visiting
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.flow import predict_x0, sigma_schedule
+from flowtilt.flow import predict_x0
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, join
 from flowtilt.lora.find import run_of
@@ -209,7 +209,7 @@ class Hybrid:
             )
 
     def _sigmas(self) -> Tensor:
-        return sigma_schedule(self.recipe.rollout.steps, self.policy.model.shift)
+        return self.policy.model.levels(self.recipe.rollout.steps)
 
     def _gradients(
         self, rollout: Scored, own: Tensor, trained: Sequence[int], cotangent: Tensor, number: int, size: int
