@@ -141,13 +141,15 @@ def captions_of(
 
 def _tokenizer(tokenizer: Any) -> str:
     """What decides a caption's tokens: the vocabulary, rules and special tokens, not what the last call left set."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's own
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
     else:
         model = getattr(tokenizer, "sp_model", None)
         rules = {"vocab": sorted(tokenizer.get_vocab().items()), "model": model.serialized_model_proto().hex() if model else ""}
-    told = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map)]
+    template = getattr(tokenizer, "chat_template", None)
+    told = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map), template]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

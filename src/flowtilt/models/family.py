@@ -51,6 +51,8 @@ class Family:
     """Whether `read` gives as many tokens as the caption has; otherwise it pads all captions alike."""
     negative: ClassVar[str] = ""
     """The caption that guidance leads away from."""
+    guidable: ClassVar[bool] = True
+    """Whether the stock pipeline has classifier-free guidance."""
     negated: ClassVar[bool] = False
     """Whether the network predicts data minus noise."""
 
@@ -71,6 +73,8 @@ class Family:
         self.levels = levels_of(pipeline.scheduler.config, self.mu)
         self.encode = captions_of(pipeline, self.read, self.device, offload, *self._said(), ragged=self.ragged)
         self.protocol: Mapping[str, object] = {**self.levels.told(), "resolution": self.resolution, "text_length": self.text_length}
+        self.offload = offload
+        self.prepare()
 
     def _said(self) -> tuple[object, ...]:
         """What decides an embedding besides the encoders."""
@@ -83,6 +87,9 @@ class Family:
         raise NotImplementedError(f"{type(self).__name__}.read: what the network reads of a caption")
 
     # what it may have otherwise ---------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Makes what else the family keeps; called once, when all of the above is known."""
 
     def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Mapping[str, Any]:
         """The network's arguments by name, for packed latents x in its precision and t [N] as `time` maps it."""
