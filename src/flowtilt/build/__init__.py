@@ -45,6 +45,8 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start
     """
     sharded = recipe.shard == "base" and world.size > 1
     model = open_model(recipe.model, world.device, sharded)
+    for steps in (recipe.rollout.steps, recipe.evaluate.steps):
+        model.levels(steps)  # now, not after hours: a family may have no levels for so few
     merge = False if sharded else None  # merged weights would be whole on every rank
     shapes = shapes_of(model.network)
     for lora in below:

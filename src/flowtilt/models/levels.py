@@ -80,8 +80,12 @@ def levels_of(config: Any, mu: Callable[[int], float]) -> Levels:
     if getattr(config, "use_dynamic_shifting", False):
         linear = getattr(config, "time_shift_type", "exponential") == "linear"
         return Levels(mu if linear else lambda steps: math.exp(mu(steps)), terminal)
-    shift = float(config.shift if hasattr(config, "shift") else config.flow_shift)
-    return Levels(lambda steps: shift, terminal)
+    shift = getattr(config, "shift", None) or getattr(config, "flow_shift", None)
+    if shift is None:
+        raise UserError(
+            "model: its scheduler has no shift; put FlowMatchEulerDiscreteScheduler's config into the pipeline's scheduler folder"
+        )
+    return Levels(lambda steps: float(shift), terminal)
 
 
 def mu_by_tokens(config: Any, tokens: int) -> float:
