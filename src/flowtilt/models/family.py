@@ -93,7 +93,7 @@ class Family:
     def prepare(self) -> None:
         """Makes what else the family keeps; called once, when all of the above is known."""
 
-    def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Mapping[str, Any]:
+    def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """The network's arguments by name, for packed latents x in its precision and t [N] as `time` maps it."""
         given = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in conditioning.tensors().items()}
         return {"hidden_states": x, "timestep": t, **given}

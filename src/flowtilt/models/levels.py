@@ -83,7 +83,7 @@ def levels_of(config: Any, mu: Callable[[int], float]) -> Levels:
     shift = getattr(config, "shift", None) or getattr(config, "flow_shift", None)
     if shift is None:
         raise UserError(
-            "model: its scheduler has no shift; put FlowMatchEulerDiscreteScheduler's config into the pipeline's scheduler folder"
+            "model: its scheduler has no shift; give the pipeline a FlowMatchEulerDiscreteScheduler"
         )
     return Levels(lambda steps: float(shift), terminal)
 
