@@ -77,6 +77,14 @@ def vae(blocks: int = 2, **config: float | None) -> AutoencoderKL:
     )
 
 
+def loud(network: torch.nn.Module, factor: float) -> None:
+    """Multiplies every matrix, so that a caption shows in the image of a network with random weights."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim == 2:
+                weight *= factor
+
+
 def sd35(place: Path) -> Path:
     """A random pipeline with SD3.5-Medium's structure: dual attention, 16 latent channels, shift 3, a T5 that says something."""
     torch.manual_seed(0)
@@ -171,6 +179,7 @@ def aura_flow(place: Path) -> Path:
         text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
         tokenizer=t5,
     )
+    loud(pipeline.transformer, 2)
     pipeline.save_pretrained(place)
     return place
 
@@ -228,6 +237,7 @@ def qwen_image(place: Path) -> Path:
         text_encoder=Qwen2_5_VLForConditionalGeneration(text),
         tokenizer=qwen_tokenizer(),
     )  # fmt: skip
+    loud(pipeline.transformer.proj_out, 4)
     pipeline.save_pretrained(place)
     return place
 
@@ -248,14 +258,6 @@ def z_image(place: Path) -> Path:
         torch.nn.init.normal_(parameter, std=0.02)
     pipeline.save_pretrained(place)
     return place
-
-
-def loud(network: torch.nn.Module, factor: float = 3.0) -> None:
-    """Multiplies every matrix, so that a caption shows in the image of a network with random weights."""
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.ndim == 2:
-                weight *= factor
 
 
 def flux2_vae() -> AutoencoderKLFlux2:
@@ -352,7 +354,7 @@ def sana(place: Path) -> Path:
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_cross_attention_heads=2,
         cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32, sample_size=32,
     )  # fmt: skip
-    loud(network)
+    loud(network, 3)
     pipeline = SanaPipeline(
         transformer=network,
         scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
