@@ -27,11 +27,13 @@ class Flux2Klein(Family):
     queries, keys, values and the feed-forward, and the one after it.
     """
 
-    lora_targets: Sequence[str] = (*(f"attn.{name}" for name in JOINT), "attn.to_qkv_mlp_proj", "attn.to_out")
+    lora_targets: Sequence[str] = (*(f"attn.{name}" for name in JOINT), "attn.to_qkv_mlp_proj")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def prepare(self) -> None:
-        """Where each patch stands."""
+        """Where each patch stands, and by name the single blocks' `to_out`, which in double blocks is a list of modules."""
+        single = (f"single_transformer_blocks.{k}.attn.to_out" for k in range(len(self.network.single_transformer_blocks)))
+        self.lora_targets = (*self.lora_targets, *single)
         side = self.side // self.patch
         axes = (torch.arange(n, device=self.device) for n in (1, side, side, 1))
         self._positions = torch.cartesian_prod(*axes)

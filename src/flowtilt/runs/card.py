@@ -35,7 +35,7 @@ A LoRA of rank {rank} (alpha {alpha:g}) on {base}, {made} with {objective} by fl
 {load}
 {add}
 {sampling}
-image = pipe({prompt!r}, {options}).images[0]
+image = pipe(prompt={prompt!r}, {options}).images[0]
 ```
 
 The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same LoRA usually scores lower.
