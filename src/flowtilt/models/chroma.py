@@ -1,5 +1,6 @@
 """Chroma: FLUX.1-schnell with guidance taken out of the network, 8.9B; a T5 reads, and its mask with one pad token goes to the network."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,9 +29,28 @@ class Chroma(Packed):
         )
         return {"encoder_hidden_states": found[0][0], "attention_mask": found[2][0]}
 
+    def _mask(self, conditioning: Conditioning) -> Tensor:
+        """The caption's mask, then ones for the image, [N, L]: numbers, which the network adds to its attention scores."""
+        return pad(conditioning.tensors()["attention_mask"].to(self.dtype), (0, len(self._positions)), value=1.0)
+
     def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Tokens, captions, their mask and the image's, and where everything stands."""
         given = super().inputs(x, t, conditioning)
-        mask = pad(given.pop("attention_mask"), (0, x.shape[1]), value=1.0)
         text = self._positions.new_zeros(given["encoder_hidden_states"].shape[1], 3)
-        return {**given, "attention_mask": mask, "img_ids": self._positions, "txt_ids": text}
+        return {**given, "attention_mask": self._mask(conditioning), "img_ids": self._positions, "txt_ids": text}
+
+    def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """As `Family.velocity`. With gradient checkpointing, diffusers 0.42 leaves the mask out of single blocks; it is given to them."""
+        if not self.network.gradient_checkpointing:
+            return super().velocity(x, t, conditioning, weights)
+        recompute, mask = self.network._gradient_checkpointing_func, self._mask(conditioning)
+        single = {id(block) for block in self.network.single_transformer_blocks}
+
+        def with_mask(block: Any, *args: Any) -> Any:
+            return recompute(block, *args, mask) if id(block) in single else recompute(block, *args)
+
+        self.network._gradient_checkpointing_func = with_mask
+        try:
+            return super().velocity(x, t, conditioning, weights)
+        finally:
+            self.network._gradient_checkpointing_func = recompute

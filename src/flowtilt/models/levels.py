@@ -82,9 +82,7 @@ def levels_of(config: Any, mu: Callable[[int], float]) -> Levels:
         return Levels(mu if linear else lambda steps: math.exp(mu(steps)), terminal)
     shift = getattr(config, "shift", None) or getattr(config, "flow_shift", None)
     if shift is None:
-        raise UserError(
-            "model: its scheduler has no shift; give the pipeline a FlowMatchEulerDiscreteScheduler"
-        )
+        raise UserError("model: its scheduler has no shift; give the pipeline a FlowMatchEulerDiscreteScheduler")
     return Levels(lambda steps: float(shift), terminal)
 
 
