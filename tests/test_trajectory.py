@@ -5,7 +5,6 @@ import torch
 from conftest import LONGER, quick
 
 from flowtilt import Trainer, UserError
-from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.sampling.sampler import Sampler
@@ -40,7 +39,7 @@ def drawn(trainer, sampler, stochastic, rows=5, size=8, sde="flow", eta=0.7):
 
 
 def test_the_kept_steps_are_those_that_were_taken(trainer):
-    sigmas = sigma_schedule(6, trainer.policy.model.shift)
+    sigmas = trainer.policy.model.levels(6)
     start, given, (x0, path) = drawn(trainer, Sampler("euler", 6), range(1, 4))
     assert path.states.shape[:2] == (5, 4) and path.means.shape[:2] == path.log_probs.shape == (5, 3)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from flowtilt.config.trust import check, of_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
+from flowtilt.io.run_folder import RunFolder
 
 
 def add(commands: Any) -> None:
@@ -110,7 +111,7 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     if changed:
         print(changed)
     print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
-    print(f"lora    {folder / 'lora'}\nreport  {folder / 'report.html'}")
+    print(f"lora    {RunFolder(folder).lora}\nreport  {RunFolder(folder).report}")
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """What an objective trains on: noised clean samples, or kept steps of a rollout."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -111,14 +111,19 @@ class Pairs:
 
 
 def draw_times(
-    kind: str, number: int, sigmas: Tensor, shift: float, rng: torch.Generator, within: tuple[float, float] = LEAST_TO_MOST
+    kind: str,
+    number: int,
+    sigmas: Tensor,
+    between: Callable[[Tensor], Tensor],
+    rng: torch.Generator,
+    within: tuple[float, float] = LEAST_TO_MOST,
 ) -> Tensor:
     """The training times of one image, [number] fp32 in (0, 1].
 
     "rollout": `number` of the rollout's own levels `sigmas` [S + 1] without the final 0, in random order,
     without replacement. "stratified": u uniform in `within`, one in each of `number` equal strata, then
-    shifted as the levels are: t = k u / (1 + (k - 1) u). "logit_normal": u the sigmoid of a standard normal
-    number instead, each by itself.
+    `between` maps it as it maps the levels, see `models.levels`: t = k u / (1 + (k - 1) u) for a shift k. "logit_normal": u the sigmoid
+    of a standard normal number instead, each by itself.
 
     Raises:
         ValueError: an unknown kind, or more times than levels.
@@ -131,10 +136,9 @@ def draw_times(
     if kind == "stratified":
         low, high = within
         u = low + (high - low) * (torch.arange(number) + torch.rand(number, generator=rng)) / number
-        return shift * u / (1 + (shift - 1) * u)
+        return between(u)
     if kind == "logit_normal":
-        u = torch.randn(number, generator=rng).sigmoid()
-        return shift * u / (1 + (shift - 1) * u)
+        return between(torch.randn(number, generator=rng).sigmoid())
     raise ValueError(f"times {kind!r} is not 'rollout', 'stratified' or 'logit_normal'")
 
 

@@ -19,7 +19,7 @@ def guide_target(
 ) -> Tensor:
     """The guided velocity [n, ...] at x_t [n, ...] and t [n].
 
-    "old": v_old + (s - 1)(v_old - v_ref(x_t, no words)), guidance of the collecting policy whose unguided part stays the base's;
+    "old": v_old + (s - 1)(v_old - v_ref(x_t, no words)), or the family's own rule: the collecting policy guided away from the base;
     "reference": the frozen base, guided as its family is.
 
     Args:
@@ -30,4 +30,4 @@ def guide_target(
     if settings.guide_of == "reference":
         return guided(policy, "reference", given, empty, settings.guide_scale)(x_t, t)
     words = empty.select(torch.zeros(len(x_t), dtype=torch.long))
-    return v_old + (settings.guide_scale - 1) * (v_old - policy.velocity("reference", x_t, t, words))
+    return policy.model.guide(v_old, policy.velocity("reference", x_t, t, words), settings.guide_scale)

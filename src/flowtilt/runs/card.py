@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from flowtilt.config import Recipe
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora.stacked import kept
 from flowtilt.policy.roles import Policy
 from flowtilt.runs import folder as runs
@@ -34,7 +35,7 @@ A LoRA of rank {rank} (alpha {alpha:g}) on {base}, {made} with {objective} by fl
 {load}
 {add}
 {sampling}
-image = pipe({prompt!r}, {options}).images[0]
+image = pipe(prompt={prompt!r}, {options}).images[0]
 ```
 
 The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same LoRA usually scores lower.
@@ -99,7 +100,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
-        add=_added([*beneath, run / "lora"]),
+        add=_added([*beneath, RunFolder(run).lora]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         sampling=CPS.format(eta=e.eta) if cps else LEVELS.format(steps=e.steps),

@@ -5,6 +5,7 @@ micro-batch changes them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from flowtilt.build import sampler_of
 from flowtilt.config import RolloutSettings
-from flowtilt.flow import sigma_schedule
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives.batches import Guide, Pairs, Transitions, draw_times
 from flowtilt.policy.roles import Policy
@@ -81,7 +81,7 @@ class RowMaker:
     def _times_and_noise(self, step: int, rollout: Scored, own: list[int], counts: Tensor) -> tuple[Tensor, Tensor]:
         """t [M] and eps [M, ...]; an image's come from its own generator, or from its prompt's where they are shared."""
         o, model = self._objective, self._policy.model
-        sigmas = sigma_schedule(self._rollout.steps, model.shift)
+        sigmas, between = model.levels(self._rollout.steps), partial(model.levels.at, steps=self._rollout.steps)
         total = int(counts[own].sum())
         times, eps = torch.empty(total), torch.empty(total, *model.latent_shape)
         at = 0
@@ -91,7 +91,7 @@ class RowMaker:
             group = int(rollout.groups[index])
             for_time = generator(self._seed, "shared times", step, group) if o.shared in ("time", "both") else mine
             for_noise = generator(self._seed, "shared noise", step, group) if o.shared in ("noise", "both") else mine
-            times[at : at + number] = draw_times(o.times, number, sigmas, model.shift, for_time, o.times_range)
+            times[at : at + number] = draw_times(o.times, number, sigmas, between, for_time, o.times_range)
             # in place: a rollout's noise may be gigabytes
             torch.randn((number, *model.latent_shape), generator=for_noise, out=eps[at : at + number])
             at += number
@@ -108,12 +108,12 @@ class RowMaker:
 
     def _empty(self, guide: bool) -> Conditioning | None:
         guided = guide or getattr(self._objective, "reference_guidance", 1.0) != 1
-        return self._policy.model.encode([""]) if guided else None
+        return self._policy.model.encode_negative() if guided else None
 
     def _transitions(self, step: int, rollout: Scored, own: list[int]) -> Transitions:
         assert rollout.path is not None
         r, model = self._rollout, self._policy.model
-        levels = sigma_schedule(r.steps, model.shift)
+        levels = model.levels(r.steps)
         steps = rollout.path.steps
         guide = self._guide(step, rollout, own, torch.full((len(rollout.x0),), len(steps)))
         return Transitions(

@@ -16,7 +16,7 @@ from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.flow import per_sample, sigma_schedule
+from flowtilt.flow import per_sample
 from flowtilt.lora import Lora
 from flowtilt.methods.rtdmd import ACDMDSettings
 from flowtilt.models.conditioning import Conditioning
@@ -84,7 +84,7 @@ class Distillation:
     def __init__(self, recipe: Recipe, settings: ACDMDSettings, policy: Policy, walk: PromptWalk, world: World, micro_batch: MicroBatch):
         self.recipe, self.settings, self.policy = recipe, settings, policy
         self.walk, self.world, self.micro_batch = walk, world, micro_batch
-        first = sigma_schedule(recipe.rollout.steps, policy.model.shift)[1]
+        first = policy.model.levels(recipe.rollout.steps)[1]
         if not first + LEAST_GAP < MOST_TIME:
             raise UserError(
                 f"rollout.steps: the first of {recipe.rollout.steps} steps ends at noise level {float(first):.3f}, and a fake score learns "
@@ -136,7 +136,7 @@ class Distillation:
         mine = self.world.share(r.images())
         positions = [(step, draw, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
         given = policy.model.encode([drawn[i // r.images_per_prompt].text for i in mine])
-        sigmas = sigma_schedule(r.steps, policy.model.shift)
+        sigmas = policy.model.levels(r.steps)
         # every level equally often, whichever samples have it
         order = torch.randperm(r.images(), generator=generator(seed, "stops", step, draw))
         stops = (order % r.steps + 1)[mine.start : mine.stop]
