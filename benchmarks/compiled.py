@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.flow import sigma_schedule
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.seeding import noise
 from flowtilt.solvers import log_prob, sde_step
@@ -43,7 +42,7 @@ class Passes:
         self.x = noise(0, "compiled", [(k,) for k in range(rows)], model.latent_shape).to(model.device)
         self.t = torch.linspace(0.05, 0.95, rows, device=model.device)
         self.given = model.encode(["a red circle"] * rows)
-        self.levels = sigma_schedule(trainer.recipe.rollout.steps, model.shift).to(model.device)
+        self.levels = model.levels(trainer.recipe.rollout.steps).to(model.device)
 
     def forward(self, role: str = "old") -> Tensor:
         with torch.no_grad():

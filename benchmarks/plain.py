@@ -7,6 +7,7 @@ half precision and the VAE in fp32. Left out: its all-reduce in every backward p
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from flowtilt import Trainer
 from flowtilt.advantages import combine, group_advantages
-from flowtilt.flow import sigma_schedule
 from flowtilt.objectives import ema_decay
 from flowtilt.objectives.batches import draw_times
 from flowtilt.objectives.forward import old_policy_decay
@@ -99,7 +99,7 @@ class PlainLoop:
         else:
             x = torch.randn(len(rows), *self.model.latent_shape, device=self.device)
         with self.autocast():
-            sigmas = sigma_schedule(r.steps, self.model.shift)
+            sigmas = self.model.levels(r.steps)
             x = solve(lambda x, s: self.velocity(x, s, embeds, pooled), x, sigmas, r.solver)
             images = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
         return x, embeds, pooled, score(self.trainer.rewards, (images.float() / 2 + 0.5).clamp(0, 1), prompts)[0]
@@ -133,11 +133,12 @@ class PlainLoop:
     def draw(self, step: int, rows: list[int], same_noise: bool) -> tuple[Tensor, Tensor]:
         """Times [n, times] and noise [n, times, ...] of images."""
         o, seed = self.recipe.objective, self.recipe.seed
-        sigmas = sigma_schedule(self.recipe.rollout.steps, self.model.shift)
+        sigmas = self.model.levels(self.recipe.rollout.steps)
+        between = partial(self.model.levels.at, steps=self.recipe.rollout.steps)
         times, eps = [], []
         for i in rows:
             rng = generator(seed, "train", step, i)
-            times.append(draw_times(o.times, o.times_per_image, sigmas, self.model.shift, rng))
+            times.append(draw_times(o.times, o.times_per_image, sigmas, between, rng))
             if same_noise:
                 eps.append(torch.randn(o.times_per_image, *self.model.latent_shape, generator=rng))
         t = torch.stack(times).to(self.device)

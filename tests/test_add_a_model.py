@@ -42,13 +42,24 @@ def opened(**settings):
 
 
 def test_the_pages_check_finds_no_difference(place, capsys):
-    exec(compile(Path("check.py").read_text(), "check.py", "exec"), {})
-    said = re.fullmatch(r"greatest difference (\S+)\n", capsys.readouterr().out)
-    assert said and float(said[1]) < 1e-5
+    assert main(shlex.split(blocks(PAGE, "bash")[0])[1:]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 12 and all(line.startswith("ok ") for line in said)
+
+
+def test_a_mistake_is_found_and_named(place, capsys):
+    text = Path("auraflow.py").read_text()
+    Path("auraflow.py").write_text(text + "\n    negated = True\n    lora_targets = ('ff_context.linear_1',)\n")
+    command = shlex.split(blocks(PAGE, "bash")[0])[1:]
+    assert main(command) == 2
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert any("image of 16 px, 3 steps, no guidance" in line and "greatest difference" in line for line in wrong)
+    assert any("blocks have none, single_transformer_blocks.0 first" in line for line in wrong)
+    assert main([*command, "--steps", "3"]) == 2 and "two different whole numbers" in capsys.readouterr().err
 
 
 def test_the_pages_command_trains_and_plain_diffusers_draws_the_result(place, monkeypatch):
-    words = shlex.split(blocks(PAGE, "bash")[0])[1:]
+    words = shlex.split(blocks(PAGE, "bash")[1])[1:]
     assert main([*words, *QUICK, "steps=2", "lora.rank=4", "optimizer.lr=0.1", "ema=0", "model.resolution=16", "run=run"]) == 0
     records = read_lines(Path("run/metrics.jsonl"))
     assert len(records) == 2 and records[1]["deviation"] > 0
@@ -77,13 +88,15 @@ def test_the_pages_command_trains_and_plain_diffusers_draws_the_result(place, mo
 def test_what_an_adapter_lacks_is_told_in_one_line(place):
     with pytest.raises(UserError, match=r"model: AuraFlow can't be built .*'guidance'"):
         opened(options={"guidance": 2.0})
-    Path("auraflow.py").write_text(Path("auraflow.py").read_text().replace("self.shift = ", "shift = ").replace("def decode", "def paint"))
+    with pytest.raises(UserError, match="beyond the 32"):
+        opened(resolution=36)
+    Path("auraflow.py").write_text(Path("auraflow.py").read_text() + "\n    def shape_of_latents(self):\n        return self.shape\n")
     with pytest.raises(
-        UserError, match=r"model\.adapter: building auraflow\.py:AuraFlow failed: AttributeError: .*'shift'.* at auraflow\.py:\d"
+        UserError, match=r"model\.adapter: building auraflow\.py:AuraFlow failed: AttributeError: .*'shape'.* at auraflow\.py:\d"
     ):
         opened()
-    Path("auraflow.py").write_text(Path("auraflow.py").read_text().replace("self.shift", "shift"))
-    with pytest.raises(UserError, match=r"model\.adapter: auraflow\.py:AuraFlow has no shift, decode;"):
+    Path("auraflow.py").write_text("class AuraFlow:\n    def __init__(self, pipeline, *, offload):\n        self.resolution = 16\n")
+    with pytest.raises(UserError, match=r"model\.adapter: auraflow\.py:AuraFlow has no .*levels.*, decode"):
         opened()
     Path("auraflow.py").unlink()
     with pytest.raises(UserError, match=r"model\.adapter: no file auraflow\.py"):

@@ -1,5 +1,6 @@
 """Runs side by side: which are one method, what they are called, which can't be compared, and what is said of them."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -319,3 +320,35 @@ def test_a_real_pair_of_runs_is_compared_without_torch(learnt, tmp_path):
     assert found["methods"][0]["runs"][0]["scores"][0] == found["methods"][1]["runs"][0]["scores"][0], "before training, the same images"
     shown = Page((tmp_path / "c.html").read_text())
     assert len(shown.all("img")) == 4 * 3 and shown.says("from the same noise (seed 0)")
+
+
+# files in other folders --------------------------------------------------------------------------------
+
+
+def with_prompts(folder: Path, content: str, *, known: bool = True, name: str = "mine.txt") -> Path:
+    """A run on a prompt file beside it."""
+    folder.mkdir()
+    file = folder / name
+    file.write_text(content)
+    made = make(folder / "run", f"prompts={file}", f"evaluate.prompts={file}")
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    entries = [{"key": key, "path": str(file), "sha256": digest} for key in ("prompts", "evaluate.prompts")]
+    (made / "sources.json").write_text(json.dumps({"files": entries if known else []}))
+    return made
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_same_prompts_in_two_folders_are_one_protocol_and_one_method(tmp_path, known):
+    a, b = (with_prompts(tmp_path / name, "a cat\n", known=known) for name in "ab")
+    assert len(compare([a, b], labels={"both": [a, b]}).methods) == 1 and not compare([a, b], labels={"both": [a, b]}).odd
+
+
+def test_the_same_prompts_under_another_name_are_the_same(tmp_path):
+    a, b = with_prompts(tmp_path / "a", "a cat\n"), with_prompts(tmp_path / "b", "a cat\n", name="other.txt")
+    assert not compare([a, b], labels={"both": [a, b]}).odd
+
+
+def test_other_prompts_of_the_same_name_are_another_protocol_and_are_named(tmp_path):
+    a, b = with_prompts(tmp_path / "a", "a cat\n"), with_prompts(tmp_path / "b", "a dog\n")
+    with pytest.raises(UserError, match=r"evaluate\.prompts is mine\.txt \(sha256:\w+\) in .* and mine\.txt \(sha256:\w+\) in"):
+        compare([a, b])

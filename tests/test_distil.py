@@ -9,7 +9,6 @@ from few_steps import cold, going_on, kept, largest, recorded
 
 from flowtilt import Trainer
 from flowtilt.distributed.world import World
-from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.objectives.rtdmd import draw_renoise_times
@@ -80,7 +79,7 @@ def test_interrupted_and_gone_on_with_it_is_the_unbroken_run_to_the_bit(distille
 
 
 def test_every_level_is_stopped_at_equally_often_by_samples_that_change(trainer):
-    sigmas, seen = sigma_schedule(S, trainer.policy.model.shift), set()
+    sigmas, seen = trainer.policy.model.levels(S), set()
     for draw in range(3):
         stopped, samples = trainer.method._simulated(5, draw, trainer.walk.draw(0, N))
         counts = Counter(samples.s.tolist())
@@ -94,7 +93,7 @@ def test_every_level_is_stopped_at_equally_often_by_samples_that_change(trainer)
 def test_a_sample_is_the_students_own_way_step_by_step(trainer, simulated):
     """Each by itself, from its own noise; x_s is the state after its last step, with that step's noise in it."""
     stopped, samples = simulated
-    sigmas, shape = sigma_schedule(S, trainer.policy.model.shift).tolist(), trainer.policy.model.latent_shape
+    sigmas, shape = trainer.policy.model.levels(S).tolist(), trainer.policy.model.latent_shape
     for k in range(N):
         position = (3, 2, k, 0)
         assert tuple(samples.positions[k]) == position
@@ -176,7 +175,7 @@ def test_the_students_gradient_is_that_of_the_papers_loss_through_its_last_step(
     stopped, samples = simulated
     policy, shape = trainer.policy, trainer.policy.model.latent_shape
     g, _ = trainer.method.fake.gradient(samples)
-    sigmas = sigma_schedule(S, policy.model.shift).tolist()
+    sigmas = policy.model.levels(S).tolist()
     steps = [(*position, sigmas.index(level)) for position, level in zip(samples.positions, stopped.sigma.tolist(), strict=True)]
     v = policy.velocity("current", stopped.before, stopped.sigma, samples.conditioning)
     x_s = sde_step(stopped.before, v, stopped.sigma, stopped.s, noise(0, "distil step", steps, shape), "cps", ETA)[0]

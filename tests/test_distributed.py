@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import LIGHT, QUICK, two_blocks
 from holders import held_by
 from ranks import together
 from test_trainer import rewards, weights
@@ -72,6 +72,18 @@ def test_two_processes_evaluate_what_one_does_and_count_no_prompt_twice(learnt, 
     two, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
     assert two["sets"] == one["sets"] and two["sets"]["playground"]["images"] == 70
     assert two["protocol"] == one["protocol"]
+
+
+def test_two_processes_compare_the_pairs_that_one_does_though_a_prompts_images_are_split(tmp_path):
+    own = [word for word in QUICK if not word.startswith("objective.")]
+    words = ["train", "playground-dpo-online", *own, two_blocks(), *LIGHT, "rewards.playground=0"]
+    assert main([*words, f"run={tmp_path}/one"]) == 0
+    done = together(2, main, [*words, f"run={tmp_path}/two"], folder=tmp_path / "ranks")
+    assert done.codes == [0, 0], done.stderr[-2000:]
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for name in ("pairs", "loss", "margin", "winner_error", "kl", "grad_norm", "network_evaluations", "reward/total"):
+        assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3, abs=1e-6), name
+    assert one[0]["pairs"] > 0
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 144])

@@ -1,12 +1,12 @@
 """The FLUX.1 adapter on small pipelines saved to disk as -dev and -schnell are: what it draws is what the stock pipeline draws."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUICK
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from meta_shapes import Shapes
 from peft import PeftModel
 from tiny_pipelines import flux
@@ -14,11 +14,11 @@ from tiny_pipelines import flux
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import main
 from flowtilt.config import ModelSettings
-from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.models.flux import Flux, _shift
+from flowtilt.models.flux import Flux
+from flowtilt.models.levels import levels_of, mu_by_tokens
 from flowtilt.models.opening import load_pipeline, open_model
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import ROLES
@@ -92,7 +92,7 @@ def test_dev_draws_the_stock_pipelines_images_with_its_guidance_at_its_shift(dev
 
 def test_schnell_draws_the_stock_pipelines_images_without_any_guidance(schnell):
     model = load(schnell)
-    assert model.shift == 1.0 and model.protocol["embedded_guidance"] is None
+    assert model.protocol["shift"] == 1.0 and model.protocol["embedded_guidance"] is None
     torch.testing.assert_close(ours(model), stock(FluxPipeline.from_pretrained(schnell), model), atol=1e-5, rtol=0)
 
 
@@ -105,15 +105,13 @@ def test_classifier_free_guidance_is_the_pipelines_true_one(dev):
 
 @pytest.mark.parametrize("size", [256, 512, 768, 1024, 2048])
 def test_levels_are_the_schedulers_under_dynamic_shifting(size):
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)  # FLUX.1-dev's
     tokens = (size // 16) ** 2
     for steps in (1, 4, 28):
         scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=calculate_shift(tokens))
-        assert (sigma_schedule(steps, _shift(scheduler.config, tokens)) - scheduler.sigmas).abs().max() < 1e-6
+        assert (levels_of(scheduler.config, lambda n: mu_by_tokens(scheduler.config, tokens))(steps) - scheduler.sigmas).abs().max() < 1e-6
     if size == 1024:
-        assert _shift(scheduler.config, tokens) == pytest.approx(math.exp(1.15))
+        assert mu_by_tokens(scheduler.config, tokens) == pytest.approx(1.15)
 
 
 def test_time_goes_in_unrounded(dev, monkeypatch):

@@ -9,7 +9,6 @@ import torch
 from few_steps import going_on, kept, largest, recorded, rl
 
 from flowtilt import Trainer, UserError
-from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.lora import fingerprint
 from flowtilt.lora.read import read_lora
@@ -57,7 +56,7 @@ def rollout(trainer):
 
 @pytest.fixture(scope="module")
 def sigmas(trainer):
-    return sigma_schedule(S, trainer.policy.model.shift)
+    return trainer.policy.model.levels(S)
 
 
 @pytest.fixture
@@ -248,7 +247,7 @@ def direct_matching(policy, x0, positions, given):
     wide = t.view(-1, 1, 1, 1)
     x_t = (1 - wide) * x0 + wide * n
     with torch.no_grad():
-        free = policy.velocity("teacher", x_t, t, policy.model.encode([""] * len(t)))
+        free = policy.velocity("teacher", x_t, t, policy.model.encode_negative().select(torch.zeros(len(t), dtype=torch.long)))
         teacher = free + 4.5 * (policy.velocity("teacher", x_t, t, given) - free)
         fake = policy.velocity("fake", x_t, t, given)
     off = (x0 - (x_t - wide * teacher)).abs().flatten(1).mean(1)

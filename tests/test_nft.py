@@ -4,6 +4,7 @@ The formula is written out once more here in the paper's form, with x_t and x0_h
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowtilt.flow import add_noise, predict_x0, sigma_schedule
+from flowtilt.models.levels import Levels
 from flowtilt.objectives import ema_decay
 from flowtilt.objectives.batches import draw_times
 from flowtilt.objectives.nft import NFT, nft_loss, old_policy_decay, optimality, velocity_kl
@@ -276,9 +278,9 @@ def test_after_a_rollout_the_old_policy_moves_by_its_schedule():
 @pytest.mark.parametrize("number", [1, 4, 10])
 def test_times_of_the_rollout_are_its_own_levels_without_replacement_and_without_0(number):
     sigmas = sigma_schedule(10, 3.0)
-    times = draw_times("rollout", number, sigmas, 3.0, generator(0, "t"))
+    times = draw_times("rollout", number, sigmas, torch.clone, generator(0, "t"))
     assert len(set(times.tolist())) == number and set(times.tolist()) <= set(sigmas[:-1].tolist())
-    drawn = [tuple(draw_times("rollout", number, sigmas, 3.0, generator(0, "t", k)).tolist()) for k in range(60)]
+    drawn = [tuple(draw_times("rollout", number, sigmas, torch.clone, generator(0, "t", k)).tolist()) for k in range(60)]
     assert {t for times in drawn for t in times} == set(sigmas[:-1].tolist())  # every level has its turn
     assert len(set(drawn)) > 5
 
@@ -287,7 +289,7 @@ def test_times_of_the_rollout_are_its_own_levels_without_replacement_and_without
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_stratified_times_fall_one_in_each_equal_part_before_they_are_shifted_as_the_levels_are(number, shift):
     for k in range(20):
-        times = draw_times("stratified", number, torch.ones(1), shift, generator(0, "t", k))
+        times = draw_times("stratified", number, torch.ones(1), partial(Levels.fixed(shift).at, steps=10), generator(0, "t", k))
         assert times.dtype == torch.float32 and (times > 0).all() and (times <= 1).all()
         u = times.double() / (shift - (shift - 1) * times.double())  # t = k u / (1 + (k - 1) u), solved for u
         within = (u - 0.02) / 0.98 * number - torch.arange(number)
@@ -296,9 +298,9 @@ def test_stratified_times_fall_one_in_each_equal_part_before_they_are_shifted_as
 
 def test_times_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="of 4 steps has no 5"):
-        draw_times("rollout", 5, sigma_schedule(4), 1.0, generator(0, "t"))
+        draw_times("rollout", 5, sigma_schedule(4), torch.clone, generator(0, "t"))
     with pytest.raises(ValueError, match="'uniform' is not"):
-        draw_times("uniform", 2, sigma_schedule(4), 1.0, generator(0, "t"))
+        draw_times("uniform", 2, sigma_schedule(4), torch.clone, generator(0, "t"))
 
 
 def test_consistency_shifts_every_advantage_and_is_flow_matching_on_ones_own_images():

@@ -264,7 +264,7 @@ def test_every_recipe_of_sd35_medium_has_its_published_shapes():
     block = model.network.transformer_blocks
     assert len(block) == 24 and [b.attn2 is not None for b in block] == [True] * 13 + [False] * 11  # MMDiT-X
     assert model.network.inner_dim == 1536 and block[0].attn.heads == 24
-    assert model.latent_shape == (16, 64, 64) and model.shift == 3.0  # 512 pixels
+    assert model.latent_shape == (16, 64, 64) and model.protocol["shift"] == 3.0  # 512 pixels
     shapes = {name: tuple(x.shape) for name, x in conditioning(geometry, model).distinct.items()}
     assert shapes == {"encoder_hidden_states": (1, 77 + 128, 4096), "pooled_projections": (1, 2048)}
     # r (1536 + 1536) for each of 8 layers in 24 blocks; the last has nothing to add to the caption

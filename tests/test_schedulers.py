@@ -118,7 +118,7 @@ def test_flux_draws_at_the_shifted_levels(tmp_path):
     pipeline = cps(model.pipeline, 0.9)
     pipeline.set_progress_bar_config(disable=True)
     pipeline("a cat", num_inference_steps=3, output_type="latent", **model.call_options(1.0))
-    torch.testing.assert_close(pipeline.scheduler.sigmas, sigma_schedule(3, model.shift))
+    torch.testing.assert_close(pipeline.scheduler.sigmas, model.levels(3))
 
 
 def test_steps_are_counted_and_never_looked_up(pipeline):

@@ -97,7 +97,7 @@ def test_decoding_carries_a_gradient_where_asked(folder):
 
 def test_the_shift_and_latents_come_from_the_pipeline(folder):
     model = load(folder)
-    assert model.shift == 3.0 and model.latent_shape == (16, 8, 8)
+    assert model.protocol["shift"] == 3.0 and model.latent_shape == (16, 8, 8)
     assert load(folder, resolution=32).latent_shape == (16, 16, 16)
     with pytest.raises(UserError, match="beyond the 32"):
         load(folder, resolution=64)

@@ -36,7 +36,7 @@ def at_full_size(name, resolution, t5_length):
 def test_a_velocity_has_the_shape_of_the_latents(name, resolution, t5_length):
     geometry, model, policy = at_full_size(name, resolution, t5_length)
     side = (resolution or 1024) // 8
-    assert model.latent_shape == (16, side, side) and model.shift == 3.0 and model.t5_length == (t5_length or 128)
+    assert model.latent_shape == (16, side, side) and model.protocol["shift"] == 3.0 and model.t5_length == (t5_length or 128)
     given = conditioning(geometry, model)
     assert given.distinct["encoder_hidden_states"].shape == (1, 77 + (t5_length or 128), 4096)
     x, t = torch.empty(2, *model.latent_shape, device="meta"), torch.empty(2, device="meta")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from flowtilt import Trainer, UserError
 from flowtilt.config import load_recipe
-from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.batches import Pairs
@@ -90,9 +89,7 @@ def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(tmp_pat
     tuned = plain()
     given = trainer.policy.model.encode(texts)
     with torch.no_grad():
-        latents = solve(
-            lambda x, s: trainer.policy.velocity("ema", x, s, given), start, sigma_schedule(6, trainer.policy.model.shift), "euler"
-        )
+        latents = solve(lambda x, s: trainer.policy.velocity("ema", x, s, given), start, trainer.policy.model.levels(6), "euler")
         ours = trainer.policy.model.decode(latents)
     assert (tuned - base).abs().max() > 0.2
     torch.testing.assert_close(ours, tuned, atol=2e-4, rtol=0)

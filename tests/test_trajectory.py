@@ -5,7 +5,6 @@ import torch
 from conftest import LONGER, quick
 
 from flowtilt import Trainer, UserError
-from flowtilt.flow import sigma_schedule
 from flowtilt.io.files import read_lines
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.sampling.sampler import Sampler
@@ -40,7 +39,7 @@ def drawn(trainer, sampler, stochastic, rows=5, size=8, sde="flow", eta=0.7):
 
 
 def test_the_kept_steps_are_those_that_were_taken(trainer):
-    sigmas = sigma_schedule(6, trainer.policy.model.shift)
+    sigmas = trainer.policy.model.levels(6)
     start, given, (x0, path) = drawn(trainer, Sampler("euler", 6), range(1, 4))
     assert path.states.shape[:2] == (5, 4) and path.means.shape[:2] == path.log_probs.shape == (5, 3)
     with torch.no_grad():
@@ -86,7 +85,7 @@ def test_at_the_first_update_the_gradient_is_reinforce(tmp_path, extra):
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
     rollout, _ = trainer.method.rollouts.draw(1, drawn, phases)
     own = [k for k in range(len(rollout.x0)) if rollout.kept[k]]
-    rows = trainer.method.learner._rows(1, rollout, own)
+    rows = trainer.method.learner.rows(1, rollout, own)
     trainer.method.learner._gradients(rows, len(rows), 7)
     ours = [p.grad.clone() for p in trainer.policy.parameters]
     for p in trainer.policy.parameters:

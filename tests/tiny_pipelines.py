@@ -1,19 +1,55 @@
 """Small random pipelines of the true classes, saved to disk as the published ones are."""
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from flowtilt.playground.pretrain import build_text_encoder, tokenizer
 
@@ -26,12 +62,12 @@ def letters() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 
-def vae(**config: float | None) -> AutoencoderKL:
-    """An autoencoder of a factor of two; `config` replaces its 16 channels or FLUX.1's factors."""
+def vae(blocks: int = 2, **config: float | None) -> AutoencoderKL:
+    """An autoencoder of a factor of two, or of more blocks; `config` replaces its 16 channels or FLUX.1's factors."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=16,
@@ -39,6 +75,14 @@ def vae(**config: float | None) -> AutoencoderKL:
         use_post_quant_conv=False,
         **{"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **config},
     )
+
+
+def loud(network: torch.nn.Module, factor: float) -> None:
+    """Multiplies every matrix, so that a caption shows in the image of a network with random weights."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim == 2:
+                weight *= factor
 
 
 def sd35(place: Path) -> Path:
@@ -133,6 +177,232 @@ def aura_flow(place: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=vae(latent_channels=4, scaling_factor=0.13025, shift_factor=None),
         text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        tokenizer=t5,
+    )
+    loud(pipeline.transformer, 2)
+    pipeline.save_pretrained(place)
+    return place
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """A Qwen tokenizer with a token for each byte and its chat's own marks."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {letter: k for k, letter in enumerate(bytes_to_unicode().values())}
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary |= {mark: 256 + k for k, mark in enumerate(marks)}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks[1:], chat_template=CHAT, model_max_length=2048)
+
+
+QWEN: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+}
+
+
+def qwen_image(place: Path) -> Path:
+    """A Qwen-Image pipeline: Qwen2.5-VL, a VAE of videos with statistics, dynamic shifting with a last level of .02."""
+    torch.manual_seed(0)
+    channels = torch.linspace(0.5, 2, 16)
+    text = Qwen2_5_VLConfig(
+        text_config={**QWEN, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+    )
+    pipeline = QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=16, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=(channels - 1).tolist(), latents_std=channels.tolist(),
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+        tokenizer=qwen_tokenizer(),
+    )  # fmt: skip
+    loud(pipeline.transformer.proj_out, 4)
+    pipeline.save_pretrained(place)
+    return place
+
+
+def z_image(place: Path) -> Path:
+    """A Z-Image pipeline: Qwen3, refiners of image and caption, shift 6."""
+    torch.manual_seed(0)
+    pipeline = ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64]
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(),
+        text_encoder=Qwen3Model(Qwen3Config(**QWEN)),
+        tokenizer=qwen_tokenizer(),
+    )
+    for parameter in (pipeline.transformer.x_pad_token, pipeline.transformer.cap_pad_token):
+        torch.nn.init.normal_(parameter, std=0.02)
+    pipeline.save_pretrained(place)
+    return place
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
+    """An autoencoder of a factor of two whose batch norm has statistics."""
+    coder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    coder.bn.running_mean.normal_()
+    coder.bn.running_var.uniform_(0.5, 2)
+    return coder
+
+
+def flux2_network(guidance: bool) -> Flux2Transformer2DModel:
+    """Both kinds of blocks, for captions of 96 channels."""
+    return Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=96,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
+    )  # fmt: skip
+
+
+def flux2_klein(place: Path) -> Path:
+    """A FLUX.2-klein pipeline: hidden layers 9, 18 and 27 of a Qwen3."""
+    torch.manual_seed(0)
+    pipeline = Flux2KleinPipeline(
+        transformer=flux2_network(guidance=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**{**QWEN, "num_hidden_layers": 28, "intermediate_size": 16})),
+        tokenizer=qwen_tokenizer(),
+        is_distilled=False,
+    )
+    pipeline.save_pretrained(place)
+    return place
+
+
+def flux2_dev(place: Path) -> Path:
+    """A FLUX.2-dev pipeline without its processor, which needs torchvision; `Letters` stands in for it."""
+    torch.manual_seed(0)
+    text = {"model_type": "mistral", **QWEN, "num_hidden_layers": 31, "intermediate_size": 16}
+    eyes = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pipeline = Flux2Pipeline(
+        transformer=flux2_network(guidance=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=eyes)),
+        tokenizer=None,
+    )
+    pipeline.save_pretrained(place)
+    return place
+
+
+class Letters:
+    """Stands in for FLUX.2-dev's processor: a token for each letter of the last message."""
+
+    model_max_length = 512
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Of no words."""
+        return {}
+
+    def apply_chat_template(self, messages: Any, max_length: int, **_: Any) -> dict[str, torch.Tensor]:
+        """Padded ids and masks of the batch."""
+        texts = [conversation[-1]["content"][0]["text"][:max_length] for conversation in messages]
+        ids = torch.tensor([[ord(c) % 250 for c in text] + [256] * (max_length - len(text)) for text in texts])
+        return {"input_ids": ids, "attention_mask": (ids != 256).long()}
+
+
+GEMMA: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+
+
+def sana(place: Path) -> Path:
+    """A SANA pipeline: an autoencoder of a factor of 32, Gemma 2, a DPM solver with a shift of 3."""
+    torch.manual_seed(0)
+    six = {"block_out_channels": (8,) * 6, "layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
+    network = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32, sample_size=32,
+    )  # fmt: skip
+    loud(network, 3)
+    pipeline = SanaPipeline(
+        transformer=network,
+        scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
+        vae=AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=8,
+            scaling_factor=0.41407,
+            **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in six.items()},
+        ),
+        text_encoder=Gemma2Model(Gemma2Config(**GEMMA)),
+        tokenizer=letters(),
+    )
+    pipeline.save_pretrained(place)
+    return place
+
+
+def lumina2(place: Path) -> Path:
+    """A Lumina-Image 2 pipeline: Gemma 2, refiners of image and caption, grouped keys, shift 6, a VAE of a factor of 8."""
+    torch.manual_seed(0)
+    network = Lumina2Transformer2DModel(
+        in_channels=16, hidden_size=48, num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
+        axes_dim_rope=(8, 8, 8), axes_lens=(300, 64, 64), cap_feat_dim=32, sample_size=8,
+    )  # fmt: skip
+    pipeline = Lumina2Pipeline(
+        transformer=network,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(blocks=4),
+        text_encoder=Gemma2Model(Gemma2Config(**GEMMA)),
+        tokenizer=letters(),
+    )
+    pipeline.save_pretrained(place)
+    return place
+
+
+def chroma(place: Path) -> Path:
+    """A Chroma pipeline with both kinds of blocks."""
+    torch.manual_seed(0)
+    t5 = letters()
+    network = ChromaTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6), approximator_num_channels=64, approximator_hidden_dim=32, approximator_layers=1,
+    )  # fmt: skip
+    pipeline = ChromaPipeline(
+        transformer=network,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae(),
+        text_encoder=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
         tokenizer=t5,
     )
     pipeline.save_pretrained(place)

@@ -1,6 +1,7 @@
 """What is measured of a finished run: on noise that nothing was compared on, and without its evaluations' share of luck."""
 
 import math
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from flowtilt.build import evaluation_prompts, sampler_of, training_prompts
 from flowtilt.config import Recipe, load_recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.evaluate import BLOCK, Row, draw, each, spread
-from flowtilt.flow import add_noise, sigma_schedule
+from flowtilt.flow import add_noise
 from flowtilt.io.files import write_json
 from flowtilt.lora.stacked import read_stack
 from flowtilt.models.opening import open_model
@@ -84,8 +85,9 @@ def distance(stack: Stack, recipe: Recipe, prompts: list[Prompt]) -> float:
     given = model.encode([prompt.text for prompt in prompts])
     start = noise(FRESH, "reference", places, model.latent_shape)
     x0 = Sampler("euler", STEPS)(stack, "base", start, given, BLOCK)
-    sigmas = sigma_schedule(r.steps, model.shift)
-    times = torch.stack([draw_times("stratified", TIMES, sigmas, model.shift, generator(FRESH, "times", *place)) for place in places])
+    sigmas = model.levels(r.steps)
+    between = partial(model.levels.at, steps=r.steps)
+    times = torch.stack([draw_times("stratified", TIMES, sigmas, between, generator(FRESH, "times", *place)) for place in places])
     found = []
     for k in range(TIMES):
         x_t = add_noise(x0, noise(FRESH, "noised", [(*place, k) for place in places], model.latent_shape), times[:, k])

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerModel
 
 from flowtilt.errors import UserError
-from flowtilt.io import weights
 from flowtilt.rewards import keymap
+from flowtilt.rewards.about import find_weights
 from flowtilt.rewards.geneval import mask2former
 
 GOLDEN = Path(__file__).parent / "golden" / "mask2former_tiny.safetensors"
@@ -199,7 +199,7 @@ def test_patch_merging_reads_the_same_pixels():
 @pytest.mark.parametrize("name", [FILE, ALIAS])
 def test_a_file_under_either_name_gives_mmdetections_numbers(tmp_path, monkeypatch, name):
     use_tiny(monkeypatch, tmp_path, name=name)
-    network, pixels, want = load(weights.find("mask2former")), golden("in.")["pixels"], golden("out.")
+    network, pixels, want = load(find_weights("mask2former")), golden("in.")["pixels"], golden("out.")
     with torch.no_grad():
         classes, masks = network(pixels)
         features = network.model.pixel_level_module.encoder(pixels).feature_maps

@@ -11,12 +11,12 @@ import torch
 from flowtilt.build.inputs import found_again
 from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
 from flowtilt.config.held_out import SPLIT
-from flowtilt.config.trust import RECIPE
 from flowtilt.config.trust import check as check_trust
 from flowtilt.device.placement import home
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.containment import contained
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, shapes_of
@@ -51,6 +51,8 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start
         return WholePolicy(open_model(recipe.model, world.device))
     sharded = recipe.shard == "base" and world.size > 1
     model = open_model(recipe.model, world.device, sharded)
+    for steps in (recipe.rollout.steps, recipe.evaluate.steps):
+        model.levels(steps)  # now, not after hours: a family may have no levels for so few
     merge = False if sharded else None  # merged weights would be whole on every rank
     shapes = shapes_of(model.network)
     for lora in below:
@@ -148,7 +150,7 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
 def recipe_of(place: Path) -> Recipe | None:
     """The recipe of the run that a LoRA lies in, none for one from elsewhere; to be read, not to be run: see `vouch`."""
     run = run_of(place)
-    return found_again(load_recipe(run / RECIPE, stored=True), run) if run else None
+    return found_again(load_recipe(RunFolder(run).recipe, stored=True), run) if run else None
 
 
 def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest, read_errors, shown, write_json
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.io.user_code import neighbours
 from flowtilt.lora.find import find
 from flowtilt.methods import is_own
 from flowtilt.models.opening import fingerprint
 from flowtilt.prompts.sets import is_path
 
-SOURCES = "sources.json"
 ONCE = ("lora.init", "lora.on", "objective.fake")
 """What is read when a run begins and never again: its checkpoints and its copies (`lora.stacked.keep`) have all of it."""
 _WHOLE = 1 << 20
@@ -146,7 +146,7 @@ def save(recipe: Recipe, run: Path, step: int | None, accepted: list[str]) -> No
     if not os.path.isdir(recipe.model.path) and (commit := fingerprint(recipe.model.path, recipe.model.revision).get("commit")):
         files.append({"key": "model", "path": recipe.model.path, "commit": commit})
     noted = [*old.get("changed", []), *([{"step": step, "what": accepted}] if accepted else [])]
-    write_json(run / SOURCES, {"files": files} | ({"changed": noted} if noted else {}))
+    write_json(RunFolder(run).sources, {"files": files} | ({"changed": noted} if noted else {}))
 
 
 def _named(recipe: Recipe) -> dict[str, list[str]]:
@@ -212,7 +212,7 @@ def _folder_digest(folder: Path) -> str:
 
 def _load(run: Path) -> dict[str, Any]:
     """sources.json; empty for a run of an earlier version."""
-    place = run / SOURCES
+    place = RunFolder(run).sources
     try:
         with read_errors(place):
             found = json.loads(place.read_bytes()) if place.exists() else {}

@@ -7,6 +7,7 @@ from typing import Any
 from flowtilt.cli.words import TRUST, count, say, words
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
+from flowtilt.io.run_folder import EvaluationFolder
 
 REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function, or name=http://host:port'
 
@@ -87,11 +88,12 @@ def _evaluate(args: argparse.Namespace) -> int:
             say=say,
         )
     except KeyboardInterrupt:
-        more = "; the same command goes on from there" if (args.output / "protocol.json").is_file() else ""
+        more = "; the same command goes on from there" if EvaluationFolder(args.output).protocol.is_file() else ""
         raise KeyboardInterrupt(more) from None
     if results:
         print(table(results))
-        print(f"results  {args.output / 'results.json'}\nreport   {args.output / 'report.html'}")
+        written = EvaluationFolder(args.output)
+        print(f"results  {written.results}\nreport   {written.report}")
         if args.save_images:
             print(f"images   {args.output / 'images'}")
     return 0

@@ -14,6 +14,7 @@ from flowtilt.config import Recipe, load_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
 from flowtilt.io.files import read_errors, write_json
+from flowtilt.io.run_folder import RunFolder
 
 ABOUT = """Trains a recipe once for every combination of the values, one run after another, and compares the runs.
 The same command again skips what is finished and resumes what was interrupted."""
@@ -127,13 +128,13 @@ def _words(source: str, overrides: list[str], run: Path, recipe: Recipe) -> list
     Raises:
         UserError: the folder has a run of another recipe.
     """
-    if not (run / "recipe.toml").is_file():
+    if not RunFolder(run).is_run():
         return ["train", source, *overrides, f"run={json.dumps(str(run))}"]
     from flowtilt.runs.folder import MAY_CHANGE, open_run
 
     open_run(run, [], recipe)
     with read_errors(run):
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8")) if (run / "summary.json").is_file() else {}
+        summary = json.loads(RunFolder(run).summary.read_text(encoding="utf-8")) if RunFolder(run).summary.is_file() else {}
     if summary.get("steps") == recipe.steps:
         return []
     return ["train", "--resume", str(run), *(item for item in overrides if item.partition("=")[0].strip().partition(".")[0] in MAY_CHANGE)]

@@ -12,6 +12,7 @@ from flowtilt.config.trust import check, of_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
+from flowtilt.io.run_folder import RunFolder
 
 
 def add(commands: Any) -> None:
@@ -110,8 +111,8 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     if changed:
         print(changed)
     print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
-    result = recipe.result()
-    print(f"{'network' if recipe.train == 'full' else 'lora':7} {folder / result}\nreport  {folder / 'report.html'}")
+    kind, trained = ("network", RunFolder(folder).network) if recipe.train == "full" else ("lora", RunFolder(folder).lora)
+    print(f"{kind:7} {trained}\nreport  {RunFolder(folder).report}")
 
 
 def _sample(args: argparse.Namespace) -> int:

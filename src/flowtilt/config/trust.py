@@ -17,9 +17,9 @@ from flowtilt.config import ModelSettings, Recipe
 from flowtilt.config.given import OBJECT
 from flowtilt.errors import UserError
 from flowtilt.io.files import cache_folder, shown, write_atomic
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.methods import is_own
 
-RECIPE = "recipe.toml"
 NAME = re.compile(r"[\w.-]+")
 """A built-in reward; "file.py:function" and addresses have a colon. A Python object is never loaded from a recipe."""
 
@@ -66,8 +66,8 @@ def check(run: Path, parts: Mapping[str, str], trust: bool) -> None:
     key, value = next(iter(parts.items()))
     more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
     raise UserError(
-        f"{shown(run / RECIPE)}: {key} is {_short(value)}{more}, which runs code or contacts a server, and this recipe was not made here; "
-        "read it, then add --trust if you trust it"
+        f"{shown(RunFolder(run).recipe)}: {key} is {_short(value)}{more}, which runs code or contacts a server, "
+        "and this recipe was not made here; read it, then add --trust if you trust it"
     )
 
 
@@ -90,7 +90,7 @@ def _note(run: Path) -> Path:
 
 
 def _digest(run: Path) -> str:
-    return hashlib.sha256((run / RECIPE).read_bytes()).hexdigest()
+    return hashlib.sha256((RunFolder(run).recipe).read_bytes()).hexdigest()
 
 
 def _short(value: str) -> str:

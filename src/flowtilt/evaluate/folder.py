@@ -25,6 +25,7 @@ from flowtilt.io.files import append_line, clean, disk_errors, made_by, read_err
 from flowtilt.io.images import to_pil, to_png
 from flowtilt.io.locks import FILES as LOCKS
 from flowtilt.io.locks import HOLDER, Hold
+from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.models.base import Drawing
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
@@ -33,8 +34,8 @@ from flowtilt.rewards.facts import ranges_of
 from flowtilt.rewards.judging import judge
 from flowtilt.sampling.sampler import Sampler
 
-PROTOCOL, SCORES = "protocol.json", "scores.jsonl"
-WRITTEN = {PROTOCOL, SCORES, "results.json", "report.html", HOLDER}
+PROTOCOL = EvaluationFolder.protocol
+WRITTEN = {PROTOCOL, EvaluationFolder.scores, EvaluationFolder.results, EvaluationFolder.report, HOLDER}
 """What is written by way of a temporary file."""
 THUMBNAIL = 256
 """Pixels of the pictures that the report is made of."""
@@ -69,7 +70,7 @@ class Block:
 
 def image_path(folder: Path, set: str, variant: str, index: int, copy: int) -> Path:
     """Where an evaluation keeps an image at its full size."""
-    return folder / "images" / set / variant / f"{index:05d}-{copy:02d}.png"
+    return EvaluationFolder(folder).images / set / variant / f"{index:05d}-{copy:02d}.png"
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def _hold(folder: Path, protocol: Mapping[str, Any]) -> Hold:
         place = folder / PROTOCOL
         with read_errors(folder):
             clean(folder, WRITTEN.__contains__)
-            for images in (folder / "images").glob("*/*/"):
+            for images in EvaluationFolder(folder).images.glob("*/*/"):
                 clean(images, lambda name: re.fullmatch(r"\d{5,}-\d{2,}\.png", name) is not None)
         if place.is_file():
             kept = _protocol_of(place)
@@ -199,7 +200,7 @@ def _judge(folder: Path, block: Block, images: Tensor, world: World) -> None:
         small = pictures[k].copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         pixel_art = max(small.size) <= 64
-        picture = f"pictures/{one.name}/{block.variant}/{index:05d}-{copy:02d}.{'png' if pixel_art else 'jpg'}"
+        picture = f"{EvaluationFolder.pictures}/{one.name}/{block.variant}/{index:05d}-{copy:02d}.{'png' if pixel_art else 'jpg'}"
         buffer = BytesIO()
         small.save(buffer, "PNG") if pixel_art else small.save(buffer, "JPEG", quality=85)
         _write(folder / picture, buffer.getvalue())
@@ -240,7 +241,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 def _score_files(folder: Path) -> list[Path]:
     parts = [file for file in folder.glob("scores-*.jsonl") if re.fullmatch(r"scores-\d+\.jsonl", file.name)]
-    return [folder / SCORES, *sorted(parts)]
+    return [EvaluationFolder(folder).scores, *sorted(parts)]
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:
@@ -250,7 +251,7 @@ def _is_whole(record: Mapping[str, Any]) -> bool:
 
 
 def _save_records(folder: Path, records: Sequence[dict[str, Any]]) -> None:
-    write_lines(folder / SCORES, list(records))
+    write_lines(EvaluationFolder(folder).scores, list(records))
     for part in _score_files(folder)[1:]:
         part.unlink()
 
@@ -262,6 +263,6 @@ def _finish(folder: Path, blocks: Sequence[Block], variants: Sequence[str]) -> d
     rewards = {name: reward for block in blocks for name, reward in block.of.rewards.items()}
     results = results_of(records, variants, _protocol_of(folder / PROTOCOL), ranges_of(rewards))
     _save_records(folder, records)
-    write_json(folder / "results.json", results)
+    write_json(EvaluationFolder(folder).results, results)
     write_evaluation_page(folder)
     return results

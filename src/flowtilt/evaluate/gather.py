@@ -8,6 +8,7 @@ from pathlib import Path
 from flowtilt.errors import UserError
 from flowtilt.io.images import ENDINGS
 from flowtilt.io.notices import notice
+from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.prompts import Prompt
 from flowtilt.report.numbers import counted
 
@@ -54,7 +55,7 @@ def images_in(place: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    small = {protocol.parent / "pictures" for protocol in place.rglob("protocol.json")}
+    small = {EvaluationFolder(protocol.parent).pictures for protocol in place.rglob(EvaluationFolder.protocol)}
     files = [file for file in place.rglob("*") if not hidden(file, place) and not small.intersection(file.parents) and file.is_file()]
     found = sorted((file for file in files if file.suffix.lower() in ENDINGS), key=by_number)
     others = sorted((file for file in files if file.suffix.lower() not in (*ENDINGS, *TEXTS)), key=by_number)

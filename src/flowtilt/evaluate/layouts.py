@@ -12,16 +12,17 @@ from flowtilt.evaluate.folder import image_path
 from flowtilt.evaluate.gather import Pair, by_number, grouped, hidden
 from flowtilt.io.files import read_lines
 from flowtilt.io.images import ENDINGS
+from flowtilt.io.run_folder import EvaluationFolder, RunFolder, SamplesFolder
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.files import read_prompts
 from flowtilt.report.numbers import counted
 
-INDEX = "index.json"
+INDEX = SamplesFolder.index
 
 
 def is_evaluation(place: Path) -> bool:
     """Whether `flowtilt evaluate` made this folder."""
-    return (place / "protocol.json").is_file()
+    return EvaluationFolder(place).protocol.is_file()
 
 
 def evaluation(folder: Path) -> list[Pair]:
@@ -30,10 +31,10 @@ def evaluation(folder: Path) -> list[Pair]:
     Raises:
         UserError: it has not ended, or without its images.
     """
-    if not (folder / "results.json").is_file():
+    if not EvaluationFolder(folder).results.is_file():
         raise UserError(f"score: {folder} is an evaluation that has not ended; the same `flowtilt evaluate` goes on with it")
     found = []
-    for record in read_lines(folder / "scores.jsonl"):
+    for record in read_lines(EvaluationFolder(folder).scores):
         file = image_path(folder, record["set"], record["variant"], record["index"], record["copy"])
         if not file.is_file():
             raise UserError(
@@ -77,7 +78,7 @@ def run_samples(places: Sequence[Path]) -> list[Pair]:
     """
     steps: list[Path] = []
     for place in places:
-        inside = place / "samples" if (place / "recipe.toml").is_file() else place
+        inside = RunFolder(place).samples if RunFolder(place).is_run() else place
         found = [place] if (place / INDEX).is_file() else sorted(inside.glob(f"step-*/{INDEX}"), key=by_number)
         steps += [one.parent if one.name == INDEX else one for one in found]
         if not found:

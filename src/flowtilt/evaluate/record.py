@@ -6,17 +6,18 @@ from pathlib import Path
 from flowtilt.evaluate import Evaluation
 from flowtilt.io.files import append_line, whole_folder, write_json
 from flowtilt.io.images import to_png
-from flowtilt.report.image_scores import IMAGE_SCORES, score_summary
+from flowtilt.io.run_folder import RunFolder, SamplesFolder
+from flowtilt.report.image_scores import score_summary
 
 
 def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) -> None:
     """Logs an evaluation with its interval, and keeps every image's score and its samples as PNG files with captions and verdicts."""
-    with whole_folder(folder / "samples" / f"step-{step:06d}") as temporary:
+    with whole_folder(RunFolder(folder).samples_at(step).path) as temporary:
         for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
             row["file"] = f"{k:02d}.png"
             (temporary / f"{k:02d}.png").write_bytes(to_png(image))
-        write_json(temporary / "index.json", found.sample_rows)
-        (temporary / IMAGE_SCORES).write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
+        write_json(SamplesFolder(temporary).index, found.sample_rows)
+        SamplesFolder(temporary).scores.write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
     record = {
         "step": step,
         "column": found.column,
@@ -29,4 +30,4 @@ def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) 
         "missing": found.missing,
         "seconds": seconds,
     }
-    append_line(folder / "evaluations.jsonl", record)
+    append_line(RunFolder(folder).evaluations, record)

@@ -166,42 +166,48 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a lines file; [] where there is no file. Warns once of damaged lines before the last good one."""
-    found, damaged = parse_lines(path)
+    found, damaged = parse_lines(read_data(path))
     if damaged:
         number = f"line {damaged[0]} is" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]}, are"
         warnings.warn(f"{path}: {number} damaged and left out", stacklevel=2)
     return found
 
 
-def parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The JSON objects of a lines file, and the numbers of its damaged lines; a torn tail counts as no line."""
+def read_data(path: Path) -> bytes:
+    """A file's bytes, none where there is no file."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return [], []
+        return b""
+
+
+def parse_lines(data: bytes, parse: Callable[[bytes], Any] = json.loads) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects of a lines file, and the numbers of its damaged lines; a last line without its end counts as no line.
+
+    Args:
+        parse: of one line; a ValueError says that it is damaged.
+    """
+    lines = data.split(b"\n")
     found: list[dict[str, Any]] = []
     damaged: list[int] = []
-    tail: list[int] = []
     for number, line in enumerate(lines, 1):
         plain = line.strip(b"\0 \t\r")  # a crash of the machine leaves NUL bytes where data had not reached the disk
         if not plain:
             continue
         try:
-            record = json.loads(plain.decode())
+            record = parse(plain)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):
-            tail.append(number)
-            continue
-        found.append(record)
-        damaged += tail
-        tail = []
+        if isinstance(record, dict):
+            found.append(record)
+        elif number < len(lines):
+            damaged.append(number)
     return found, damaged
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Replaces a lines file; what was damaged in it is kept beside it, in a file of its name and ".damaged"."""
-    if parse_lines(path)[1]:
+    if parse_lines(read_data(path))[1]:
         set_aside(path, copy=True)
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 

@@ -106,6 +106,26 @@ class Hold:
             self.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process writes to the folder now.
+
+    Nothing is written, and the lock is tried for an instant only where a note says that somebody holds it. Where the file
+    system has no locks, or forbids the trial, the note is believed as long as its process lives.
+    """
+    holder = _holder(folder)
+    if not holder:
+        return False
+    lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return holder.get("host") != socket.gethostname() or _is_alive(holder.get("pid"))
+    lock.release(force=True)
+    return False
+
+
 def _holder(folder: Path) -> dict[str, Any]:
     """The note of a folder; empty where there is none, or none that can be read."""
     with suppress(OSError, ValueError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowtilt.errors import UserError
+from flowtilt.io.run_folder import CheckpointFolder, RunFolder
 
 CONFIG = "adapter_config.json"
 COMFYUI = "comfyui_lora.safetensors"
@@ -16,11 +17,11 @@ FILES = (
     "adapter_model.bin",
     "generator_ema.pt",
     "generator.pt",
-    "ema.safetensors",
+    CheckpointFolder.ema,
     COMFYUI,
 )
 """Names of weights files, in the order in which they are looked for: diffusers', PEFT's, RTDMD's, our checkpoints', ComfyUI's."""
-FOLDERS = ("", "lora", "transformer")
+FOLDERS = ("", RunFolder.lora, "transformer")
 """Where they lie in a place: a run of ours and Flow-GRPO's checkpoints have lora/, RTDMD's checkpoints transformer/."""
 
 
@@ -74,8 +75,8 @@ def find(place: Path | str) -> Found:
 
 def run_of_checkpoint(folder: Path) -> Path | None:
     """The run that a folder is a checkpoint of, or none."""
-    run = folder.resolve().parent.parent
-    return run if (folder / "state.json").is_file() and (run / "recipe.toml").is_file() else None
+    run = RunFolder.around(folder)
+    return run.path if run and CheckpointFolder(folder).state.is_file() else None
 
 
 def run_of(place: Path | str) -> Path | None:
@@ -83,7 +84,7 @@ def run_of(place: Path | str) -> Path | None:
     path = split_alpha(place)[0].resolve()
     run = run_of_checkpoint(path.parent if path.is_file() else path)
     around = (run,) if run else (path, *path.parents[:2])
-    return next((folder for folder in around if (folder / "recipe.toml").is_file()), None)
+    return next((folder for folder in around if RunFolder(folder).is_run()), None)
 
 
 def _inside(path: Path) -> Path:

@@ -20,6 +20,7 @@ from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.io import weights
 from flowtilt.io.notices import notice
+from flowtilt.io.run_folder import CheckpointFolder, RunFolder
 from flowtilt.io.user_errors import first_line
 from flowtilt.lora import PARENTS, Lora
 from flowtilt.lora.alpha import by_config, in_header, number, read_config
@@ -224,7 +225,7 @@ def _alphas(
     if found.config:
         return by_config(found.config, read_config(found.config), ranks)
     if found.run:
-        return dict.fromkeys(ranks, load_recipe(found.run / "recipe.toml", stored=True).lora.alpha)
+        return dict.fromkeys(ranks, load_recipe(RunFolder(found.run).recipe, stored=True).lora.alpha)
     if ranks.keys() <= beside.keys():
         return {layer: beside[layer] for layer in ranks}
     raise UserError(
@@ -237,7 +238,7 @@ def _parents(found: Found, metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Fingerprints of what lies beneath: as the file has them, else the configuration beside it, else its checkpoint."""
     told: Any = []
     if found.run:
-        state = read_config(found.weights.parent / "state.json").get("state", {})
+        state = read_config(CheckpointFolder(found.weights.parent).state).get("state", {})
         told = state.get("parents", []) if isinstance(state, dict) else state
     else:
         text = (read_config(found.config) if found.config and PARENTS not in metadata else metadata).get(PARENTS, "[]")

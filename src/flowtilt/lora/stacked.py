@@ -10,12 +10,12 @@ from pathlib import Path
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.io.files import whole_folder
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, fingerprint, is_named
 from flowtilt.lora.find import run_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers
 
-BENEATH = "on"
 """The folder of a run with copies of what lies beneath its LoRA: 1, 2, …"""
 
 
@@ -64,14 +64,16 @@ def leading(loras: Sequence[Lora]) -> Path:
 
 def keep(loras: Sequence[Lora], run: Path, **others: Lora) -> None:
     """Copies into a run what lies beneath its LoRA, and others by name; where they came from may be trained further, or cleared away."""
-    with whole_folder(run / BENEATH) as temporary:
+    with whole_folder(RunFolder(run).base_loras) as temporary:
         for name, lora in [*((str(number), lora) for number, lora in enumerate(loras, 1)), *others.items()]:
             to_diffusers(lora, temporary / name)
 
 
 def kept(run: Path) -> list[Path]:
     """The copies that `keep` made, in order."""
-    return sorted((place for place in (run / BENEATH).glob("[0-9]*") if place.name.isdecimal()), key=lambda place: int(place.name))
+    return sorted(
+        (place for place in (RunFolder(run).base_loras).glob("[0-9]*") if place.name.isdecimal()), key=lambda place: int(place.name)
+    )
 
 
 def _fits(lora: Lora, stack: Sequence[Lora]) -> bool:
@@ -82,7 +84,7 @@ def _fits(lora: Lora, stack: Sequence[Lora]) -> bool:
 def _in_run(lora: Lora, above: tuple[str, ...]) -> list[Lora] | None:
     """What lies beneath a LoRA, from the run that it is in; none where there is no run, or nothing there that it names."""
     run = run_of(lora.source)
-    for places in (load_recipe(run / "recipe.toml", stored=True).lora.on, kept(run)) if run else ():
+    for places in (load_recipe(RunFolder(run).recipe, stored=True).lora.on, kept(run)) if run else ():
         try:
             found = _read(places, (*above, lora.source))
         except UserError:  # gone, or another one by now
@@ -94,7 +96,7 @@ def _in_run(lora: Lora, above: tuple[str, ...]) -> list[Lora] | None:
 
 def _wants(lora: Lora) -> str:
     run = run_of(lora.source)
-    said = ", ".join(load_recipe(run / "recipe.toml", stored=True).lora.on) if run else ""
+    said = ", ".join(load_recipe(RunFolder(run).recipe, stored=True).lora.on) if run else ""
     return f"was trained on top of {_listed(lora.parents)}{f' ({said} in its recipe)' if said else ''}"
 
 

@@ -1,4 +1,4 @@
-"""What the rest of flowtilt asks of a model family. A model is one file that fulfils `Model`."""
+"""What the rest of flowtilt asks of a model family. `models.family.Family` has most of it for any diffusers pipeline."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowtilt.models.captions import Captions
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.levels import Levels
 
 
 class Model(Protocol):
@@ -23,8 +24,10 @@ class Model(Protocol):
     """Its repeated blocks, in order: what is compiled, sharded and recomputed one at a time."""
     latent_shape: tuple[int, ...]
     """Shape of one image's latents, without the batch."""
-    shift: float
-    """The sigma schedule's shift."""
+    resolution: int
+    """Height and width of an image in pixels."""
+    levels: Levels
+    """The noise levels of a number of steps, `levels(steps)`, and `levels.at(u, steps)` between them."""
     lora_targets: Sequence[str]
     """Ends of the names of the layers that LoRA adapts."""
     device: torch.device
@@ -34,6 +37,14 @@ class Model(Protocol):
     """The diffusers pipeline, with its `vae`."""
     protocol: Mapping[str, object]
     """What besides weights and sampler decides an image, by name: shift, resolution, lengths of prompts, …"""
+
+    def encode_negative(self) -> Conditioning:
+        """What the network reads of the caption that guidance leads away from, one row."""
+        ...
+
+    def guide(self, v: Tensor, free: Tensor, guidance: float) -> Tensor:
+        """The guided velocity [N, ...], of those with the caption and with the negative one; `guidance` = 1 is none."""
+        ...
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: Conditioning, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """v [N, ...] fp32 at x [N, ...] fp32 and t [] or [N] in (0, 1]; `weights` replace the network's own by name."""
@@ -45,6 +56,10 @@ class Model(Protocol):
 
     def call_options(self, guidance: float) -> Mapping[str, object]:
         """What a call of the diffusers pipeline must be told to draw what this model draws with that classifier-free guidance."""
+        ...
+
+    def pipeline_latents(self, noise: Tensor) -> Tensor:
+        """Noise [N, *latent_shape] as a call of the diffusers pipeline takes it in `latents`."""
         ...
 
     def save_lora(self, folder: str, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from flowtilt.device.placement import visiting
 from flowtilt.errors import UserError
@@ -32,6 +33,7 @@ class Captions:
             a batch roundings would depend on which captions happened to be new together.
         encoders: modules that `encode` needs on `device`; those that are elsewhere come while they work.
         folder: where embeddings stay between runs; none keeps them in memory alone.
+        ragged: `encode` gives as many tokens as a caption has, along the first axis of every tensor.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Captions:
         encoders: Sequence[nn.Module],
         device: torch.device,
         folder: Path | None = None,
+        ragged: bool = False,
     ):
-        self._encode, self._encoders, self._device, self._folder = encode, encoders, device, folder
+        self._encode, self._encoders, self._device, self._folder, self._ragged = encode, encoders, device, folder, ragged
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
@@ -50,7 +53,11 @@ class Captions:
         found = self._find(distinct)
         place = {text: k for k, text in enumerate(distinct)}
         rows = torch.tensor([place[text] for text in texts], dtype=torch.long)
-        return Conditioning({name: torch.stack([one[name] for one in found]).to(self._device) for name in found[0]}, rows)
+        if not self._ragged:
+            return Conditioning({name: torch.stack([one[name] for one in found]).to(self._device) for name in found[0]}, rows)
+        lengths = torch.tensor([len(next(iter(one.values()))) for one in found])
+        padded = {name: pad_sequence([one[name] for one in found], batch_first=True).to(self._device) for name in found[0]}
+        return Conditioning(padded, rows, lengths)
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Encodes what is not known yet in one visit of the encoders, as far as memory or disk keep it."""
@@ -110,31 +117,39 @@ class Captions:
 
 
 def captions_of(
-    pipeline: Any, encode: Callable[[str], Mapping[str, Tensor]], device: torch.device, offload: bool, *said: object
+    pipeline: Any,
+    encode: Callable[[str], Mapping[str, Tensor]],
+    device: torch.device,
+    offload: bool,
+    *said: object,
+    ragged: bool = False,
 ) -> Captions:
     """The captions of a diffusers pipeline, whose encoders are called text_encoder, text_encoder_2, …
 
     Args:
         offload: keep embeddings on disk, since the encoders are not at hand.
         said: what else decides an embedding.
+        ragged: see `Captions`.
     """
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
     if not offload:
-        return Captions(encode, encoders, device)
+        return Captions(encode, encoders, device, ragged=ragged)
     tokenizers = [_tokenizer(one) for name, one in pipeline.components.items() if name.startswith("tokenizer") and one is not None]
     name = _fingerprint(encoders, device.type, torch.__version__, *said, *tokenizers)
-    return Captions(encode, encoders, device, cache_folder("FLOWTILT_CAPTIONS", "captions") / name)
+    return Captions(encode, encoders, device, cache_folder("FLOWTILT_CAPTIONS", "captions") / name, ragged)
 
 
 def _tokenizer(tokenizer: Any) -> str:
     """What decides a caption's tokens: the vocabulary, rules and special tokens, not what the last call left set."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's own
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
     else:
         model = getattr(tokenizer, "sp_model", None)
         rules = {"vocab": sorted(tokenizer.get_vocab().items()), "model": model.serialized_model_proto().hex() if model else ""}
-    told = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map)]
+    template = getattr(tokenizer, "chat_template", None)
+    told = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map), template]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ def readers_of(model: Model) -> list[Reader]:
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and encoder is not None and tokenizer is not None:
             kind = next((kind for kind in ("T5", "CLIP") if kind in type(encoder).__name__), type(encoder).__name__)
-            length = model.protocol.get("t5_length") if kind == "T5" else None
+            length = model.protocol.get("t5_length" if kind == "T5" else "text_length")
             found.append(Reader(kind, tokenizer, length if isinstance(length, int) else tokenizer.model_max_length))
     return sorted(found, key=lambda reader: -reader.tokens)
 

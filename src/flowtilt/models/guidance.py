@@ -8,14 +8,28 @@ from flowtilt.models.conditioning import Conditioning
 from flowtilt.solvers import Velocity
 
 
-def guided(drawing: Drawing, role: str, given: Conditioning, empty: Conditioning | None, guidance: float) -> Velocity:
-    """v_empty + guidance (v - v_empty) as a function of x [N, ...] and sigma [] or [N]; v where `empty` is none."""
-    if empty is None:
+def linear(v: Tensor, free: Tensor, guidance: float) -> Tensor:
+    """free + guidance (v - free), the rule of most families; `guidance` = 1 is v."""
+    return free + guidance * (v - free)
+
+
+def rescaled(v: Tensor, free: Tensor, guidance: float) -> Tensor:
+    """The linear rule at the norm of v, both norms over the last axis: of a token's channels, where tokens are last but one."""
+    both = linear(v, free, guidance)
+    return both * (v.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))
+
+
+def guided(drawing: Drawing, role: str, given: Conditioning, negative: Conditioning | None, guidance: float) -> Velocity:
+    """The velocity guided away from the `negative` caption by the family's rule, as a function of x [N, ...] and sigma [] or [N].
+
+    Without `negative` it is the plain one.
+    """
+    if negative is None:
         return lambda x, sigma: drawing.velocity(role, x, sigma, given)
-    both = given.join(empty.select(torch.zeros(len(given), dtype=torch.long)))
+    both = given.join(negative.select(torch.zeros(len(given), dtype=torch.long)))
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v, free = drawing.velocity(role, torch.cat([x, x]), sigma.expand(len(x)).repeat(2), both).chunk(2)
-        return free + guidance * (v - free)
+        return drawing.model.guide(v, free, guidance)
 
     return velocity

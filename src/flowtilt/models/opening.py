@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,19 @@ from flowtilt.io.user_code import from_file, search_path
 from flowtilt.io.user_errors import HINT, first_line, is_fault, told
 from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
+from flowtilt.models.family import Family
 from flowtilt.models.sharded import shard
 
+FAMILIES = {
+    "StableDiffusion3Pipeline": "sd3:SD3",
+    "FluxPipeline": "flux:Flux",
+    "SanaPipeline": "sana:Sana",
+    "Lumina2Pipeline": "lumina2:Lumina2",
+    "AuraFlowPipeline": "aura_flow:AuraFlow",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "ZImagePipeline": "z_image:ZImage",
+}
+"""Module and class of each family by its pipeline's class."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,6 +74,11 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
 def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
     """The pipeline's adapter, built with what the recipe sets for it."""
     family = _family(settings, pipeline)
+    if getattr(family, "save_lora", None) is Family.save_lora and not hasattr(pipeline, "save_lora_weights"):
+        raise UserError(
+            f"model {settings.path}: diffusers' {type(pipeline).__name__} has no save_lora_weights; "
+            f"give {family.__name__} a save_lora of its own"
+        )
     given = {"t5_length": settings.t5_length, "resolution": settings.resolution}
     keywords: dict[str, Any] = {**settings.options, **{name: value for name, value in given.items() if value is not None}}
     try:
@@ -92,18 +109,13 @@ def _family(settings: ModelSettings, pipeline: Any) -> Any:
     """The adapter of a pipeline's family: a class, called with the pipeline and the model's settings."""
     if settings.adapter:
         return from_file("model.adapter", settings.adapter)
-    match type(pipeline).__name__:
-        case "StableDiffusion3Pipeline":
-            from flowtilt.models.sd3 import SD3
-
-            return SD3
-        case "FluxPipeline":
-            from flowtilt.models.flux import Flux
-
-            return Flux
+    kind = type(pipeline).__name__
+    if kind in FAMILIES:
+        module, _, name = FAMILIES[kind].partition(":")
+        return getattr(import_module(f"flowtilt.models.{module}"), name)
     raise UserError(
-        f"model {settings.path}: a {type(pipeline).__name__}, for which flowtilt has no adapter; "
-        'write one and name it as model.adapter = "file.py:Class" (docs/add-a-model.md)'
+        f"model {settings.path}: a {kind}, for which flowtilt has no family; subclass flowtilt.models.family.Family, or Packed where "
+        'the network sees 2 x 2 patches of latents as tokens, and name it as model.adapter = "file.py:Class" (docs/add-a-model.md)'
     )
 
 

@@ -1,8 +1,9 @@
-"""What families of diffusers pipelines have in common: one network to call, an AutoencoderKL, sizes in pixels, a LoRA file."""
+"""What families of diffusers pipelines have in common: one network to call, a VAE, sizes in pixels, a LoRA file."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -10,18 +11,17 @@ from flowtilt.errors import UserError
 
 
 def call(network: nn.Module, weights: Mapping[str, Tensor] | None, **inputs: Any) -> Tensor:
-    """The network's first output in fp32, computed with `weights` in the place of its own, by name."""
+    """The network's first output in fp32, computed with `weights` in the place of its own, by name; a list of images is stacked."""
     inputs["return_dict"] = False
-    if not weights:
-        return network(**inputs)[0].float()
     # no layer that is replaced is another one's too, and to look for such takes a tenth of a small network's time
-    return functional_call(network, dict(weights), (), inputs, tie_weights=False)[0].float()
+    found = (functional_call(network, dict(weights), (), inputs, tie_weights=False) if weights else network(**inputs))[0]
+    return (torch.stack(found) if isinstance(found, list) else found).float()
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W] fp32 in [0, 1] of latents [N, C, h, w] as the network has them: scaled and, in newer families, shifted."""
-    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    """Images [N, 3, H, W] fp32 in [0, 1] of latents as the VAE takes them; of a VAE of videos, the first frame."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    images = images[:, :, 0] if images.ndim == 5 else images
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.config import load_recipe
-from flowtilt.config.trust import RECIPE
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest
+from flowtilt.io.run_folder import CheckpointFolder, RunFolder
 from flowtilt.lora import Lora
 from flowtilt.lora.find import run_of, split_alpha
 from flowtilt.lora.stacked import leading, read_stack
@@ -70,10 +70,10 @@ def whole_file(place: Path | str) -> Path | None:
         UserError: it is one, and there are no weights.
     """
     run = run_of(place)
-    if run is None or load_recipe(run / RECIPE, stored=True).train != "full":
+    if run is None or load_recipe(RunFolder(run).recipe, stored=True).train != "full":
         return None
     path = split_alpha(place)[0]
-    files = (path, path / "ema.safetensors", path / WEIGHTS, path / "transformer" / WEIGHTS)
+    files = (path, CheckpointFolder(path).ema, path / WEIGHTS, RunFolder(path).network / WEIGHTS)
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise UserError(f"{path}: no weights there; give the run, or one of its checkpoints")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_atomic
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.report.loading import load
 from flowtilt.report.page import page
 
@@ -21,6 +22,6 @@ def write_report(run: Path) -> Path:
     """
     if not os.path.isdir(run):  # also where the folder above it can't be read
         raise UserError(f"run {run}: no such folder; give the folder that flowtilt train has written")
-    target = run / "report.html"
+    target = RunFolder(run).report
     write_atomic(target, page(load(run)))
     return target

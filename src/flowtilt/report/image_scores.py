@@ -1,4 +1,8 @@
-"""The score of every image of an evaluation in a run, kept beside its samples, and the intervals that come of them."""
+"""The score of every image of an evaluation in a run, kept with its samples, and the intervals that come of them.
+
+scores.json is {"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...],
+"range": [low, high], or [] where the score has no bounds}.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,10 +13,6 @@ from flowtilt.report.numbers import number
 from flowtilt.report.reading import Record, is_list_of
 from flowtilt.rewards.about import about_column
 from flowtilt.statistics import Bounds, bounds_within, paired, summary
-
-IMAGE_SCORES = "scores.json"
-"""{"column", "captions": their hash, "prompt": [place of each image's prompt], "tag": [...], "score": [...], "range": [low, high] or
-[] where the score has none}, in samples/step-…"""
 
 
 def score_summary(images: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +61,16 @@ def estimate_of(record: Record, prompts: int = 0) -> Estimate:
         return found
     why = FEW if 0 < prompts < FEWEST else kind if kind and kind != EXACT else UNKNOWN
     return found._replace(low=math.nan, high=math.nan, kind=str(why))
+
+
+def tag_estimates(record: Record) -> dict[str, Estimate]:
+    """The score of each tag of a logged evaluation, with its interval, which version 0.1.0 did not log."""
+    logged, plain = record.get("estimate"), record.get("by_tag")
+    of = logged.get("by_tag") if isinstance(logged, dict) else None
+    known = {str(tag): estimate_of(value) for tag, value in of.items() if isinstance(value, dict)} if isinstance(of, dict) else {}
+    means = {str(tag): number(plain, tag) for tag in plain} if isinstance(plain, dict) else {}
+    found = {tag: Estimate(value, kind=UNKNOWN) for tag, value in means.items()} | known
+    return {tag: estimate for tag, estimate in found.items() if estimate.known}
 
 
 def count(record: Record, key: str) -> int:

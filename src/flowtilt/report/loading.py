@@ -8,7 +8,9 @@ import numpy as np
 
 from flowtilt.config.held_out import is_held_out
 from flowtilt.estimate import UNKNOWN, Estimate
-from flowtilt.report.image_scores import IMAGE_SCORES, change, estimate_of, read_image_scores, score_range
+from flowtilt.io.locks import is_held
+from flowtilt.io.run_folder import RunFolder, SamplesFolder, step_of
+from flowtilt.report.image_scores import change, estimate_of, read_image_scores, score_range
 from flowtilt.report.numbers import Array, counted, number
 from flowtilt.report.reading import Reader, Record
 from flowtilt.rewards.about import Bounds
@@ -40,6 +42,7 @@ class Run:
     samples: dict[int, list[Sample]]  # step -> the same prompts in the same order
     guards: list[Record]
     summary: Record
+    held: bool = False  # whether a trainer is at work in the folder
     lost: dict[str, str] = field(default_factory=dict)  # file -> what of it could not be read
 
     @property
@@ -88,7 +91,7 @@ class Run:
 
     def _images_of(self, step: int) -> Record | None:
         """The score of every image of an evaluation, none where they are not kept."""
-        return read_image_scores(Reader(self.folder / "samples" / f"step-{step:06d}").object(IMAGE_SCORES))
+        return read_image_scores(Reader(RunFolder(self.folder).samples_at(step).path).object(SamplesFolder.scores))
 
     @cached_property
     def estimates(self) -> list[Estimate]:
@@ -120,23 +123,24 @@ class Run:
 def load(folder: Path) -> Run:
     """Everything the report shows of a run."""
     reader = Reader(folder)
-    metrics, evaluations = _by_step(reader.steps("metrics.jsonl")), _by_step(reader.steps("evaluations.jsonl"))
+    metrics, evaluations = _by_step(reader.steps(RunFolder.metrics)), _by_step(reader.steps(RunFolder.evaluations))
     unscored = sum(not np.isfinite(number(record, "score")) for record in evaluations)
     if unscored:
-        reader.lose("evaluations.jsonl", f"{counted(unscored, 'evaluation')} without a score")
+        reader.lose(RunFolder.evaluations, f"{counted(unscored, 'evaluation')} without a score")
     odd = sum(value is not None and not isinstance(value, int | float) for record in metrics for value in record.values())
     if odd:
-        reader.lose("metrics.jsonl", f"{counted(odd, 'value')} that {'is no number' if odd == 1 else 'are no numbers'}")
+        reader.lose(RunFolder.metrics, f"{counted(odd, 'value')} that {'is no number' if odd == 1 else 'are no numbers'}")
     return Run(
         folder=folder,
-        recipe_text=reader.text("recipe.toml"),
-        recipe=reader.toml("recipe.toml"),
-        environment=reader.object("environment.json"),
+        recipe_text=reader.text(RunFolder.recipe),
+        recipe=reader.toml(RunFolder.recipe),
+        environment=reader.object(RunFolder.environment),
         metrics=metrics,
         evaluations=evaluations,
         samples=_samples(reader),
-        guards=reader.steps("guards.jsonl"),
-        summary=reader.object("summary.json"),
+        guards=reader.steps(RunFolder.guards),
+        summary=reader.object(RunFolder.summary),
+        held=is_held(folder),
         lost=reader.lost,
     )
 
@@ -157,22 +161,22 @@ def _by_step(records: list[Record]) -> list[Record]:
 
 def _indices(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.glob("step-*/index.json"))
+        return sorted(folder.glob(f"*/{SamplesFolder.index}"))
     except OSError:
         return []
 
 
 def _samples(reader: Reader) -> dict[int, list[Sample]]:
     found = {}
-    for index in _indices(reader.folder / "samples"):
-        digits = index.parent.name.removeprefix("step-")
-        if not (digits.isascii() and digits.isdecimal()):
+    for index in _indices(RunFolder(reader.folder).samples):
+        step = step_of(index.parent.name)
+        if step is None:
             continue
         name = str(index.relative_to(reader.folder))
         entries = reader.json(name)
         samples = [_sample(index.parent, entry) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
         if samples:
-            found[int(digits)] = samples
+            found[step] = samples
         elif name not in reader.lost and entries != []:
             reader.lose(name)
     return dict(sorted(found.items()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowtilt.io.files import parse_lines
 from flowtilt.report.numbers import counted, number
 
 Record = dict[str, Any]
@@ -72,19 +73,9 @@ class Reader:
 
     def lines(self, name: str) -> list[Record]:
         """The JSON objects of a lines file. The end of a file that is still being written, or was torn, is not missed."""
-        parts = (self.data(name) or b"").split(b"\n")
-        found, odd = [], 0
-        for place, part in enumerate(parts):
-            try:
-                record = parsed(part) if part.strip() else None
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                found.append(record)
-            elif part.strip() and place < len(parts) - 1:
-                odd += 1
-        if odd:
-            self.lose(name, f"{counted(odd, 'line')} cannot be read")
+        found, damaged = parse_lines(self.data(name) or b"", parsed)
+        if damaged:
+            self.lose(name, f"{counted(len(damaged), 'line')} cannot be read")
         return found
 
     def steps(self, name: str) -> list[Record]:

@@ -1,14 +1,18 @@
 """What is best read as a list or a table: tags, guards, timings, the recipe, the environment."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-from flowtilt.report.bars import divided_bar, paired_bars, swatch
-from flowtilt.report.loading import Record, Run
+from flowtilt.estimate import EXACT, Estimate
+from flowtilt.io.run_folder import RunFolder
+from flowtilt.report.bars import Scale, bars, divided_bar, scale_of, swatch
+from flowtilt.report.image_scores import tag_estimates
+from flowtilt.report.loading import Run
 from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
-from flowtilt.report.numbers import duration, fixed, number, short
+from flowtilt.report.numbers import decimals_apart, duration, fixed, number, short
 
 PHASES = {
     "sample": "drawing the images",
@@ -44,19 +48,37 @@ def evaluations(run: Run) -> str:
 
 
 def tags(run: Run) -> str:
-    """Score of each tag before and after."""
-    with_tags = [(r, _finite(r["by_tag"])) for r in run.evaluations if isinstance(r.get("by_tag"), dict) and _finite(r["by_tag"])]
-    if not with_tags:
+    """Score of each tag before and after, with its interval."""
+    measured = [(number(record, "step"), of) for record in run.evaluations if (of := tag_estimates(record))]
+    if not measured:
         return none_yet("There are no scores by tag: no evaluation yet, or its prompts carry no tags.")
-    (first, before), (last, after) = with_tags[0], with_tags[-1]
-    if first is last:
-        return f"{paired_bars({}, after)}<p>Only step {first['step']} has been evaluated so far.</p>"
-    key = f'<span class="key before"></span> step {first["step"]:,} <span class="key after"></span> step {last["step"]:,}'
-    return f"{paired_bars(before, after)}<p>{key}. The same score as above, for each kind of prompt by itself.</p>"
+    (first, before), (last, after) = measured[0], measured[-1]
+    looks = [("after", after)] if first == last else [("before", before), ("after", after)]
+    shown = [of[tag] for _, of in looks for tag in after if tag in of]
+    scale = scale_of(shown)
+    rows = "".join(_tag_row(tag, [(look, of[tag]) for look, of in looks if tag in of], scale) for tag in after)
+    said = ["The same score as above, for each kind of prompt by itself. In brackets is the 95% interval over its prompts."]
+    said += [f"No interval: {why}." for why in dict.fromkeys(e.why_none for e in shown if e.why_none)]
+    if first == last:
+        said.insert(0, f"Only step {first:,.0f} has been evaluated so far.")
+    else:
+        keys = f'<span class="key before"></span> step {first:,.0f} <span class="key after"></span> step {last:,.0f}.'
+        said.insert(0, keys)
+    return f'<div class="tag-rows">{rows}</div><p>{" ".join(said)}</p>'
 
 
-def _finite(values: Record) -> dict[str, float]:
-    return {str(name): number(values, name) for name in values if math.isfinite(number(values, name))}
+def _tag_row(tag: str, values: Sequence[tuple[str, Estimate]], scale: Scale) -> str:
+    decimals = decimals_apart([e.value for _, e in values])
+    lines = " ".join(f'<span class="{look}">{_bracketed(e, decimals)}</span>' for look, e in values)
+    name = escape(tag.replace("_", " "))
+    return f'<div class="tag-row"><span class="tag-name">{name}</span>{bars(values, scale)}<span class="tag-value">{lines}</span></div>'
+
+
+def _bracketed(estimate: Estimate, decimals: int) -> str:
+    """0.82 [0.75, 0.89], without brackets where there is no interval."""
+    ends = f"[{fixed(estimate.low, decimals)}, {fixed(estimate.high, decimals)}]" if estimate.has_interval else ""
+    exact = " exact" if estimate.has_interval and estimate.kind == EXACT else ""
+    return f"<b>{fixed(estimate.value, decimals)}</b>" + (f' <span class="interval">{ends}{exact}</span>' if ends else "")
 
 
 def guards(run: Run) -> str:
@@ -126,4 +148,4 @@ def environment(run: Run) -> str:
     """Versions, device, command: flattened."""
     if not run.environment:
         return none_yet("The folder holds no environment.json.")
-    return folded("environment.json", flat_table("Environment", run.environment))
+    return folded(RunFolder.environment, flat_table("Environment", run.environment))

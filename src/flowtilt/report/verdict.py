@@ -117,7 +117,7 @@ def sentence(run: Run, result: Verdict) -> str:
 def headline(run: Run) -> str:
     """The top of the page."""
     result = verdict(run)
-    state = "finished" if run.finished else f"not finished: still going, or interrupted, at {progress(run)}{_took(run)}"
+    state = "finished" if run.finished else f"{'running' if run.held else 'interrupted'} at {progress(run)}{_took(run)}"
     seed = run.summary.get("seed", run.recipe.get("seed"))
     about = ["flowtilt", *([f"seed {seed}"] if isinstance(seed, int) else []), state]
     numbers = [_big("before", result.before, result.decimals), '<div class="arrow" aria-hidden="true">→</div>']

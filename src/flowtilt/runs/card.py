@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from flowtilt.config import Recipe
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora.stacked import kept
 from flowtilt.policy.roles import Policy
 from flowtilt.runs import folder as runs
@@ -37,7 +38,7 @@ CARD = """# {name}
 {load}
 {add}
 {sampling}
-image = pipe({prompt!r}, {options}).images[0]
+image = pipe(prompt={prompt!r}, {options}).images[0]
 ```
 
 The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same weights usually score lower.
@@ -101,7 +102,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
         on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
-        add=REPLACED.format(folder=_quoted(run / recipe.result())) if recipe.train == "full" else _added([*beneath, run / "lora"]),
+        add=REPLACED.format(folder=_quoted(RunFolder(run).network)) if recipe.train == "full" else _added([*beneath, RunFolder(run).lora]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         sampling=CPS.format(eta=e.eta) if cps else LEVELS.format(steps=e.steps),

@@ -7,7 +7,6 @@ digests do not match is set aside for the one before it. Other names in checkpoi
 
 import hashlib
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest, read_errors, set_aside, whole_folder, write_json
+from flowtilt.io.run_folder import CheckpointFolder, RunFolder, step_of
 from flowtilt.io.tensors import save_file
 
 FORMAT = 4
@@ -49,20 +49,20 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         UserError: no space left; the older checkpoints are untouched.
     """
-    folder = run / "checkpoints" / f"step-{checkpoint.step:06d}"
+    folder = RunFolder(run).checkpoint(checkpoint.step).path
     with whole_folder(folder) as temporary:
         for name, tensors in checkpoint.tensors.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
         digests = {file.name: digest(file) for file in sorted(temporary.glob("*.safetensors"))}
         record = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "sha256": digests}
-        write_json(temporary / "state.json", {**record, "own_sha256": _checksum(record)})
+        write_json(CheckpointFolder(temporary).state, {**record, "own_sha256": _checksum(record)})
     prune(run, keep)
     return folder
 
 
 def prune(run: Path, keep: int) -> None:
     """Removes all checkpoints but the newest `keep`."""
-    for _, old in numbered(run / "checkpoints")[:-keep]:
+    for _, old in numbered(RunFolder(run).checkpoints)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -72,7 +72,7 @@ def newest(run: Path) -> Checkpoint | None:
     Raises:
         UserError: there are checkpoints and none of them is whole, or one can't be read, which says nothing of its content.
     """
-    folders = [folder for _, folder in numbered(run / "checkpoints")]
+    folders = [folder for _, folder in numbered(RunFolder(run).checkpoints)]
     damaged: list[tuple[Path, Exception]] = []
     for folder in reversed(folders):
         try:
@@ -96,14 +96,7 @@ def newest(run: Path) -> Checkpoint | None:
 
 def at(run: Path, step: int) -> Checkpoint:
     """The checkpoint after `step` rollouts, which `newest` has found to be whole."""
-    return _read(run / "checkpoints" / f"step-{step:06d}")
-
-
-def number_of(name: str) -> int | None:
-    """The step of a folder that flowtilt names so; none for any other name."""
-    match = re.fullmatch(r"step-([0-9]{6,})", name)
-    number = int(match[1]) if match and len(match[1]) < 20 else None
-    return number if number is not None and name == f"step-{number:06d}" else None
+    return _read(RunFolder(run).checkpoint(step).path)
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -117,7 +110,7 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
             places = list(folder.iterdir())
         except FileNotFoundError:
             return []
-        found = [(number_of(place.name), place) for place in places if place.is_dir() and not place.is_symlink()]
+        found = [(step_of(place.name), place) for place in places if place.is_dir() and not place.is_symlink()]
     return sorted((number, place) for number, place in found if number is not None)
 
 
@@ -125,7 +118,7 @@ def _read(folder: Path) -> Checkpoint:
     """A checkpoint; raises UserError where a file can't be read, and other errors where it is damaged."""
     with read_errors(folder):
         try:
-            record = json.loads((folder / "state.json").read_bytes().decode())
+            record = json.loads((CheckpointFolder(folder).state).read_bytes().decode())
             if record["format"] not in READABLE:
                 raise ValueError(f"format {record['format']}, this version reads {' and '.join(map(str, READABLE))}")
             if record["format"] > 3 and record.pop("own_sha256") != _checksum(record):
@@ -136,7 +129,7 @@ def _read(folder: Path) -> Checkpoint:
             tensors = {Path(name).stem: load_file(folder / name) for name in record["sha256"]}
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ValueError(f"{Path(error.filename or folder).name} is missing") from error
-    if record["step"] != number_of(folder.name):
+    if record["step"] != step_of(folder.name):
         raise ValueError(f"it is a copy of the one of step {record['step']}")
     return Checkpoint(record["step"], record["state"], tensors)
 

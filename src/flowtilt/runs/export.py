@@ -6,9 +6,10 @@ from pathlib import Path
 
 from flowtilt.build import model_settings, recipe_of
 from flowtilt.config import Recipe, load_recipe
-from flowtilt.config.trust import RECIPE, is_ours, remember
+from flowtilt.config.trust import is_ours, remember
 from flowtilt.errors import UserError
 from flowtilt.io.files import whole_folder
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.io.tensors import save_file
 from flowtilt.lora import Lora, join
 from flowtilt.lora.comfyui import to_comfyui
@@ -20,6 +21,7 @@ from flowtilt.policy.tuned import read_tuned
 from flowtilt.policy.whole import WEIGHTS, read_weights
 from flowtilt.runs.card import exported, model_card
 
+CARD = "README.md"
 FORMATS = {
     "diffusers": 'in diffusers: pipe.load_lora_weights("{folder}")',
     "peft": 'in diffusers: pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "{folder}")',
@@ -36,17 +38,17 @@ def write_result(policy: Policy, run: Path, recipe: Recipe, step: int, parents: 
     Args:
         parents: fingerprints of the LoRAs beneath it, of which `lora.stacked.keep` has put copies into the run.
     """
-    folder = run / recipe.result()
+    folder = RunFolder(run).network if recipe.train == "full" else RunFolder(run).lora
     with whole_folder(folder) as temporary:
         policy.save(str(temporary))
         add_parents(temporary / DIFFUSERS, parents)
-        (temporary / "README.md").write_text(model_card(policy, run, recipe, step), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(policy, run, recipe, step), encoding="utf-8")
     return folder
 
 
 def write_role(policy: Policy, role: str, run: Path, parents: Sequence[str]) -> None:
     """Writes a further role, such as RTDMD's fake score, to `run`/<role>, from where another run goes on with it."""
-    with whole_folder(run / role) as temporary:
+    with whole_folder(RunFolder(run).role(role)) as temporary:
         policy.save(str(temporary), role)
         add_parents(temporary / DIFFUSERS, parents)
 
@@ -97,7 +99,7 @@ def export(places: Sequence[Path | str], output: Path | str, to: str | None = No
             to_generator_ema(lora, temporary, name)
         if to in ("diffusers", "peft") and len(loras) == 1 + len(loras[-1].parents):
             _take_card(lora, Path(loras[-1].source).parent, temporary, output, to)
-    if (output / RECIPE).is_file() and is_ours(Path(loras[-1].source).parent.parent):
+    if RunFolder(output).is_run() and is_ours(Path(loras[-1].source).parent.parent):
         remember(output)  # a copy of the user's own recipe is the user's own
     return FORMATS[to].format(folder=output, rank=lora.ranks()[0], alpha=RTDMD_RATIO * lora.ranks()[0])
 
@@ -115,10 +117,10 @@ def _export_whole(weights: Path, base: Path, output: Path, to: str | None) -> st
 
 def _take_card(lora: Lora, own: Path, folder: Path, output: Path, to: str) -> None:
     """Puts the card and the recipe of a run, whose newest LoRA in `own` this is, or is the top of, beside its export."""
-    card, recipe = own / "README.md", own.parent / "recipe.toml"
-    if own.name != "lora" or not card.is_file() or not recipe.is_file():
+    card, recipe = own / CARD, RunFolder(own.parent).recipe
+    if own.name != RunFolder.lora or not card.is_file() or not recipe.is_file():
         return
     text = card.read_text(encoding="utf-8")
     rank = lora.ranks()[-1]
-    (folder / "README.md").write_text(exported(text, load_recipe(recipe, stored=True), rank, rank, output, to), encoding="utf-8")
-    shutil.copy(recipe, folder / RECIPE)
+    (folder / CARD).write_text(exported(text, load_recipe(recipe, stored=True), rank, rank, output, to), encoding="utf-8")
+    shutil.copy(recipe, RunFolder(folder).recipe)

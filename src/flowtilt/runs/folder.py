@@ -1,8 +1,6 @@
 """A run's folder: made, found again, and put back to where its newest checkpoint is.
 
-recipe.toml, sources.json (what it was made of), torchrun.txt, environment.json, metrics.jsonl, evaluations.jsonl,
-guards.jsonl, checkpoints/, samples/, lora/ or transformer/ (what was trained), on/ (the LoRAs below it), fake/ (RTDMD's
-fake score), summary.json, report.html; wandb.json, trackio.json and tensorboard/ where these track it.
+`io.run_folder` names its files.
 """
 
 import shutil
@@ -12,7 +10,7 @@ from typing import Any
 
 from flowtilt.build import inputs
 from flowtilt.config import Recipe, load_recipe, to_toml
-from flowtilt.config.trust import RECIPE, of_recipe, remember
+from flowtilt.config.trust import of_recipe, remember
 from flowtilt.distributed import world as distributed
 from flowtilt.errors import UserError
 from flowtilt.io.files import (
@@ -20,6 +18,7 @@ from flowtilt.io.files import (
     disk_errors,
     made_by,
     parse_lines,
+    read_data,
     read_errors,
     read_lines,
     write_atomic,
@@ -27,20 +26,13 @@ from flowtilt.io.files import (
 )
 from flowtilt.io.locks import FILES as LOCKS
 from flowtilt.io.locks import HOLDER, Hold
+from flowtilt.io.run_folder import RunFolder, step_of
 from flowtilt.methods import loaded
 from flowtilt.runs import checkpoint
+from flowtilt.runs.tracking import TRACKERS
 
-JOB = "torchrun.txt"
-"""The torchrun job that made a run, so that its restarts find it; never written for a run without torchrun."""
-LOGS = ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl")
-WRITTEN = {
-    *("recipe.toml", inputs.SOURCES, JOB, "environment.json", *LOGS, "summary.json", "report.html"),
-    *("lora", "transformer", "on", "fake", HOLDER),
-    *("wandb.json", "trackio.json"),
-}
-"""What flowtilt writes into a run's folder, besides the folders of `STEPS`."""
-STEPS = ("checkpoints", "samples")
-"""Folders with a folder for each of some steps."""
+WRITTEN = RunFolder.written(TRACKERS) | {HOLDER}
+"""What flowtilt writes into a run's folder, besides the folders with a folder per step."""
 MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
 """Keys that a resumed run may set anew: they do not touch what was computed before."""
 RUN = "a training run"
@@ -57,7 +49,7 @@ def create(recipe: Recipe) -> Hold:
     hold = _claim(Path(recipe.run)) if recipe.run else _next(Path("runs"), recipe.name)
     try:
         if name := distributed.job():
-            write_atomic(hold.folder / JOB, name)
+            write_atomic(RunFolder(hold.folder).job, name)
         write_recipe(hold.folder, recipe)
     except BaseException:
         hold.release()
@@ -103,16 +95,16 @@ def _check_free(folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"run {folder}: a file; choose another run=…")
         names = {path.name for path in folder.iterdir()}
-    left = names - {JOB, *LOCKS}
-    if "recipe.toml" in left:
+    left = names - {RunFolder.job, *LOCKS}
+    if RunFolder.recipe in left:
         raise UserError(f"run {folder}: not empty; go on with `flowtilt train --resume {folder}` or choose another run=…")
-    if any(made_by(name) not in ("recipe.toml", JOB, HOLDER) for name in left):
+    if any(made_by(name) not in (RunFolder.recipe, RunFolder.job, HOLDER) for name in left):
         raise UserError(f"run {folder}: not empty and no run; choose another run=…")
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes a run's recipe, and notes it as the user's own where it runs code of its own."""
-    write_atomic(folder / RECIPE, to_toml(recipe))
+    write_atomic(RunFolder(folder).recipe, to_toml(recipe))
     if of_recipe(recipe):
         remember(folder)
 
@@ -125,7 +117,7 @@ def of_job(recipe: Recipe, world: distributed.World) -> Path | None:
 
     def find() -> str | None:
         folders = [Path(recipe.run)] if recipe.run else Path("runs").glob(f"{recipe.name}*")
-        made = [folder / JOB for folder in folders if (folder / "recipe.toml").is_file() and (folder / JOB).is_file()]
+        made = [run.job for run in map(RunFolder, folders) if run.is_run() and run.job.is_file()]
         ours = [place for place in made if place.read_text(encoding="utf-8") == distributed.job()]
         return str(max(ours, key=lambda place: place.stat().st_mtime).parent) if ours else None
 
@@ -146,7 +138,7 @@ def open_run(
     """
     folder = Path(folder)
     check_run(folder)
-    place = folder / "recipe.toml"
+    place = RunFolder(folder).recipe
     kept = inputs.found_again(load_recipe(place, stored=True), folder)
     for key in (item.partition("=")[0].strip() for item in overrides):
         if key.partition(".")[0] not in MAY_CHANGE:
@@ -169,8 +161,8 @@ def check_run(folder: Path) -> None:
     with read_errors(folder):
         if folder.is_dir():
             list(folder.iterdir())  # a folder that can't be listed would look empty
-        if not (folder / "recipe.toml").is_file():
-            raise UserError(f"{folder}: not a run (no recipe.toml there); give the folder that training made")
+        if not RunFolder(folder).is_run():
+            raise UserError(f"{folder}: not a run (no {RunFolder.recipe} there); give the folder that training made")
 
 
 def resume(folder: Path) -> Hold:
@@ -184,8 +176,8 @@ def resume(folder: Path) -> Hold:
     try:
         with read_errors(folder), disk_errors(folder):
             clean(folder, WRITTEN.__contains__)
-            for name in STEPS:
-                clean(folder / name, lambda name: checkpoint.number_of(name) is not None)
+            for name in RunFolder.by_step():
+                clean(folder / name, lambda name: step_of(name) is not None)
         check_progress(folder)
     except BaseException:
         hold.release()
@@ -195,14 +187,14 @@ def resume(folder: Path) -> Hold:
 
 def check_progress(folder: Path) -> None:
     """Raises UserError where a run has got beyond its beginning and has no checkpoint: to go on would begin anew, over its results."""
-    if checkpoint.numbered(folder / "checkpoints"):
+    if checkpoint.numbered(RunFolder(folder).checkpoints):
         return
     with read_errors(folder):
-        steps = [record["step"] for name in LOGS for record in read_log(folder / name)]
-        begun = any((folder / name).exists() for name in ("lora", "transformer", "summary.json"))
+        steps = [record["step"] for name in RunFolder.logs() for record in read_log(folder / name)]
+        begun = any((folder / name).exists() for name in (RunFolder.lora, RunFolder.network, RunFolder.summary))
     if begun or max(steps, default=0) > 0:
         reached = f"rollout {max(steps)}" if max(steps, default=0) > 0 else "its first checkpoint"
-        how = f" (lora.init={folder} begins with its weights)" if (folder / "lora").exists() else ""
+        how = f" (lora.init={folder} begins with its weights)" if RunFolder(folder).lora.exists() else ""
         raise UserError(
             f"{folder}: has reached {reached}, but checkpoints/ has none to go on from; put its checkpoints back, or start a new run{how}"
         )
@@ -220,13 +212,13 @@ def _has_step(record: dict[str, Any]) -> bool:
 def rewind(folder: Path, step: int) -> None:
     """Takes back what was logged after `step`, so that the resumed run writes it once; the user's own files stay."""
     with read_errors(folder):
-        for name in LOGS:
-            records, damaged = parse_lines(folder / name)
+        for name in RunFolder.logs():
+            records, damaged = parse_lines(read_data(folder / name))
             kept = [record for record in records if _has_step(record) and record["step"] <= step]
             if damaged or (folder / name).exists():
                 read_lines(folder / name)  # warns of what is damaged
                 write_lines(folder / name, kept)
-        for number, samples in checkpoint.numbered(folder / "samples"):
+        for number, samples in checkpoint.numbered(RunFolder(folder).samples):
             if number > step:
                 with disk_errors(samples):
                     shutil.rmtree(samples)
@@ -234,5 +226,5 @@ def rewind(folder: Path, step: int) -> None:
 
 def scores(folder: Path) -> tuple[float | None, float | None]:
     """The score before training and the newest one; none where that evaluation is missing."""
-    found = {record["step"]: record.get("score") for record in read_log(folder / "evaluations.jsonl")}
+    found = {record["step"]: record.get("score") for record in read_log(RunFolder(folder).evaluations)}
     return found.get(0), found[max(found)] if found else None

@@ -12,13 +12,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from flowtilt.build.inputs import map_paths
 from flowtilt.config import Recipe, load_recipe, to_toml
-from flowtilt.config.trust import RECIPE
 from flowtilt.errors import UserError
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.io.user_errors import first_line
 from flowtilt.runs.export import export
 from flowtilt.runs.folder import check_run
 
-REPORT = "report.html"
+REPORT = RunFolder.report
 
 
 def push(run: Path | str, repo: str, *, private: bool = False) -> str:
@@ -53,7 +53,7 @@ def gather(run: Path, folder: Path, repo: str) -> Path:
     export([run], folder, "diffusers")
     card = folder / "README.md"
     card.write_text(card.read_text(encoding="utf-8").replace(json.dumps(str(folder)), json.dumps(repo)), encoding="utf-8")
-    (folder / RECIPE).write_text(to_toml(_without_folders(load_recipe(run / RECIPE, stored=True))), encoding="utf-8")
+    RunFolder(folder).recipe.write_text(to_toml(_without_folders(load_recipe(RunFolder(run).recipe, stored=True))), encoding="utf-8")
     if (run / REPORT).is_file():
         shutil.copy(run / REPORT, folder / REPORT)
     return folder

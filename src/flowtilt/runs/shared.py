@@ -8,12 +8,13 @@ from flowtilt.config import Recipe
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.locks import Hold
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.runs import checkpoint
 from flowtilt.runs import folder as runs
 from flowtilt.runs.checkpoint import Checkpoint
 
 
-class RunFolder:
+class HeldRun:
     """The folder that a trainer writes to; `path` is known once it is held."""
 
     def __init__(self, world: World):
@@ -33,7 +34,7 @@ class RunFolder:
     def resume_at(self, step: int) -> None:
         """Holds the same folder once more; raises UserError where it is no longer at `step`."""
         self.resume(self.path)
-        saved = self._world.first(lambda: max((number for number, _ in checkpoint.numbered(self.path / "checkpoints")), default=0))
+        saved = self._world.first(lambda: max((number for number, _ in checkpoint.numbered(RunFolder(self.path).checkpoints)), default=0))
         if saved != step:
             self.close()
             raise UserError(f"{self.path}: is at rollout {saved} by now, not {step}; {self.again()}")
@@ -68,7 +69,7 @@ class RunFolder:
 
     def begun(self) -> bool:
         """Whether there is a checkpoint, damaged ones included."""
-        return bool(checkpoint.numbered(self.path / "checkpoints"))
+        return bool(checkpoint.numbered(RunFolder(self.path).checkpoints))
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; see `checkpoint.newest`."""

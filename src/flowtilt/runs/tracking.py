@@ -24,6 +24,7 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import Evaluation
 from flowtilt.io.files import write_json
 from flowtilt.io.images import to_pil
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.io.user_errors import first_line
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -59,7 +60,7 @@ class Hosted:
     """
 
     def __init__(self, name: str, module: ModuleType, run: Path, recipe: Recipe):
-        self._module, self._file = module, run / f"{name}.json"
+        self._module, self._file = module, RunFolder(run).tracker(name)
         known = self._file.is_file()
         self._state: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8")) if known else {}
         if not known:
@@ -96,7 +97,7 @@ class TensorBoard:
     def __init__(self, run: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = run / "tensorboard"
+        folder = RunFolder(run).tensorboard
         self._writer: Any = SummaryWriter(str(folder), purge_step=(step + 1 if step else 0) if folder.is_dir() else None)
 
     def send(self, kind: str, step: int, values: Mapping[str, Value]) -> None:

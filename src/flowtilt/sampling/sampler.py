@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtilt.flow import sigma_schedule
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
@@ -50,7 +49,7 @@ class Sampler:
         Raises:
             ValueError: cps without `fresh`.
         """
-        sigmas = sigma_schedule(self.steps, drawing.model.shift)
+        sigmas = drawing.model.levels(self.steps)
         empty = self.empty(drawing)
         parts = []
         for rows in torch.arange(len(noise)).split(micro_batch):
@@ -67,8 +66,8 @@ class Sampler:
         return solve_cps(velocity, x, sigmas, lambda j: fresh(rows, j).to(x.device), self.eta)
 
     def empty(self, drawing: Drawing) -> Conditioning | None:
-        """The caption without words that guidance leads away from; none without guidance."""
-        return drawing.model.encode([""]) if self.guidance != 1 else None
+        """The negative caption, which guidance leads away from; none without guidance."""
+        return drawing.model.encode_negative() if self.guidance != 1 else None
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtilt.flow import sigma_schedule
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
@@ -71,7 +70,7 @@ class PathSampler:
         micro_batch: int,
     ) -> tuple[Tensor, Trajectory]:
         """Latents [N, ...] and their way."""
-        sigmas = sigma_schedule(self.sampler.steps, drawing.model.shift)
+        sigmas = drawing.model.levels(self.sampler.steps)
         empty = self.sampler.empty(drawing)
         steps = self.kept.steps
         first, end = steps.start, steps.stop

@@ -12,7 +12,7 @@ from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.methods.base import Method
 from flowtilt.runs import tracking
-from flowtilt.runs.shared import RunFolder
+from flowtilt.runs.shared import HeldRun
 from flowtilt.training.display import Display
 from flowtilt.training.preview import Preview
 from flowtilt.training.state import Clock
@@ -41,7 +41,7 @@ class Driver:
 
     def __init__(self, world: World, on_rollout: OnRollout | None):
         self.world, self._on_rollout = world, on_rollout
-        self._folder, self._preview = RunFolder(world), None
+        self._folder, self._preview = HeldRun(world), None
         self.trackers, self._display = tracking.Trackers(), Display(0, 0, Method.progress, quiet=True)
         self._begun = self._failed = False
 

@@ -30,8 +30,9 @@ from flowtilt.evaluate import evaluate
 from flowtilt.evaluate.record import save_evaluation
 from flowtilt.io.environment import describe
 from flowtilt.io.files import append_line, write_json
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, fingerprint
-from flowtilt.lora.stacked import BENEATH, keep, kept, read_stack
+from flowtilt.lora.stacked import keep, kept, read_stack
 from flowtilt.models.cutting import notice_cut
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.policy.roles import ROLES
@@ -106,7 +107,7 @@ class Trainer(Driver):
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
         self.rewards, self.judges = load_rewards(recipe, self.world.device, self._objects)
         self.prompts = training_prompts(recipe)
-        self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
+        self.walk = PromptWalk(self.prompts, recipe.seed, {} if recipe.tags == "auto" else recipe.tags)
         weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
         # a distillation only measures
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
@@ -121,7 +122,7 @@ class Trainer(Driver):
         try_rewards(
             self.rewards | self.judges,
             [*self.prompts, *self.test_prompts],
-            side=self.policy.model.latent_shape[-1] * self.policy.model.pipeline.vae_scale_factor,
+            side=self.policy.model.resolution,
             device=self.world.device,
             seed=recipe.seed,
         )
@@ -176,8 +177,8 @@ class Trainer(Driver):
         main, folder = self.world.rank == 0, self._folder.path
         if found := self._folder.newest() if resume else None:
             if not are_named(self.below, found.state["parents"]):
-                raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {BENEATH}/ or in lora.on")
-            self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method.updates)
+                raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {RunFolder.base_loras}/ or in lora.on")
+            self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method)
         if self.clock.step > self.recipe.steps:
             raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
@@ -185,11 +186,11 @@ class Trainer(Driver):
             checkpoint.prune(folder, self.recipe.checkpoint.keep)
             runs.write_recipe(folder, self.recipe)
         # a kill may have come before there were any
-        if main and (self.below or self.method.base_loras) and not (folder / BENEATH).is_dir():
+        if main and (self.below or self.method.base_loras) and not RunFolder(folder).base_loras.is_dir():
             keep(self.below, folder, **self.method.base_loras)
         if main:
             inputs.save(self.recipe, folder, self.clock.step if found else None, self._accepted)
-            write_json(folder / "environment.json", describe(self.world.size))
+            write_json(RunFolder(folder).environment, describe(self.world.size))
             if not resume:
                 note_objects(folder, self.recipe)
         self.world.barrier()
@@ -222,7 +223,7 @@ class Trainer(Driver):
     def _log(self, metrics: dict[str, float], display: Display) -> None:
         """One line of metrics.jsonl, the trackers, the display, and the guards."""
         if self.world.rank == 0:
-            append_line(self.run_folder / "metrics.jsonl", {"step": self.clock.step, **metrics})
+            append_line(RunFolder(self.run_folder).metrics, {"step": self.clock.step, **metrics})
             self.trackers.log(self.clock.step, metrics)
             display.step(self.clock.step, metrics)
             if slower := self.pace.slower(metrics):
@@ -236,7 +237,7 @@ class Trainer(Driver):
             self.stopped_by = next(iter(fired.values()))
         self.trackers.guards(self.clock.step, fired)
         for name, message in fired.items() if self.world.rank == 0 else ():
-            append_line(self.run_folder / "guards.jsonl", {"step": self.clock.step, "guard": name, "message": message})
+            append_line(RunFolder(self.run_folder).guards, {"step": self.clock.step, "guard": name, "message": message})
             display.say(f"guard {name}, rollout {self.clock.step}: {message}")
 
     def _evaluate(self, display: Display) -> None:
@@ -272,7 +273,7 @@ class Trainer(Driver):
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as diffusers loads it."""
         if self.world.rank == 0:
-            found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method.updates)
+            found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method)
             checkpoint.save(self.run_folder, found, self.recipe.checkpoint.keep)
             self._write_results()
         self.world.barrier()
@@ -292,7 +293,7 @@ class Trainer(Driver):
 
     def _evaluated(self) -> dict[str, Any] | None:
         """The line of the evaluation after the rollouts done so far; none where it was not made."""
-        records = runs.read_log(self.run_folder / "evaluations.jsonl")
+        records = runs.read_log(RunFolder(self.run_folder).evaluations)
         return next((record for record in records if record["step"] == self.clock.step), None)
 
     def _finish(self) -> dict[str, object]:
@@ -309,7 +310,7 @@ class Trainer(Driver):
         if self.world.rank == 0:
             # once more: a kill may have come between the last checkpoint and its LoRA
             self._write_results()
-            write_json(self.run_folder / "summary.json", summary)
+            write_json(RunFolder(self.run_folder).summary, summary)
             self.trackers.summary(self.clock.step, summary)
             write_report(self.run_folder)
         self.world.barrier()

@@ -11,6 +11,7 @@ import numpy as np
 
 from flowtilt.errors import UserError
 from flowtilt.estimate import NOTHING, Estimate
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.report.axes import nice_step
 from flowtilt.report.compare.costs import COSTS, Unit, unit_of
 from flowtilt.report.compare.entries import Entry, odd_protocols
@@ -126,7 +127,7 @@ def compare(
         raise UserError(f"compare: scores can't be compared, as {'; '.join(odd)}; --mixed does so all the same, with a warning")
     for entry in entries:
         if axis not in entry.costs:
-            lacks = f"metrics.jsonl lacks {COSTS[axis].key} up to the last evaluation"
+            lacks = f"{RunFolder.metrics} lacks {COSTS[axis].key} up to the last evaluation"
             raise UserError(f"run {entry.folder}: {lacks}; choose another --axis")
     axes = [axis, *(cost for cost in COSTS if cost != axis and all(cost in entry.costs for entry in entries))]
     return Comparison(methods, axes, sorted(set(targets)) or round_target(methods), bool(targets), odd)

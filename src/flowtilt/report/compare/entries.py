@@ -10,11 +10,13 @@ import numpy as np
 
 from flowtilt.config import Recipe, load_recipe
 from flowtilt.errors import UserError
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.report.compare.costs import COSTS, spent
 from flowtilt.report.compare.spans import Line
 from flowtilt.report.loading import Run, load
 from flowtilt.report.markup import flat
 from flowtilt.report.numbers import Array, number
+from flowtilt.report.reading import Reader
 
 APART = {"name", "seed", "run", "steps", "micro_batch", "checkpoint", "evaluate", "guards", "track", "model", "rewards"}
 """Keys that make no other method; `model` and `evaluate` are the protocol's, `rewards` are put in one form."""
@@ -55,9 +57,35 @@ class Entry:
         name = judged.partition("/")[0]
         settings = recipe.reward_table().get(name)
         judge = settings.model_dump(exclude={"weight"}) if settings else {"source": name, "compat": False, "options": {}}
+        judge["source"] = self._content(judge["source"] or name)
         drawn = e.model_dump(include={"images", "solver", "eta", "steps", "guidance"})
-        evaluate = {"prompts": e.prompts or recipe.prompts, "rewards": judged, **drawn}
-        return dict(flat({"model": recipe.model.model_dump(mode="json"), "evaluate": evaluate, "judge": judge}))
+        evaluate = {"prompts": self._content(e.prompts or recipe.prompts), "rewards": judged, **drawn}
+        model = recipe.model.model_dump(mode="json") | {"path": self._content(recipe.model.path)}
+        return dict(flat({"model": model, "evaluate": evaluate, "judge": judge}))
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 by path of the files that the run was made of."""
+        files = Reader(self.folder).object(RunFolder.sources).get("files")
+        known = [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+        return {str(file.get("path")): str(file["sha256"]) for file in known if file.get("sha256")}
+
+    def _content(self, source: str) -> str:
+        """What a path, or "file.py:name", stands for wherever it is: the digest of its content, or else its base name."""
+        place, colon, name = source.rpartition(":") if ".py:" in source else (source, "", "")
+        if "://" in source or not os.path.isabs(place):
+            return source
+        digest = self._digests.get(place)
+        return (f"sha256:{digest[:12]}" if digest else os.path.basename(place.rstrip(os.sep))) + colon + name
+
+    def shown(self, key: str) -> str:
+        """A key of the protocol as a person reads it: of a file its name, too."""
+        value = self.protocol.get(key)
+        if not (value or "").startswith("sha256:"):
+            return "none" if value in (None, "null") else str(value)
+        digest = str(value).removeprefix("sha256:").partition(":")[0]
+        paths = [path for path, sha256 in self._digests.items() if sha256.startswith(digest)]
+        return f"{os.path.basename(paths[0])} ({value})"
 
     @property
     def switches(self) -> list[str]:
@@ -75,7 +103,8 @@ class Entry:
         rewards: dict[str, object] = {}
         for name, reward in self.recipe.reward_table().items():
             plain = reward.source == name and not reward.options and not reward.compat
-            rewards[name] = reward.weight if plain else reward.model_dump()
+            rewards[name] = reward.weight if plain else reward.model_dump() | {"source": self._content(reward.source or name)}
+        tree["prompts"] = self._content(self.recipe.prompts)
         return dict(flat(tree | {"rewards": rewards})) | self.protocol
 
 
@@ -85,14 +114,14 @@ def load_entry(folder: Path) -> Entry:
     Raises:
         UserError: the folder is no run, its recipe can't be read, or there is no score yet.
     """
-    if not os.path.isfile(folder / "recipe.toml"):
-        raise UserError(f"run {folder}: not a run (no recipe.toml there); give folders that flowtilt train has written")
+    if not os.path.isfile(RunFolder(folder).recipe):
+        raise UserError(f"run {folder}: not a run (no {RunFolder.recipe} there); give folders that flowtilt train has written")
     run = load(folder)
     scored = [record for record in run.evaluations if np.isfinite(number(record, "score"))]
     if not scored:
         raise UserError(f"run {folder}: no evaluation yet, so there is nothing to compare; leave it out, or go on training it")
     steps, scores = (np.array([number(record, key) for record in scored]) for key in ("step", "score"))
-    return Entry(run, load_recipe(folder / "recipe.toml", stored=True), steps, scores)
+    return Entry(run, load_recipe(RunFolder(folder).recipe, stored=True), steps, scores)
 
 
 def differing(settings: Sequence[dict[str, str]]) -> list[str]:
@@ -106,7 +135,7 @@ def odd_protocols(entries: Sequence[Entry]) -> list[str]:
     first, found = entries[0], []
     for key in differing([entry.protocol for entry in entries]):
         other = next(entry for entry in entries if entry.protocol.get(key) != first.protocol.get(key))
-        found.append(f"{key} is {plain(first.protocol.get(key))} in {first.folder} and {plain(other.protocol.get(key))} in {other.folder}")
+        found.append(f"{key} is {first.shown(key)} in {first.folder} and {other.shown(key)} in {other.folder}")
     return found + [clause for entry in entries for clause in entry.switches]
 
 

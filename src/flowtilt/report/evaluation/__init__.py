@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_atomic
+from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.report.document import document, section
 from flowtilt.report.evaluation import extremes, tables
 from flowtilt.report.evaluation.headline import headline, subject
@@ -22,9 +23,9 @@ def write_evaluation_page(folder: Path) -> Path:
     Raises:
         UserError: there is no results.json, the disk is full or the folder cannot be written.
     """
-    if not os.path.isfile(folder / "results.json"):
-        raise UserError(f"evaluation {folder}: no results.json; give the folder of an evaluation that has ended")
-    target = folder / "report.html"
+    if not os.path.isfile(EvaluationFolder(folder).results):
+        raise UserError(f"evaluation {folder}: no {EvaluationFolder.results}; give the folder of an evaluation that has ended")
+    target = EvaluationFolder(folder).report
     write_atomic(target, page(*load(folder)))
     return target
 
@@ -65,5 +66,5 @@ def _left_out(results: Results) -> str:
 
 def _protocol(results: Results) -> str:
     if not results.protocol:
-        return none_yet("The folder's results.json holds no protocol.")
+        return none_yet("The folder's results hold no protocol.")
     return folded("All that the scores depend on", flat_table("Protocol", results.protocol))

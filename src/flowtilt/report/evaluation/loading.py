@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.estimate import Estimate
+from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.report.image_scores import count, estimate_of
 from flowtilt.report.numbers import counted, number
 from flowtilt.report.reading import Reader, Record, said
@@ -98,7 +99,7 @@ class Scored:
 def load(folder: Path) -> tuple[Results, list[Scored]]:
     """The results and the images of an evaluation's folder."""
     reader = Reader(folder)
-    results, images = parse(reader.object("results.json")), _images(reader)
+    results, images = parse(reader.object(EvaluationFolder.results)), _images(reader)
     return replace(results, lost=list(said(reader.lost))), images
 
 
@@ -141,13 +142,13 @@ def _objects(value: Any) -> list[Record]:
 
 def _images(reader: Reader) -> list[Scored]:
     """The images of scores.jsonl that say which prompt they are of, in the file's order; of a repeated one the last line holds."""
-    inside, records = reader.folder.resolve(), reader.lines("scores.jsonl")
+    inside, records = reader.folder.resolve(), reader.lines(EvaluationFolder.scores)
     found = [record for record in records if abs(number(record, "index")) < 2**53]
     if len(found) < len(records):
-        reader.lose("scores.jsonl", f"{counted(len(records) - len(found), 'line')} without the place of a prompt")
+        reader.lose(EvaluationFolder.scores, f"{counted(len(records) - len(found), 'line')} without the place of a prompt")
     unscored = sum(not isinstance(record.get("scores"), dict) for record in found)
     if unscored:
-        reader.lose("scores.jsonl", f"{counted(unscored, 'line')} without scores")
+        reader.lose(EvaluationFolder.scores, f"{counted(unscored, 'line')} without scores")
     images = [_scored(inside, record) for record in found]
     return list({(image.set, image.index, image.copy, image.variant): image for image in images}.values())
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from flowtilt.estimate import EXACT, FEW, FEWEST, Estimate
-from flowtilt.report.evaluation.bars import forest, rows, scale_of
+from flowtilt.report.bars import bars, forest, scale_of
 from flowtilt.report.evaluation.estimates import (
     bracketed,
     column_decimals,
@@ -164,7 +164,7 @@ def _tags_of(one: PromptSet, column: Column, results: Results) -> str:
         cells = "".join(f"<td>{estimate_cell(e, digits)}{_lost(missing(e) if e and drawn else '')}</td>" for e in of.values())
         return f'<tr><th scope="row">{escape(name)}</th><td class="bar-cell">{drawn}</td>{cells}</tr>'
 
-    body = [row(tag.replace("_", " "), of, rows([(LOOKS[v], e) for v, e in of.items() if e], scale)) for tag, of in by_tag.items()]
+    body = [row(tag.replace("_", " "), of, bars([(LOOKS[v], e) for v, e in of.items() if e], scale)) for tag, of in by_tag.items()]
     foot = row("mean over tags", {v: s.of_tags for v, s in column.of.items()}, "")
     foot += row("mean over images", {v: s.overall for v, s in column.of.items()}, "")
     span = f"{written(scale.low, digits)} to {written(scale.high, digits)}".replace("-", "−")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,10 +79,10 @@ class PairLearner:
         k, model = self.settings.times_per_pair, self.policy.model
         times = torch.empty(len(own.positions), k)
         eps = torch.empty(len(own.positions), k, *model.latent_shape)
-        nothing = torch.empty(0)
+        nothing, between = torch.empty(0), partial(model.levels.at, steps=self.recipe.rollout.steps)
         for n, position in enumerate(own.positions):
             rng = generator(self.recipe.seed, "pair", *position)
-            times[n] = draw_times(self.settings.times, k, nothing, model.shift, rng)
+            times[n] = draw_times(self.settings.times, k, nothing, between, rng)
             torch.randn(eps.shape[1:], generator=rng, out=eps[n])
         pair = torch.arange(len(own.positions)).repeat_interleave(k)
         return NoisedPairs(own.chosen, own.rejected, own.weight, own.conditioning, pair, times.flatten(), eps.flatten(0, 1))

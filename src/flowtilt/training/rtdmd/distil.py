@@ -5,9 +5,9 @@ sample stops after a number of steps of its own, and its gradient reaches the la
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.flow import per_sample, sigma_schedule
+from flowtilt.flow import per_sample
 from flowtilt.lora import Lora
 from flowtilt.methods.rtdmd import ACDMDSettings
 from flowtilt.models.conditioning import Conditioning
@@ -84,7 +84,7 @@ class Distillation:
     def __init__(self, recipe: Recipe, settings: ACDMDSettings, policy: Policy, walk: PromptWalk, world: World, micro_batch: MicroBatch):
         self.recipe, self.settings, self.policy = recipe, settings, policy
         self.walk, self.world, self.micro_batch = walk, world, micro_batch
-        first = sigma_schedule(recipe.rollout.steps, policy.model.shift)[1]
+        first = policy.model.levels(recipe.rollout.steps)[1]
         if not first + LEAST_GAP < MOST_TIME:
             raise UserError(
                 f"rollout.steps: the first of {recipe.rollout.steps} steps ends at noise level {float(first):.3f}, and a fake score learns "
@@ -123,13 +123,20 @@ class Distillation:
             told = self._learn(stopped, samples, number, phases)
         return means | told | {"skipped_updates": skipped + told["skipped_updates"]}
 
+    def state(self) -> dict[str, Any]:
+        """Nothing beside weights and optimizers."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on with."""
+
     def _simulated(self, step: int, draw: int, drawn: list[Prompt]) -> tuple[Stopped, Samples]:
         """This rank's share of a batch of the student's samples."""
         r, policy, seed = self.recipe.rollout, self.policy, self.recipe.seed
         mine = self.world.share(r.images())
         positions = [(step, draw, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
         given = policy.model.encode([drawn[i // r.images_per_prompt].text for i in mine])
-        sigmas = sigma_schedule(r.steps, policy.model.shift)
+        sigmas = policy.model.levels(r.steps)
         # every level equally often, whichever samples have it
         order = torch.randperm(r.images(), generator=generator(seed, "stops", step, draw))
         stops = (order % r.steps + 1)[mine.start : mine.stop]

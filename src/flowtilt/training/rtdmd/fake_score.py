@@ -116,7 +116,7 @@ class FakeScore:
     @torch.no_grad()
     def gradient(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """g [n, ...], along which -x_s comes nearer to the teacher's distribution, and metrics [n]."""
-        empty = self._policy.model.encode([""]) if self._settings.teacher_guidance != 1 else None
+        empty = self._policy.model.encode_negative() if self._settings.teacher_guidance != 1 else None
         found = self._micro_batch.fit(
             "match",
             lambda size: [self._gradient(samples.select(rows), empty) for rows in parts(len(samples), size)],

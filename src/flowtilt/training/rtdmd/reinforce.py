@@ -20,12 +20,12 @@ from flowtilt.device.micro_batch import MicroBatch, parts
 from flowtilt.device.placement import visiting
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.flow import predict_x0, sigma_schedule
+from flowtilt.flow import predict_x0
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, join
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, shapes_of
 from flowtilt.lora.read import read_lora
-from flowtilt.lora.stacked import BENEATH
 from flowtilt.methods.rtdmd import RTDMDSettings
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.objectives.rtdmd import subgrpo_steps, surrogate
@@ -35,11 +35,12 @@ from flowtilt.rewards import Reward, modules_of
 from flowtilt.rewards.gradient import differentiable, reward_gradient
 from flowtilt.sampling.trajectory import KeptSteps, Trajectory
 from flowtilt.solvers import sde_step
-from flowtilt.training.learner import Scored, averaged_update, memory_saver, shares
+from flowtilt.training.learner import averaged_update, memory_saver, shares
 from flowtilt.training.optimizer import Update
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement
 from flowtilt.training.rtdmd.fake_score import ROLE, FakeScore, Samples
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
 
 
@@ -58,6 +59,15 @@ class SubGRPO:
         trained = subgrpo_steps(rollout, settings.steps, self.trained_steps, seed)
         return KeptSteps(every, "cps", settings.cps_eta(), frozenset(every) - frozenset(trained))
 
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """The advantages as they are."""
+        return advantages
+
+
+def _kept_fake(run: Path) -> Path:
+    """A run's copy of the LoRA below its fake score."""
+    return RunFolder(run).base_loras / RunFolder.fake_score
+
 
 def _fake_base(recipe: Recipe, resume: Path | None) -> Lora | None:
     """The LoRA from which a second stage's fake score goes on; none where the recipe has none.
@@ -70,16 +80,16 @@ def _fake_base(recipe: Recipe, resume: Path | None) -> Lora | None:
     o = cast(RTDMDSettings, recipe.objective)
     if not o.matching:
         return None
-    if resume and (resume / BENEATH / "fake").is_dir():
-        return read_lora(resume / BENEATH / "fake")
-    where = o.fake or (str(Path(recipe.lora.on[-1]) / "fake") if recipe.lora.on else None)
+    if resume and _kept_fake(resume).is_dir():
+        return read_lora(_kept_fake(resume))
+    where = o.fake or (str(RunFolder(recipe.lora.on[-1]).fake_score) if recipe.lora.on else None)
     if where is None:
         return None
     try:
         fake = read_lora(where)
         if not fake.parents:
             return fake
-        below = read_lora((run_of(where) or Path(where)) / BENEATH / "fake")
+        below = read_lora(_kept_fake(run_of(where) or Path(where)))
         if not are_named([below], fake.parents):
             raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
         return join([below, fake])
@@ -204,7 +214,7 @@ class Hybrid:
             )
 
     def _sigmas(self) -> Tensor:
-        return sigma_schedule(self.recipe.rollout.steps, self.policy.model.shift)
+        return self.policy.model.levels(self.recipe.rollout.steps)
 
     def _gradients(
         self, rollout: Scored, own: Tensor, trained: Sequence[int], cotangent: Tensor, number: int, size: int

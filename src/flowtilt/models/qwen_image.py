@@ -1,0 +1,54 @@
+"""Qwen-Image and Qwen-Image-2512 (arXiv 2508.02324): a 20B joint transformer that reads Qwen2.5-VL.
+
+Captions keep their own lengths and come with a mask. The VAE is one of videos with statistics per channel. Guidance is rescaled to
+the norm of the conditional prediction, token by token; the negative caption is one space.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.family import Packed
+from flowtilt.models.guidance import rescaled
+
+
+class QwenImage(Packed):
+    """A Qwen-Image pipeline as a `Model`; its LoRA targets are the eight projections of each joint attention."""
+
+    longest_text = 1024
+    ragged = True
+    negative = " "
+
+    def read(self, text: str) -> dict[str, Tensor]:
+        """The last hidden states of the caption's own tokens, without the template's."""
+        embeds, _ = self.pipeline.encode_prompt(text, device=self.device, max_sequence_length=self.text_length)
+        return {"encoder_hidden_states": embeds[0]}
+
+    def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """Tokens, captions with their mask, and the image's rows and columns."""
+        shape = [[(1, self.side // 2, self.side // 2)]] * len(x)
+        mask = conditioning.mask(x.device)
+        return {**super().inputs(x, t, conditioning), "encoder_hidden_states_mask": mask, "img_shapes": shape}
+
+    def guide(self, v: Tensor, free: Tensor, guidance: float) -> Tensor:
+        """Linear, then rescaled to the norm of each token of v."""
+        return self.unpack(rescaled(self.pack(v), self.pack(free), guidance))
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """A video of one frame, by the VAE's own mean and deviation of each channel."""
+        return by_statistics(self.pipeline.vae, latents)[:, :, None]
+
+    def call_options(self, guidance: float) -> Mapping[str, object]:
+        """See `Model.call_options`: the pipeline's classifier-free guidance is its `true_cfg_scale`."""
+        size = {"height": self.resolution, "width": self.resolution, "max_sequence_length": self.text_length}
+        return {**size, "true_cfg_scale": guidance, **({} if guidance == 1 else {"negative_prompt": self.negative})}
+
+
+def by_statistics(vae: Any, latents: Tensor) -> Tensor:
+    """Latents [N, C, h, w] times the VAE's `latents_std` plus its `latents_mean`, channel by channel."""
+    config = vae.config
+    mean, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return latents * std + mean

@@ -1,0 +1,102 @@
+"""Every model family passes its conformance checks on a small random pipeline of the true classes."""
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from flowtilt import UserError
+from flowtilt.config import ModelSettings
+from flowtilt.conformance import Conformance
+from flowtilt.lora import Lora
+from flowtilt.models.captions import Captions
+from flowtilt.models.levels import levels_of
+from flowtilt.models.opening import _adapted, open_model
+from flowtilt.models.z_image import ZImage
+from flowtilt.policy.tuned_model import Stack
+
+CPU = torch.device("cpu")
+SIZES = {"sana": (32, 64), "lumina2": (32, 48)}
+"""In pixels; (16, 24) where none are given."""
+FAMILIES = {
+    "sd35": {"t5_length": 40},
+    "flux": {"t5_length": 40},
+    "qwen_image": {"options": {"text_length": 320}},
+    "aura_flow": {"options": {"text_length": 40}},
+    "sana": {"options": {"text_length": 40}},
+    "lumina2": {},
+    "z_image": {"options": {"text_length": 128}},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = getattr(tiny_pipelines, name)(tmp_path_factory.mktemp(name))
+        return str(made[name])
+
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_conforms(folders, name):
+    settings = ModelSettings(path=folders(name), **FAMILIES[name])
+    wrong = [str(check) for check in Conformance(settings, CPU, SIZES.get(name, (16, 24))).checks() if not check.right]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_levels_are_the_schedulers_with_the_pipelines_own_mu():
+    for steps, terminal, mu in ((2, 0.02, 0.7), (8, None, 1.9), (28, 0.02, 0.5)):
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal)
+        scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)], mu=mu)
+        levels = levels_of(scheduler.config, lambda steps, mu=mu: mu)
+        torch.testing.assert_close(levels(steps), scheduler.sigmas, atol=1e-6, rtol=0)
+        times = levels.at(torch.linspace(0.02, 1, 50), steps)
+        assert times[-1] == 1 and (times.diff() > 0).all() and times[0] > (terminal or 0)
+    with pytest.raises(UserError, match="at least 2 steps, not 1"):
+        levels_of(FlowMatchEulerDiscreteScheduler(shift_terminal=0.02).config, lambda steps: 1.0)(1)
+    with pytest.raises(UserError, match="use_karras_sigmas"):
+        levels_of(FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True).config, lambda steps: 1.0)
+
+
+def test_what_a_family_cannot_have_is_one_line(folders):
+    folder = folders("z_image")
+    for settings, said in (
+        ({"resolution": 18}, "model.resolution: 18 is not a multiple of 4"),
+        ({"resolution": 512}, "model.resolution: 512 is beyond the 256"),
+        ({"t5_length": 20}, "ZImage can't be built .*'t5_length'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            open_model(ModelSettings(path=folder, **settings), CPU)
+    model = open_model(ModelSettings(path=folder, resolution=16), CPU)
+    lora = Lora({"transformer_blocks.0.attn.to_q": (torch.ones(1, 8), torch.ones(8, 1))}, {"transformer_blocks.0.attn.to_q": 1.0}, "flux")
+    with pytest.raises(UserError, match="it belongs to another base"):
+        Stack(model, [lora])
+    pipeline = model.pipeline
+    pipeline.text_encoder = None
+    with pytest.raises(UserError, match="this ZImagePipeline has no text_encoder"):
+        ZImage(pipeline)
+
+
+def test_a_pipeline_without_a_family_or_without_loras_is_one_line():
+    class Other:
+        pass
+
+    with pytest.raises(UserError, match=r"a Other, for which flowtilt has no family; subclass flowtilt\.models\.family\.Family"):
+        _adapted(ModelSettings(path="x"), Other(), False)
+    Other.__name__ = "Lumina2Pipeline"
+    with pytest.raises(UserError, match="diffusers' Lumina2Pipeline has no save_lora_weights; give Lumina2 a save_lora of its own"):
+        _adapted(ModelSettings(path="x"), Other(), False)
+
+
+def test_captions_of_unlike_length_are_padded_joined_and_cut_to_the_rows_that_are_asked_for():
+    captions = Captions(lambda text: {"e": torch.ones(len(text), 2)}, [], CPU, ragged=True)
+    both = captions(["ab", "abcde"]).join(captions(["abc"]))
+    assert both.tokens() == [2, 5, 3] and both.tensors()["e"].sum((1, 2)).tolist() == [4, 10, 6]
+    short = both.select(torch.tensor([0, 2]))
+    mask = short.mask(CPU)
+    assert short.tensors()["e"].shape == (2, 3, 2) and mask is not None and mask.tolist() == [[True, True, False], [True] * 3]
+    assert both.select(torch.tensor([1])).mask(CPU) is None
