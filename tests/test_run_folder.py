@@ -292,7 +292,7 @@ def test_a_changed_number_in_a_checkpoints_state_is_noticed_and_an_older_format_
     assert checkpoint.newest(folder).step == 1
 
 
-TAIL = {"nul": b"\0" * 37, "no UTF-8": b'{"step": 9, "x": "\xff', "torn": b'{"step": 9,', "list": b"[1]\n\0\0"}
+TAIL = {"nul": b"\0" * 37, "no UTF-8": b'{"step": 9, "x": "\xff', "torn": b'{"step": 9,'}
 
 
 @pytest.mark.parametrize("tail", TAIL)

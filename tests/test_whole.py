@@ -260,6 +260,6 @@ def test_a_plan_counts_all_weights():
     assert 2.2e9 < number < full.weights["network"].number  # which counts the table of positions, too
     assert held == 6 * 4 * number
     assert full.resident["as the network takes it (old, ema)"] == 2 * 2 * number
-    assert full.costs.train(False, True).fixed.saved >= 2 * number  # current's weights as the network takes them
+    assert full.costs.train(False, True).fixed.saved >= 0.99 * 2 * number  # current's weights but biases, as the network takes them
     assert full.peak.total > held and not full.fits
     assert make_plan(load_recipe("sd35m", [*overrides, "train=full"]), Machine(memory=160)).fits

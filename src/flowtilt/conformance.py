@@ -192,7 +192,7 @@ class Conformance:
         return f"{differ or 'none'} of {len(found[0])} tensors differ, {idle} get no gradient", not differ and idle < len(found[0]) / 4
 
     @staticmethod
-    def _policy(model: Model) -> Policy:
+    def _policy(model: Model) -> LoraPolicy:
         """With LoRAs that change the image."""
         policy = LoraPolicy(model, rank=4, alpha=6.0, seed=0)
         with torch.no_grad():
