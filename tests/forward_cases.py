@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from flowtilt.flow import velocity_target
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.guidance import linear
 from flowtilt.objectives.batches import TrainingBatch
 
 N, SHAPE = 4, (2, 3, 3)
@@ -66,6 +68,8 @@ class LinearPolicy:
     weights: dict[str, Tensor]
     asked: list[str] = field(default_factory=list)
     averaged: list[tuple[str, float]] = field(default_factory=list)
+
+    model = SimpleNamespace(guide=linear)
 
     def velocity(self, role: str, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.asked.append(role)

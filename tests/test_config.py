@@ -25,6 +25,7 @@ from flowtilt.config import (
 )
 from flowtilt.errors import UserError
 from flowtilt.io.user_code import absolute
+from flowtilt.methods import built_in
 
 FEW = settings(deadline=None, max_examples=25)
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
@@ -248,10 +249,7 @@ def test_a_base_that_is_no_recipe_is_refused(tmp_path, base, message):
 
 # what is wrong, where, and what was meant ------------------------------------------------------------
 
-METHODS = (
-    "objective.type: must be one of 'nft', 'acdmd', 'awm', 'dpo', 'dpo-offline', 'epg', 'grpo', 'par', 'pepg', 'ram', 'rtdmd', "
-    'or "file.py:Class"'
-)
+METHODS = f'objective.type: must be one of {", ".join(map(repr, built_in()))}, or "file.py:Class"'
 WRONG = [
     ("objective.bta=0.2", "objective.bta: unknown key; did you mean 'objective.beta'?"),
     ("rolout.steps=3", "rolout: unknown key; did you mean 'rollout'?"),
@@ -283,8 +281,14 @@ WRONG = [
         f"{METHODS}, not ['x']",
     ),
     ("objective=3", "objective: must be an object, not 3"),
-    ("objective.clip_range=1", "objective.clip_range: belongs to objective.type = 'awm', 'grpo' or 'rtdmd', not 'nft'"),
-    ("objective.scale=1", "objective.scale: belongs to objective.type = 'epg', 'par' or 'pepg', not 'nft'"),
+    (
+        "objective.clip_range=1",
+        "objective.clip_range: belongs to objective.type = 'awm', 'dgpo', 'grpo' or 'rtdmd', not 'nft'",
+    ),
+    (
+        "objective.scale=1",
+        "objective.scale: belongs to objective.type = 'epg', 'par' or 'pepg', not 'nft'",
+    ),
     ("objective.mutliplier=1", "objective.mutliplier: unknown key; 'objective.multiplier' belongs to objective.type = 'ram', not 'nft'"),
     ("rollout.solver=dpm3", "rollout.solver: must be 'euler', 'ddim', 'dpm1', 'dpm2', 'heun' or 'cps', not 'dpm3'"),
     ("track=['wnb']", "track: must be 'wandb', 'tensorboard' or 'trackio', not 'wnb'"),
@@ -301,7 +305,7 @@ WRONG = [
     ("micro_batch=0", "micro_batch: must be at least 1"),
     ("optimizer.betas=[0.9]", "optimizer.betas: has too few values"),
     ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: each must be at least 0 and below 1"),
-    ("optimizer.steps_per_rollout=145", "optimizer.steps_per_rollout: more steps than the 144 images of a rollout"),
+    ("optimizer.steps_per_rollout=145", "optimizer.steps_per_rollout: more steps than the 144 trained images of a rollout"),
 ]
 
 

@@ -5,14 +5,15 @@ import pytest
 from flowtilt.build import build_objective
 from flowtilt.config import Recipe, known_keys, load_recipe
 from flowtilt.errors import UserError
+from flowtilt.methods import built_in
 from flowtilt.methods.nft import NFTSettings
 
-KINDS = ("nft", "awm", "epg", "pepg", "par", "ram", "grpo")
 OF_STUDENTS = ("acdmd", "rtdmd")
 """RTDMD's two stages, which are no `Objective`: they want few steps of cps, one of them no reward."""
 OF_PAIRS = ("dpo", "dpo-offline")
 """They compare pairs of images; one samples them, one reads them."""
-EVERY = (*KINDS, *OF_STUDENTS, *OF_PAIRS)
+EVERY = tuple(built_in())
+KINDS = tuple(kind for kind in EVERY if kind not in (*OF_STUDENTS, *OF_PAIRS))
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
 STEPS = "rollout.steps=9"  # as many levels as most methods train on by default
 
@@ -120,5 +121,9 @@ def test_each_has_a_recipe_that_differs_in_the_objective_and_what_it_must_have(p
     assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "steps"} | (
         {"evaluate"} if kind == "grpo" else set()
     )
-    assert ours.advantage == ("global" if place == "sd35m" else "group") if kind in ("awm", "grpo") else ours.advantage == "none"
+    assert (
+        ours.advantage == ("global" if place == "sd35m" else "group")
+        if kind in ("awm", "awr", "crd", "dgpo", "grpo")
+        else ours.advantage == "none"
+    )
     assert place == "playground" or ours.optimizer.lr == base.optimizer.lr

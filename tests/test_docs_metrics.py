@@ -58,7 +58,9 @@ def logged(kind, folder):
     with_reference = [] if kind == "ram" else ["objective.kl=0.1"]
     size = [] if kind == "grpo" else ["objective.times_per_image=1"]
     quick = [setting for setting in QUICK if not setting.startswith("objective.")]
-    recipe = load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, *with_reference, *size, f"run={folder / kind}"])
+    recipe = load_recipe(
+        "playground", [*quick, *TINY, two_blocks(), *settings, "objective.guide=0.1", *with_reference, *size, f"run={folder / kind}"]
+    )
     return run(recipe)
 
 
@@ -111,7 +113,7 @@ def test_a_row_of_the_loss_names_the_objectives_that_log_it(found):
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE[PAGE.index("## The loss") : PAGE.index("## Clocks")], re.M)
     said: dict[str, set[str]] = {}
     for name, kinds in rows:
-        named = set(re.findall(r"\b(?:nft|awm|epg|pepg|par|ram|grpo|acdmd|rtdmd|dpo-offline|dpo)\b", kinds))
+        named = set(re.findall(rf"\b(?:{'|'.join(sorted(KINDS, key=len, reverse=True))})\b", kinds))
         named = set(KINDS) - named if kinds.startswith("all") else named
         said[name] = said.get(name, set()) | named
     forward = {kind for kind, method in built_in().items() if issubclass(method, ForwardSettings)}

@@ -18,12 +18,13 @@ from flowtilt.flow import add_noise, predict_x0
 from flowtilt.io.files import read_lines
 from flowtilt.methods import built_in
 from flowtilt.methods.forward import ForwardSettings
+from flowtilt.methods.groups import GroupSettings
 from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.forward import norm_hinge, norm_ratio, velocity_kl, x0_error
 
 FEW = settings(deadline=None, max_examples=25)
 STEPS = "rollout.steps=9"
-FORWARD = [kind for kind, method in built_in().items() if issubclass(method, ForwardSettings)]
+FORWARD = [kind for kind, method in built_in().items() if issubclass(method, ForwardSettings) and not issubclass(method, GroupSettings)]
 
 
 def rows_of(batch: TrainingBatch) -> list[TrainingBatch]:

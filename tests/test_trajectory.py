@@ -85,7 +85,7 @@ def test_at_the_first_update_the_gradient_is_reinforce(tmp_path, extra):
     drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
     rollout, _ = trainer.method.rollouts.draw(1, drawn, phases)
     own = [k for k in range(len(rollout.x0)) if rollout.kept[k]]
-    rows = trainer.method.learner._rows(1, rollout, own)
+    rows = trainer.method.learner.rows(1, rollout, own)
     trainer.method.learner._gradients(rows, len(rows), 7)
     ours = [p.grad.clone() for p in trainer.policy.parameters]
     for p in trainer.policy.parameters:

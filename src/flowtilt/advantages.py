@@ -62,6 +62,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
 def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str = "sum", groups: Tensor | None = None) -> Tensor:
     """One reward [N] from several: the weighted sum, of raw scores ("sum", the papers') or of each one normalised.
 
+    "group" is GDPO's (arXiv 2601.05242): each reward less its group's mean, over the group's std; 0 in a group where it is flat.
+
     "normalized" subtracts a reward's mean over the rollout and divides by its std, so that the reward of
     the largest scale does not decide alone. A NaN is a missing value. A reward that scores no image of a
     group does not apply to its prompt and adds nothing there; where it misses only some of them, those
@@ -75,8 +77,8 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
     Raises:
         ValueError: no reward has a weight, one is infinite, no image has a total, or an unknown `how`.
     """
-    if how not in ("sum", "normalized"):
-        raise ValueError(f"how {how!r} is not 'sum' or 'normalized'")
+    if how not in ("sum", "normalized", "group"):
+        raise ValueError(f"how {how!r} is not 'sum', 'normalized' or 'group'")
     trained = [name for name, weight in weights.items() if weight]
     if not trained:
         raise ValueError("no reward has a weight other than 0")
@@ -90,6 +92,9 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
         known = score[~score.isnan()]
         if how == "normalized" and len(known):
             score = (score - known.mean()) / (known.std(correction=0) + 1e-8)
+        if how == "group":
+            spread = group_stds(score, groups).clamp_min(1e-6)
+            score = ((score - group_means(score, groups)) / spread).masked_fill(flat_groups(score, groups), 0.0)
         elsewhere = group_means(score, groups).isnan()
         total += weights[name] * torch.where(elsewhere, torch.zeros_like(score), score)
         judged |= ~elsewhere
@@ -97,3 +102,19 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
     if total.isnan().all():
         raise ValueError("no reward gives any image a score")
     return total.float()
+
+
+def widest(rewards: Tensor, groups: Tensor, keep: int) -> Tensor:
+    """Which `keep` images of each group have the greatest variance of rewards, [N] bool: some of the lowest and the rest of the highest.
+
+    Pro-GRPO's choice (arXiv 2512.15347). A group of fewer images with a reward keeps them all; NaN is never kept.
+    """
+    kept = torch.zeros(len(rewards), dtype=torch.bool)
+    for group in groups.unique():
+        rows = ((groups == group) & ~rewards.isnan()).nonzero()[:, 0]
+        ordered = rows[rewards[rows].double().sort(stable=True).indices]
+        number = min(keep, len(ordered))
+        choices = [torch.cat([ordered[:low], ordered[len(ordered) - (number - low) :]]) for low in range(number + 1)]
+        best = max(choices, key=lambda chosen: float(rewards[chosen].double().var(correction=0)) if len(chosen) else 0.0)
+        kept[best] = True
+    return kept

@@ -43,6 +43,7 @@ from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import noise
 from flowtilt.training import learner as training
 from flowtilt.training.collector import collector
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
 
 __all__ = ["Learner", "Policy", "Samples", "load_policy", "load_prompts", "score"]
@@ -285,9 +286,11 @@ class Learner:
         policy = self._policy
         learner = self._made(samples.settings)
         self.steps += 1
-        rollout = training.Scored(
-            samples.latents, advantages.float().to(policy.model.device), samples.conditioning, samples.path, range(len(samples)), kept,
-            samples.prompts,
+        advantages = self._objective.prepare(advantages.float().cpu(), samples.groups)
+        everything = range(len(samples))
+        rollout = Scored(
+            samples.latents, advantages.to(policy.model.device), samples.conditioning, samples.path, everything, kept,
+            samples.prompts, samples.groups, advantages,
         )  # fmt: skip
         return learner.learn(self.steps, rollout, Phases(policy.model.device))
 
@@ -310,7 +313,7 @@ class Learner:
                 micro_batch=self._policy.micro_batch,
                 save_memory=lambda: False,
             )
-        self._learner.rollout = settings
+        self._learner.sampled_by(settings)
         return self._learner
 
 

@@ -19,14 +19,17 @@ LEFT = (errno.EPIPE, errno.EIO, errno.ENXIO)
 
 
 class _Kept(io.FileIO):
-    """A file that takes whatever is written, once its reader has left."""
+    """A file that takes whatever is written, once its reader has left or it can't be written to."""
+
+    failed: OSError | None = None
+    """Why nothing more is written; none while all is well, and where nobody reads."""
 
     def write(self, data: object, /) -> int:
         try:
             return super().write(data)  # pyright: ignore[reportArgumentType, reportReturnType]
         except OSError as error:
             if error.errno not in LEFT:
-                raise
+                self.failed = error
             _to_nowhere(self.fileno())
             return super().write(data)  # pyright: ignore[reportArgumentType, reportReturnType]
 
@@ -54,9 +57,13 @@ def closed(status: int) -> int:
     """Writes what is left in the buffers; returns the command's exit status, or 2 where its output is lost."""
     try:
         sys.stdout.flush()
+        failed = getattr(sys.stdout.buffer, "raw", None)
+        failed = failed.failed if isinstance(failed, _Kept) else None
     except OSError as error:
         _to_nowhere(sys.stdout.fileno())
-        signals.write(f"flowtilt: can't write to standard output: {error.strerror}\n")
+        failed = error
+    if failed:
+        signals.write(f"flowtilt: can't write to standard output: {failed.strerror}\n")
         return status or 2
     return status
 

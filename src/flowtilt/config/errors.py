@@ -60,8 +60,9 @@ def _owner(key: str, model: type[BaseModel], tree: dict[str, Any]) -> str:
     kinds = variants(field.annotation, kind)
     if kind not in kinds:
         return ""
-    here = get_close_matches(inner, kinds[kind].model_fields, 1)
     meant = [inner] if any(inner in table.model_fields for table in kinds.values()) else []
+    # another method's key is spelt right, so only what is nearly the same can have been meant
+    here = get_close_matches(inner, kinds[kind].model_fields, 1, cutoff=0.8 if meant else 0.6)
     if not meant and not here:
         meant = get_close_matches(inner, {known for table in kinds.values() for known in table.model_fields}, 1)
     if not meant:

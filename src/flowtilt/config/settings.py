@@ -11,6 +11,7 @@ from flowtilt.io.user_code import absolute
 from flowtilt.methods import Objective
 from flowtilt.methods.base import LEVELS, NO_CLIP, ROLLOUTS, WEIGHT, Table, Weight
 from flowtilt.methods.nft import NFTSettings
+from flowtilt.methods.schedule import Schedule
 
 IMAGES = 10_000_000
 """Bound of images, and of prompts."""
@@ -87,6 +88,8 @@ class RolloutSettings(Table):
     """Prompts a rollout."""
     images_per_prompt: int = Field(default=24, ge=1, le=IMAGES)
     """Images of each prompt: the group within which rewards are compared, so two at least where there are any."""
+    train_per_prompt: int | None = Field(default=None, ge=2, le=IMAGES)
+    """Train only this many images of each prompt, those whose rewards differ most (Pro-GRPO, arXiv 2512.15347); none trains all."""
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "dpm2"
     """ODE solver of the rollout, or "cps" (arXiv 2509.05952), whose steps but the last are stochastic: for few steps."""
     eta: float | None = Field(default=None, gt=0, le=1)
@@ -102,6 +105,10 @@ class RolloutSettings(Table):
         """Of a rollout."""
         return self.prompts * self.images_per_prompt
 
+    def trained(self) -> int:
+        """Images of a rollout that are trained."""
+        return self.prompts * (self.train_per_prompt or self.images_per_prompt)
+
     def cps_eta(self) -> float:
         """The eta of cps, which few-step students are trained with."""
         return CPS_ETA if self.eta is None else self.eta
@@ -114,6 +121,8 @@ class OptimizerSettings(Table):
     """Optimizer steps of linear warm-up."""
     half_life: int | None = Field(default=None, ge=1, le=ROLLOUTS)
     """After this many optimizer steps the rate is half the peak: lr / (1 + s / half_life), whatever `steps` is; none keeps it constant."""
+    schedule: Schedule = 1.0
+    """Factor of the rate: a number, or [[optimizer step, factor], ...], linear between the points."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averages."""
     weight_decay: float = Field(default=1e-4, ge=0, le=WEIGHT)
@@ -178,12 +187,14 @@ class Recipe(Table):
     """The base model."""
     prompts: str = Field(min_length=1)
     """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
-    tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] = Field(default_factory=dict)
-    """Turns of a tag among the training prompts: tag = number, 1 where a tag is not named; 0 leaves it out."""
+    tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] | Literal["auto"] = Field(default_factory=dict)
+    """Turns of a tag among the training prompts: tag = number, 1 where it is not named, 0 leaves it out; "auto" prefers low rewards."""
+    prompts_by: Literal["turn", "variance"] = "turn"
+    """Which prompts of a tag come next: each once per pass, or more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
     rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
-    combine: Literal["sum", "normalized"] = "sum"
-    """Several rewards: weighted sum of raw scores (the papers'), or each normalised over the rollout first."""
+    combine: Literal["sum", "normalized", "group"] = "sum"
+    """Several rewards: weighted sum of raw scores (the papers'), or each normalised first, over the rollout or its group (GDPO)."""
     advantage: Literal["global", "group", "none"] = "global"
     """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group, or nobody's."""
     objective: Objective = NFTSettings()
@@ -227,8 +238,13 @@ class Recipe(Table):
         images = self.rollout.images()
         if images > IMAGES:
             raise ValueError(f"rollout.images_per_prompt: {images} images in a rollout are too many; at most {IMAGES}")
-        if self.optimizer.steps_per_rollout > images:
-            raise ValueError(f"optimizer.steps_per_rollout: more steps than the {images} images of a rollout")
+        if self.rollout.trained() > images:
+            raise ValueError(
+                f"rollout.train_per_prompt: {self.rollout.train_per_prompt} images of a prompt, but a rollout has "
+                f"{self.rollout.images_per_prompt} of each; lower it"
+            )
+        if self.optimizer.steps_per_rollout > self.rollout.trained():
+            raise ValueError(f"optimizer.steps_per_rollout: more steps than the {self.rollout.trained()} trained images of a rollout")
         for name, table in (("rollout", self.rollout), ("evaluate", self.evaluate)):
             if table.eta is not None and table.solver != "cps":
                 raise ValueError(f"{name}.eta: belongs to {name}.solver = 'cps', not {table.solver!r}")

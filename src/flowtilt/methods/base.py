@@ -137,7 +137,7 @@ class Method(Table):
 
     def passes(self, recipe: "Recipe", step: int) -> Passes:
         """Rows through the network in rollout `step`, from 1, where every image has a score and every update is made."""
-        pairs = recipe.rollout.images() * recipe.rows_per_image()
+        pairs = recipe.rollout.trained() * recipe.rows_per_image()
         return Passes(sample=sampled(recipe), pairs=pairs, old=pairs, reference=pairs if self.reference else 0)
 
 

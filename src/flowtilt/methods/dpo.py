@@ -117,6 +117,8 @@ class OfflineDPOSettings(PairSettings):
             raise ValueError(
                 f'objective.pairs: "{PLAYGROUND}" is for prompts = "{PLAYGROUND}" alone; a file of that name is given as ./{PLAYGROUND}'
             )
+        if recipe.tags == "auto" or recipe.prompts_by != "turn":
+            raise ValueError('tags, prompts_by: dpo-offline takes its prompts from the pairs; leave "auto" and "variance" out')
         if trained := trained_rewards(recipe):
             raise ValueError(f"rewards.{trained[0]}: dpo-offline trains on no reward; give it the weight 0, which measures it")
         if recipe.rollout.images_per_prompt != 2:

@@ -2,12 +2,17 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from flowtilt.methods.base import LEVELS, WEIGHT, Method, Passes, sampled
+from flowtilt.methods.base import LEVELS, WEIGHT, Passes, sampled
+from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
     from flowtilt.config import Recipe
+
+
+LEAST_TO_MOST = 0.02, 1.0
+"""Of stratified times: at 0 nothing is left to learn."""
 
 
 def old_policy_decay(schedule: str, optimizer_step: int) -> float:
@@ -31,7 +36,7 @@ def old_policy_decay(schedule: str, optimizer_step: int) -> float:
     raise ValueError(f"schedule {schedule!r} is not one of copy, linear, short, delayed")
 
 
-class ForwardSettings(Method):
+class ForwardSettings(GuideSettings):
     """A method that declares a key `kl` is pulled to the reference by kl mean (v - v_ref)^2."""
 
     type: Any = ""
@@ -44,6 +49,17 @@ class ForwardSettings(Method):
     """Training times of an image: the rollout's own noise levels in random order, or uniform in equal strata and shifted alike."""
     times_per_image: int = Field(default=9, ge=1, le=LEVELS)
     """Noise levels at which each image is trained per rollout."""
+    times_range: tuple[float, float] = LEAST_TO_MOST
+    """Part of (0, 1] that stratified times fill, before the shift."""
+    shared: Literal["none", "noise", "time", "both"] = "none"
+    """What the images of a prompt have in common in training: nothing, the noise, the noise levels, or both (V-GRPO, arXiv 2604.23380)."""
+    row_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the pairs of image and time that are trained, sampled in proportion to |A| + 0.3 rms(A) and weighted by the inverse."""
+
+    @field_validator("times_range", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # TOML's arrays are lists
 
     @property
     def pull(self) -> float:
@@ -63,17 +79,30 @@ class ForwardSettings(Method):
                 f"objective.times_per_image: a rollout of {steps} steps has no {self.times_per_image} noise levels; "
                 'lower it or set times = "stratified"'
             )
+        low, high = self.times_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"objective.times_range: {low:g} to {high:g} must increase within 0 to 1")
+        for key, plain in (("times_range", LEAST_TO_MOST), ("row_share", 1.0)):
+            if self.times == "rollout" and getattr(self, key) != plain:
+                raise ValueError(f'objective.{key}: needs times = "stratified"')
+        if self.row_share < 1 and self.shared != "none":
+            raise ValueError("objective.row_share: images of a prompt that share noise or times have as many rows each; set it to 1")
 
     def rows_per_image(self, steps: int) -> int:
         return self.times_per_image
 
+    def first_share(self, images: int, updates: int, group: int) -> int:
+        """Images of the first of so many updates; `group` are those of a prompt."""
+        return images // updates
+
     def passes(self, recipe: "Recipe", step: int) -> Passes:
-        images, updates = recipe.rollout.images(), recipe.optimizer.steps_per_rollout
-        pairs = images * self.times_per_image
+        images, updates = recipe.rollout.trained(), recipe.optimizer.steps_per_rollout
+        pairs = round(images * self.times_per_image * self.row_share)
         # the rollout before left the old policy equal to the current one, which the first update moves
         equal = step == 1 or old_policy_decay(self.old_policy, (step - 1) * updates) == 0
-        old = pairs - (images // updates * self.times_per_image if equal else 0)
-        return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=pairs if self.reference else 0)
+        first = round(self.first_share(images, updates, recipe.rollout.images_per_prompt) * self.times_per_image * self.row_share)
+        old = pairs - (first if equal else 0)
+        return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=self.reference_passes(pairs, step))
 
 
 class AdvantageSettings(ForwardSettings):

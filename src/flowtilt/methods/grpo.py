@@ -1,11 +1,14 @@
 """FlowGRPO, arXiv 2505.05470, with Fast, MixGRPO and GRPO-Guard. The loss: objectives/grpo.py."""
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from flowtilt.methods.base import NO_CLIP, WEIGHT
 from flowtilt.methods.steps import StepSettings
+
+if TYPE_CHECKING:
+    from flowtilt.config import Recipe
 
 
 class GRPOSettings(StepSettings):
@@ -19,5 +22,13 @@ class GRPOSettings(StepSettings):
     """Advantages beyond this many standard deviations count as this many."""
     guard: bool = False
     """GRPO-Guard (arXiv 2510.22319): one distribution of ratios and one weight for all steps; wants a clip_range of its own."""
+
+    trust: float | None = Field(default=None, gt=0, le=NO_CLIP)
+    """Flow-DPPO (arXiv 2606.11025): no clip of the ratio; a step whose mean has moved from the old one's by this KL stops counting."""
+
+    def check(self, recipe: "Recipe") -> None:
+        super().check(recipe)
+        if self.trust is not None and self.guard:
+            raise ValueError("objective.trust: Flow-DPPO has no ratio to guard; set guard = false, or leave trust out")
 
     objective: ClassVar[str] = "flowtilt.objectives.grpo:GRPO"

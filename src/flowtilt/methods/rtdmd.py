@@ -65,6 +65,8 @@ class ACDMDSettings(MatchingSettings):
     def check(self, recipe: "Recipe") -> None:
         if trained := trained_rewards(recipe):
             raise ValueError(f"rewards.{trained[0]}: acdmd trains on no reward; give it the weight 0, which measures it")
+        if recipe.tags == "auto" or recipe.prompts_by != "turn":
+            raise ValueError('tags, prompts_by: acdmd has no rewards to choose prompts by; leave "auto" and "variance" out')
         self.check_few_steps(recipe)
         if recipe.lora.on:
             raise ValueError("lora.on: acdmd distils the base itself, and its fake score begins there; leave it out, or see lora.init")

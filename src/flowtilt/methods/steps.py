@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Method, Passes, sampled
+from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Passes, sampled
+from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
     from flowtilt.config import Recipe
 
 
-class StepSettings(Method):
+class StepSettings(GuideSettings):
     """A method that declares a key `kl` is pulled to the reference by kl times `objectives.grpo.path_kl`."""
 
     type: Any = ""
@@ -65,6 +66,8 @@ class StepSettings(Method):
                 f"rollout.solver: 'cps' is not for {self.type}, which has stochastic steps of its own; "
                 'set objective.sde = "cps" and an ODE solver for the steps between'
             )
+        if self.guided and recipe.rollout.guidance != 1:
+            raise ValueError("objective.guide: teaches to sample without guidance; set rollout.guidance to 1")
         first, end = self.spanned(steps)
         if not 0 <= first < end <= steps:
             raise ValueError(f"objective.span: {first} to {end} does not lie within the rollout's {steps} steps")
@@ -77,5 +80,5 @@ class StepSettings(Method):
 
     def passes(self, recipe: "Recipe", step: int) -> Passes:
         # guided steps are trained guided, and what the collecting policy said is stored
-        pairs = recipe.rollout.images() * recipe.rows_per_image() * (2 if recipe.rollout.guidance != 1 else 1)
-        return Passes(sample=sampled(recipe), pairs=pairs, old=0, reference=pairs if self.reference else 0)
+        pairs = recipe.rollout.trained() * recipe.rows_per_image() * (2 if recipe.rollout.guidance != 1 else 1)
+        return Passes(sample=sampled(recipe), pairs=pairs, old=0, reference=self.reference_passes(pairs, step))

@@ -27,6 +27,10 @@ class Collecting(Protocol):
         """The steps of rollout number `rollout`, from 0, that are stochastic and kept; none where clean samples are enough."""
         ...
 
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
+        ...
+
 
 class Objective(Collecting, Protocol):
     """A method with its loss."""

@@ -1,12 +1,13 @@
 """What an objective trains on: noised clean samples, or kept steps of a rollout."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flowtilt.device.micro_batch import parts
+from flowtilt.methods.forward import LEAST_TO_MOST
 from flowtilt.models.base import Drawing
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
@@ -14,14 +15,48 @@ from flowtilt.sampling.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
+class Guide:
+    """Which rows carry the pull to the guided velocity, and how strong it is.
+
+    Args:
+        rows: [M] bool on the CPU.
+        weight: of the pull in this rollout, over the share of the rows.
+        least: noise level below which a row carries none.
+    """
+
+    rows: Tensor
+    weight: float
+    least: float
+
+    def part(self, rows: slice | Tensor) -> "Guide":
+        """Of some of the rows."""
+        return Guide(self.rows[rows], self.weight, self.least)
+
+    def at(self, t: Tensor) -> Tensor:
+        """Numbers of the rows at t [n] that carry it, on the device of t."""
+        return (self.rows.to(t.device) & (t >= self.least)).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
-    """Noised samples for a forward-process objective; first axis n, one row a pair of image and time."""
+    """Noised samples for a forward-process objective; first axis n, one row a pair of image and time.
+
+    Args:
+        weight: [n], of each row's loss in the mean; none is 1.
+        guide: none for a rollout without.
+        empty: the caption without words, of one row; there where a guide or a guided reference needs it.
+        given: constants [n] by name, which `complete` of a method on whole groups has found.
+    """
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     advantages: Tensor
     conditioning: Conditioning
+    weight: Tensor | None = None
+    guide: Guide | None = None
+    empty: Conditioning | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -36,6 +71,7 @@ class Pairs:
         image: which of the n each row is, [M] on the CPU.
         t: [M] on the CPU.
         eps: [M, ...] on the CPU, where a whole rollout's noise has room.
+        weight, given: [M] on the CPU, see `TrainingBatch`; so for `guide` and `empty`.
     """
 
     x0: Tensor
@@ -44,6 +80,10 @@ class Pairs:
     image: Tensor
     t: Tensor
     eps: Tensor
+    weight: Tensor | None = None
+    guide: Guide | None = None
+    empty: Conditioning | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -63,14 +103,25 @@ class Pairs:
                 self.t[rows].to(device),
                 self.advantages[image.to(device)],
                 self.conditioning.select(image),
+                None if self.weight is None else self.weight[rows].to(device),
+                self.guide and self.guide.part(rows),
+                self.empty,
+                {name: value[rows].to(device) for name, value in self.given.items()},
             )
 
 
-def draw_times(kind: str, number: int, sigmas: Tensor, between: Callable[[Tensor], Tensor], rng: torch.Generator) -> Tensor:
+def draw_times(
+    kind: str,
+    number: int,
+    sigmas: Tensor,
+    between: Callable[[Tensor], Tensor],
+    rng: torch.Generator,
+    within: tuple[float, float] = LEAST_TO_MOST,
+) -> Tensor:
     """The training times of one image, [number] fp32 in (0, 1].
 
     "rollout": `number` of the rollout's own levels `sigmas` [S + 1] without the final 0, in random order,
-    without replacement. "stratified": u uniform in (.02, 1), one in each of `number` equal strata, then
+    without replacement. "stratified": u uniform in `within`, one in each of `number` equal strata, then
     `between` maps it as it maps the levels, see `models.levels`: t = k u / (1 + (k - 1) u) for a shift k. "logit_normal": u the sigmoid
     of a standard normal number instead, each by itself.
 
@@ -83,7 +134,8 @@ def draw_times(kind: str, number: int, sigmas: Tensor, between: Callable[[Tensor
             raise ValueError(f"a rollout of {levels} steps has no {number} noise levels")
         return sigmas[torch.randperm(levels, generator=rng)[:number]]
     if kind == "stratified":
-        u = 0.02 + 0.98 * (torch.arange(number) + torch.rand(number, generator=rng)) / number
+        low, high = within
+        u = low + (high - low) * (torch.arange(number) + torch.rand(number, generator=rng)) / number
         return between(u)
     if kind == "logit_normal":
         return between(torch.randn(number, generator=rng).sigmoid())
@@ -96,7 +148,8 @@ class TransitionBatch:
 
     Args:
         sigma_max: what `solvers.sde_step` has for sigma = 1.
-        empty, guidance: as the steps were drawn.
+        empty, guidance: as the steps were drawn; `empty` is there for a guide, too.
+        guide: none for a rollout without.
     """
 
     x: Tensor
@@ -110,13 +163,15 @@ class TransitionBatch:
     conditioning: Conditioning
     empty: Conditioning | None
     guidance: float
+    guide: Guide | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def velocity(self, drawing: Drawing, role: str) -> Tensor:
-        """v [n, ...] of a role at x, guided as the rollout was."""
-        return guided(drawing, role, self.conditioning, self.empty, self.guidance)(self.x, self.sigma)
+    def velocity(self, drawing: Drawing, role: str, guidance: float | None = None) -> Tensor:
+        """v [n, ...] of a role at x, guided as the rollout was, or by a scale of its own."""
+        guidance = self.guidance if guidance is None else guidance
+        return guided(drawing, role, self.conditioning, self.empty if guidance != 1 else None, guidance)(self.x, self.sigma)
 
 
 @dataclass(frozen=True)
@@ -138,6 +193,7 @@ class Transitions:
     sigma_max: float
     empty: Conditioning | None
     guidance: float
+    guide: Guide | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -163,4 +219,5 @@ class Transitions:
                 self.conditioning.select(image),
                 self.empty,
                 self.guidance,
+                self.guide and self.guide.part(rows),
             )

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flowtilt.flow import add_noise, per_sample, velocity_target
 from flowtilt.methods.forward import ForwardSettings, old_policy_decay
+from flowtilt.models.guidance import guided
+from flowtilt.objectives.guide import guide_target
 
 if TYPE_CHECKING:
     from flowtilt.config import RolloutSettings
@@ -79,6 +81,8 @@ class ForwardProcess(ForwardSettings):
     """Groups whose images score alike are trained on, too: the pulls to other policies are of use there."""
     own_metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that `sample_loss` returns."""
+    whole_groups: ClassVar[bool] = False
+    """Whether the loss reads numbers of whole groups; see objectives/groups.py."""
 
     @abstractmethod
     def sample_loss(self, at: Velocities, batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,17 +94,21 @@ class ForwardProcess(ForwardSettings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that `loss` returns."""
-        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.reference else ()))
+        return ("loss", *self.own_metrics, *(("kl", "norm_ratio") if self.reference else ()), *(("guide",) if self.guided else ()))
 
     def loss(self, policy: "Policy", batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of a micro-batch and its metrics [N], detached."""
         at = self._velocities(policy, batch)
         loss, metrics = self.sample_loss(at, batch)
+        if self.guided:
+            pull = self._guide(policy, batch, at)
+            metrics |= {"guide": pull.detach()}
+            loss = loss + pull
         if at.v_ref is not None:
             pull = velocity_kl(at.v, at.v_ref)
             metrics |= {"kl": pull, "norm_ratio": norm_ratio(at.v.detach(), at.v_ref)}
             if self.pull:
-                loss = loss + self.pull * pull
+                loss = loss + self.pull_weight(batch) * pull
             if self.norm_guard:
                 loss = loss + self.norm_guard * norm_hinge(at.v, at.v_ref)
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
@@ -109,10 +117,39 @@ class ForwardProcess(ForwardSettings):
         x_t = add_noise(batch.x0, batch.eps, batch.t)
         v = policy.velocity("current", x_t, batch.t, batch.conditioning)
         with torch.no_grad():
-            same = policy.equal("old", "current")
+            same = policy.equal("old", "current") or not self.needs_old
             v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
-            v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.reference else None
+            v_ref = None
+            if self.reference:
+                given, scale = batch.conditioning, self.reference_guidance
+                v_ref = guided(policy, "reference", given, batch.empty if scale != 1 else None, scale)(x_t, batch.t)
         return Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps))
+
+    def _guide(self, policy: "Policy", batch: "TrainingBatch", at: Velocities) -> Tensor:
+        """weight mean (v - v_guided)^2 on the rows that carry the guide, 0 on the others; [N]."""
+        pull = torch.zeros_like(batch.t)
+        if batch.guide is None or batch.empty is None or not len(rows := batch.guide.at(batch.t)):
+            return pull
+        t, v_old = batch.t[rows], at.v_old[rows]
+        x_t = add_noise(batch.x0[rows], batch.eps[rows], t)
+        if not self.needs_old and not policy.equal("old", "current"):
+            with torch.no_grad():
+                v_old = policy.velocity("old", x_t, t, batch.conditioning.select(rows.cpu()))
+        target = guide_target(self, policy, x_t, t, v_old, batch.conditioning.select(rows.cpu()), batch.empty)
+        return pull.index_add(0, rows, batch.guide.weight * velocity_kl(at.v[rows], target))
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the loss reads v_old."""
+        return True
+
+    def pull_weight(self, batch: "TrainingBatch") -> Tensor | float:
+        """Weight of the pull to the reference: a number, or one per row, [N]."""
+        return self.pull
+
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
+        return advantages
 
     def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:
         """Moves the data-collecting policy toward the trained one."""

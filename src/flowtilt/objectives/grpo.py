@@ -10,10 +10,12 @@ Time     s falls from 1 to 0; a step goes from s to s', dt = s' - s < 0, std = g
     |mu - mu_ref|^2 / (2 std^2)                          step_kl; the paper's code leaves dt out: path_kl
     Guard: log rho <- std (log rho + |dmu|^2/(2 std^2))  guard_log_ratio
     Guard: loss <- loss / -dt                            guard_loss
+    Flow-DPPO (2606.11025): -A rho within a trust region    trust_loss
 """
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from flowtilt.flow import per_sample
@@ -68,6 +70,20 @@ def guard_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float, dt: Ten
     return _clipped(log_ratio, advantages, clip_range) / -per_sample(dt, log_ratio)
 
 
+def trust_loss(
+    log_prob: Tensor, log_prob_old: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor, advantages: Tensor, trust: float
+) -> Tensor:
+    """Flow-DPPO's -A rho for each sample, [N], without a clip; 0 where the step's mean has moved too far in the direction of A.
+
+    Too far is `step_kl(mean, mean_old, std)` >= trust where rho > 1 and A > 0, or rho < 1 and A < 0. Unlike rho, that distance
+    knows nothing of the noise that was drawn.
+    """
+    rho = (log_prob - log_prob_old.detach()).exp()
+    far = step_kl(mean.detach(), mean_old, std) >= trust
+    ahead = torch.where(advantages > 0, rho > 1, (rho < 1) & (advantages < 0))
+    return torch.where(far & ahead, 0.0, -advantages * rho)
+
+
 class GRPO(GRPOSettings, StepProcess):
     """The method with its loss."""
 
@@ -78,6 +94,11 @@ class GRPO(GRPOSettings, StepProcess):
         if self.guard:
             log_ratio = guard_log_ratio(batch.x_next, at.mean, at.mean_old, at.std)
             loss = guard_loss(log_ratio, advantages, self.clip_range, batch.sigma_next - batch.sigma)
+        elif self.trust is not None:
+            log_ratio = at.log_prob - at.log_prob_old
+            loss = trust_loss(at.log_prob, at.log_prob_old, at.mean, at.mean_old, at.std, advantages, self.trust)
+            stopped = (loss.detach() == 0) & (advantages != 0)
+            return loss, {"ratio_off": (log_ratio.detach().exp() - 1).abs(), "clip_fraction": stopped.float()}
         else:
             log_ratio = at.log_prob - at.log_prob_old
             loss = grpo_loss(at.log_prob, at.log_prob_old, advantages, self.clip_range)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flowtilt.flow import per_sample
 from flowtilt.methods.steps import StepSettings
+from flowtilt.objectives.forward import velocity_kl
+from flowtilt.objectives.guide import guide_target
 from flowtilt.sampling.trajectory import KeptSteps
 from flowtilt.seeding import generator
 from flowtilt.solvers import log_prob, sde_step
@@ -120,11 +122,12 @@ class StepProcess(StepSettings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that `loss` returns."""
-        return ("loss", *self.own_metrics, *(("kl",) if self.reference else ()))
+        return ("loss", *self.own_metrics, *(("kl",) if self.reference else ()), *(("guide",) if self.guided else ()))
 
     def loss(self, policy: "Policy", batch: "TransitionBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of a micro-batch of steps and its metrics [N], detached."""
-        mean, std = self._step(batch, batch.velocity(policy, "current"))
+        v = batch.velocity(policy, "current")
+        mean, std = self._step(batch, v)
         log_new = log_prob(batch.x_next, mean, std)
         # the stored ones went through other batches: with equal weights the ratio is 1, not nearly 1
         same = policy.equal("old", "current")
@@ -132,12 +135,31 @@ class StepProcess(StepSettings):
         mean_ref = None
         if self.reference:
             with torch.no_grad():
-                mean_ref, _ = self._step(batch, batch.velocity(policy, "reference"))
+                mean_ref, _ = self._step(batch, batch.velocity(policy, "reference", max(batch.guidance, self.reference_guidance)))
         loss, metrics = self.sample_loss(Gaussians(mean, std, log_new, mean_old, log_old, mean_ref), batch)
         if mean_ref is not None:
             metrics["kl"] = path_kl(mean, mean_ref, std, batch.sigma_next - batch.sigma)
             loss = loss + self.pull * metrics["kl"]
+        if self.guided:
+            metrics["guide"] = self._guide(policy, batch, v)
+            loss = loss + metrics["guide"]
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+
+    def _guide(self, policy: "Policy", batch: "TransitionBatch", v: Tensor) -> Tensor:
+        """weight mean (v - v_guided)^2 on the steps that carry the guide, 0 on the others; [N]."""
+        pull = torch.zeros_like(batch.sigma)
+        if batch.guide is None or batch.empty is None or not len(rows := batch.guide.at(batch.sigma)):
+            return pull
+        x, sigma = batch.x[rows], batch.sigma[rows]
+        with torch.no_grad():
+            same = policy.equal("old", "current")
+            v_old = v[rows].detach() if same else policy.velocity("old", x, sigma, batch.conditioning.select(rows.cpu()))
+        target = guide_target(self, policy, x, sigma, v_old, batch.conditioning.select(rows.cpu()), batch.empty)
+        return pull.index_add(0, rows, batch.guide.weight * velocity_kl(v[rows], target))
+
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
+        return advantages
 
     def _step(self, batch: "TransitionBatch", v: Tensor) -> tuple[Tensor, Tensor]:
         nothing = torch.zeros_like(batch.x)

@@ -1,52 +1,24 @@
 """A rollout's optimizer steps: noised samples, gradients over all ranks, one update after another."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtilt.build import sampler_of
 from flowtilt.config import OptimizerSettings, Recipe, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
-from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives import Objective, ema_decay
-from flowtilt.objectives.batches import Pairs, Transitions, draw_times
+from flowtilt.objectives.batches import Pairs, Transitions
 from flowtilt.objectives.checking import checked_loss
 from flowtilt.policy.roles import Policy
-from flowtilt.prompts import Prompt
-from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import generator
 from flowtilt.training.optimizer import Update
+from flowtilt.training.rows import RowMaker
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
-
-
-@dataclass(frozen=True)
-class Scored:
-    """This rank's share of a rollout.
-
-    Args:
-        x0, advantages, conditioning: of its n images.
-        path: their stochastic steps, for a method that trains those.
-        indices: which of all images they are.
-        kept: false where an image is not trained on, by any rank; [all images] on the CPU.
-        prompts: of its n images.
-    """
-
-    x0: Tensor
-    advantages: Tensor
-    conditioning: Conditioning
-    path: Trajectory | None
-    indices: range
-    kept: Tensor
-    prompts: Sequence[Prompt]
-
-    def own(self, images: Sequence[int]) -> list[int]:
-        """Which of this rank's n images are among those."""
-        return [i - self.indices.start for i in images if i in self.indices]
 
 
 class Learner:
@@ -73,10 +45,14 @@ class Learner:
         micro_batch: MicroBatch,
         save_memory: Callable[[], bool],
     ):
-        self.policy, self.objective, self.rollout, self.micro_batch = policy, objective, rollout, micro_batch
+        self.policy, self.objective, self.micro_batch = policy, objective, micro_batch
         self._updates, self._seed, self._ema, self._save_memory = optimizer.steps_per_rollout, seed, ema, save_memory
-        self._rows_per_image = objective.rows_per_image(rollout.steps)
+        self.sampled_by(rollout)
         self.update = Update(policy, "current", policy.parameters, optimizer, world)
+
+    def sampled_by(self, rollout: RolloutSettings) -> None:
+        """The rollouts to come are sampled by these settings."""
+        self._maker = RowMaker(self.policy, self.objective, rollout, self._seed)
 
     @property
     def updates(self) -> dict[str, Update]:
@@ -87,12 +63,15 @@ class Learner:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
         means: dict[str, float] = {}
         skipped = empty = 0
-        for chunk in shares(self._updates, self._seed, step, rollout):
+        whole = getattr(self.objective, "whole_groups", False)
+        for chunk in shares(self._updates, self._seed, step, rollout, whole):
             if not chunk:  # the optimizer would still decay weights and follow its averages
                 empty += 1
                 continue
-            own = self._rows(step, rollout, rollout.own(chunk))
-            number_of_rows = len(chunk) * self._rows_per_image
+            own = self.rows(step, rollout, rollout.own(chunk))
+            if whole:
+                own = self._completed(own, rollout, chunk)
+            number_of_rows = len(chunk) * self._maker.per_image
             sums = self.micro_batch.fit(
                 "train",
                 lambda size, own=own, of=number_of_rows: self._gradients(own, of, size),
@@ -108,38 +87,30 @@ class Learner:
         means = {name: value / made for name, value in means.items()}
         return {**means, "skipped_updates": skipped + empty, "lr": self.update.rate()}
 
-    def _rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
-        """What is trained of this rank's images `own`: each at several noise levels, or at several steps of its path."""
-        image = torch.tensor(own, dtype=torch.long).repeat_interleave(self._rows_per_image)
-        if rollout.path is None:
-            return Pairs(rollout.x0, rollout.advantages, rollout.conditioning, image, *self._times_and_noise(step, rollout, own))
-        r, model = self.rollout, self.policy.model
-        levels = model.levels(r.steps)
-        steps = rollout.path.steps
-        return Transitions(
-            rollout.path,
-            rollout.advantages,
-            rollout.conditioning,
-            image,
-            torch.arange(len(steps)).repeat(len(own)),
-            levels[steps.start : steps.stop + 1],
-            float(levels[1]),
-            sampler_of(r).empty(self.policy),
-            r.guidance,
-        )
+    def rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
+        """What is trained of this rank's images `own` of rollout number `step`, from 1."""
+        return self._maker.rows(step, rollout, own)
 
-    def _times_and_noise(self, step: int, rollout: Scored, own: list[int]) -> tuple[Tensor, Tensor]:
-        """t [M] and eps [M, ...]; an image's times and noises come from its own generator."""
-        settings: Any = self.objective  # a method on clean samples, whichever
-        model = self.policy.model
-        sigmas, between = model.levels(self.rollout.steps), partial(model.levels.at, steps=self.rollout.steps)
-        times = torch.empty(len(own), settings.times_per_image)
-        eps = torch.empty(len(own), settings.times_per_image, *model.latent_shape)
-        for k, i in enumerate(own):
-            rng = generator(self._seed, "train", step, rollout.indices.start + i)
-            times[k] = draw_times(settings.times, settings.times_per_image, sigmas, between, rng)
-            torch.randn(eps.shape[1:], generator=rng, out=eps[k])  # in place: a rollout's noise may be gigabytes
-        return times.flatten(), eps.flatten(0, 1)
+    def _completed(self, own: Any, rollout: Scored, chunk: list[int]) -> Pairs:
+        """The rows with what the method makes of the measures of whole groups, of all ranks."""
+        objective: Any = self.objective
+        measured = self.micro_batch.fit("train", lambda size: self._measured(own, size), self._save_memory, self.policy)
+        place = {image: k for k, image in enumerate(chunk)}
+        rows = torch.tensor([place[rollout.indices.start + i] for i in own.image.tolist()], dtype=torch.long)
+        column = torch.arange(len(rows)) % self._maker.per_image
+        table = {name: torch.zeros(len(chunk), self._maker.per_image, device=own.device) for name in objective.measures}
+        for name, values in measured.items():
+            table[name][rows, column] = values
+        self.update.world.sum_(list(table.values()))
+        table = {name: values.cpu() for name, values in table.items()}
+        found = table | objective.complete(table, rollout.all_advantages[chunk], rollout.groups[chunk])
+        return replace(own, given={name: values[rows, column] for name, values in found.items()})
+
+    def _measured(self, own: Pairs, size: int) -> dict[str, Tensor]:
+        """What the method measures of this rank's rows, [M] by name."""
+        objective: Any = self.objective
+        parts = [objective.measure(self.policy, micro) for micro in own.micro_batches(size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in objective.measures} if parts else {}
 
     def _gradients(self, own: Pairs | Transitions, number: int, size: int) -> dict[str, Tensor]:
         """Puts this rank's part of the gradient of the mean over all `number` rows into .grad; returns sums of the metrics."""
@@ -147,15 +118,26 @@ class Learner:
         sums = {name: torch.zeros((), device=own.device) for name in self.objective.metrics}
         for micro in own.micro_batches(size):
             loss, metrics = checked_loss(self.objective, self.policy, micro)
-            (loss.sum() / number).backward()
+            weight = getattr(micro, "weight", None)
+            ((loss if weight is None else weight * loss).sum() / number).backward()
             for name, value in metrics.items():
-                sums[name] += value.sum()
+                sums[name] += (value if weight is None else weight * value).sum()
         return sums
 
 
-def shares(number: int, seed: int, step: int, rollout: Scored) -> list[list[int]]:
-    """The images of each of a rollout's `number` updates, in random order, the same on every rank; some are empty where few are kept."""
-    order = torch.randperm(len(rollout.kept), generator=generator(seed, "order", step))
+def shares(number: int, seed: int, step: int, rollout: Scored, whole_groups: bool = False) -> list[list[int]]:
+    """The images of each of a rollout's `number` updates, in random order, the same on every rank; some are empty where few are kept.
+
+    Args:
+        whole_groups: the images of a prompt stay together.
+    """
+    rng = generator(seed, "order", step)
+    if whole_groups:
+        groups = rollout.groups[rollout.kept].unique()
+        groups = groups[torch.randperm(len(groups), generator=rng)]
+        chunks = [groups[len(groups) * k // number : len(groups) * (k + 1) // number] for k in range(number)]
+        return [(torch.isin(rollout.groups, chunk) & rollout.kept).nonzero()[:, 0].tolist() for chunk in chunks]
+    order = torch.randperm(len(rollout.kept), generator=rng)
     order = order[rollout.kept[order]].tolist()
     return [order[len(order) * k // number : len(order) * (k + 1) // number] for k in range(number)]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowtilt.config import OptimizerSettings
 from flowtilt.distributed.world import World
+from flowtilt.methods.schedule import value_at
 from flowtilt.policy.roles import Policy
 from flowtilt.runs import checkpoint
 from flowtilt.training.timing import Phases
@@ -21,7 +22,7 @@ class Update:
     """
 
     def __init__(self, policy: Policy, role: str, weights: Sequence[Tensor], settings: OptimizerSettings, world: World):
-        self._policy, self._role, self._settings, self._world = policy, role, settings, world
+        self._policy, self._role, self._settings, self.world = policy, role, settings, world
         self.weights = list(weights)
         self.count = 0
         o = settings
@@ -39,7 +40,7 @@ class Update:
         """
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         with phases("sync"):
-            self._world.sum_([*gradients, *sums.values()])
+            self.world.sum_([*gradients, *sums.values()])
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate()
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights, self._settings.clip))
@@ -50,9 +51,9 @@ class Update:
         return norm
 
     def rate(self) -> float:
-        """The learning rate of the next update: linear warm-up, then 1 / (1 + s / half_life)."""
+        """The learning rate of the next update: linear warm-up, then 1 / (1 + s / half_life), times the schedule's factor."""
         o, s = self._settings, self.count
-        rate = o.lr * min(1.0, (s + 1) / (o.warmup + 1))
+        rate = o.lr * min(1.0, (s + 1) / (o.warmup + 1)) * value_at(o.schedule, s)
         return rate if o.half_life is None else rate / (1 + s / o.half_life)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
@@ -56,4 +56,12 @@ class Training(Protocol):
 
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Step number `step`, from 1; returns metrics."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of it beside weights and optimizers, as JSON."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint's `state`."""
         ...

@@ -1,15 +1,17 @@
 """A step of reinforcement: a rollout, and what is learnt from it."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from flowtilt.build import build_objective
 from flowtilt.lora import Lora
 from flowtilt.objectives import Collecting
-from flowtilt.training.learner import Learner, Scored, memory_saver
+from flowtilt.prompts.teaching import TeachingPrompts
+from flowtilt.training.learner import Learner, memory_saver
 from flowtilt.training.optimizer import Update
 from flowtilt.training.parts import Parts
 from flowtilt.training.rollouts import Rollouts
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
 
 
@@ -53,7 +55,12 @@ class Reinforcement:
 
     def __init__(self, parts: Parts, learner: RolloutLearner, base_loras: Mapping[str, Lora] | None = None):
         rollout = parts.recipe.rollout
-        self.walk, self._prompts = parts.walk, rollout.prompts
+        recipe, walk = parts.recipe, parts.walk
+        self._walk, self._prompts = walk, rollout.prompts
+        self._teaching: TeachingPrompts | None = None
+        if recipe.tags == "auto" or recipe.prompts_by == "variance":
+            turns = None if recipe.tags == "auto" else walk.turns
+            self._teaching = TeachingPrompts(walk.prompts, recipe.seed, turns, recipe.prompts_by == "variance")
         self.images = rollout.images()
         """Images that a step samples."""
         self.learner = learner
@@ -68,7 +75,19 @@ class Reinforcement:
 
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Rollout number `step`, from 1, and its updates; returns metrics."""
-        drawn = self.walk.draw((step - 1) * self._prompts, self._prompts)
+        number, teaching = self._prompts, self._teaching
+        drawn = teaching.draw(step, number) if teaching else self._walk.draw((step - 1) * number, number)
         rollout, metrics = self.rollouts.draw(step, drawn, phases)
+        if teaching and rollout.rewards is not None:
+            teaching.learn(rollout.rewards)
         with phases("train"):
             return metrics | self.learner.learn(step, rollout, phases)
+
+    def state(self) -> dict[str, Any]:
+        """What the choice of prompts has learnt."""
+        return {"prompts": self._teaching.state()} if self._teaching else {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint's `state`."""
+        if self._teaching and "prompts" in state:
+            self._teaching.load(state["prompts"])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from flowtilt.advantages import combine, flat_groups, group_advantages
+from flowtilt.advantages import combine, flat_groups, group_advantages, widest
 from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
@@ -20,8 +20,8 @@ from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import noise
 from flowtilt.training.collector import collector
 from flowtilt.training.image_metrics import image_features, image_metrics
-from flowtilt.training.learner import Scored
 from flowtilt.training.preview import IMAGES, Preview
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
 
 
@@ -102,15 +102,18 @@ class Rollouts:
             total = combine(scores, self.weights, self.recipe.combine, groups)
         except ValueError as error:
             raise UserError(f"rewards: {error} (step {step})") from None
-        advantages = group_advantages(total, groups, self.recipe.advantage)
+        advantages = self.objective.prepare(group_advantages(total, groups, self.recipe.advantage), groups)
         metrics = _reward_metrics(scores, total, groups) | {f"missing/{name}": float(value.sum()) for name, value in missing.items()}
         kept = ~advantages.isnan()
         if self.objective.drops_flat:
             kept &= ~flat_groups(total, groups)
+        if r.train_per_prompt:
+            kept &= widest(total, groups, r.train_per_prompt)
         x0 = torch.cat([x0 for x0, _ in parts])
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
-        scored = Scored(x0, own_advantages, conditioning, Trajectory.join(paths) if paths else None, mine, kept, own)
+        path = Trajectory.join(paths) if paths else None
+        scored = Scored(x0, own_advantages, conditioning, path, mine, kept, own, groups, advantages, total)
         return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
 
 

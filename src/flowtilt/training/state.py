@@ -1,6 +1,6 @@
 """What a checkpoint holds of a run, and how a run takes it back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.policy.roles import Policy
 from flowtilt.runs.checkpoint import Checkpoint
 from flowtilt.training.guards import Guards
-from flowtilt.training.optimizer import Update
+from flowtilt.training.parts import Training
 
 
 @dataclass
@@ -22,33 +22,33 @@ class Clock:
 
 
 def checkpoint_of(
-    clock: Clock, guards: Guards, parents: Sequence[Any], micro_batch: MicroBatch, policy: Policy, updates: Mapping[str, Update]
+    clock: Clock, guards: Guards, parents: Sequence[Any], micro_batch: MicroBatch, policy: Policy, method: Training
 ) -> Checkpoint:
     """The whole state of a run after `clock.step` rollouts."""
     state = {
         "clock": asdict(clock),
-        "optimizer_steps": {role: update.count for role, update in updates.items()},
+        "optimizer_steps": {role: update.count for role, update in method.updates.items()},
         "guards": guards.state,
         "parents": parents,
         "micro_batch": micro_batch.sizes,
         "recompute": policy.recomputes,
+        "method": method.state(),
     }
     tensors = {role: policy.state(role) for role in policy.roles} | {
-        _optimizer_of(role): update.tensors() for role, update in updates.items()
+        _optimizer_of(role): update.tensors() for role, update in method.updates.items()
     }
     return Checkpoint(clock.step, state, tensors)
 
 
-def restore(
-    found: Checkpoint, recipe: Recipe, micro_batch: MicroBatch, policy: Policy, updates: Mapping[str, Update]
-) -> tuple[Clock, Guards]:
+def restore(found: Checkpoint, recipe: Recipe, micro_batch: MicroBatch, policy: Policy, method: Training) -> tuple[Clock, Guards]:
     """Puts weights, optimizers and the micro-batch back to a checkpoint; returns its clock and guards."""
     micro_batch.restore(found.state["micro_batch"])
     if recipe.model.recompute == "auto" and found.state["recompute"]:
         policy.recompute()
+    method.load(found.state.get("method", {}))  # checkpoints before 0.2 have none
     for role in policy.roles:
         policy.load_state(role, found.tensors[role])
-    for role, update in updates.items():
+    for role, update in method.updates.items():
         update.load(found.state["optimizer_steps"][role], found.tensors[_optimizer_of(role)])
     return Clock(**found.state["clock"]), Guards(recipe, found.state["guards"])
 

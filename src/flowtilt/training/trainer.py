@@ -107,7 +107,7 @@ class Trainer(Driver):
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
         self.rewards, self.judges = load_rewards(recipe, self.world.device, self._objects)
         self.prompts = training_prompts(recipe)
-        self.walk = PromptWalk(self.prompts, recipe.seed, recipe.tags)
+        self.walk = PromptWalk(self.prompts, recipe.seed, {} if recipe.tags == "auto" else recipe.tags)
         weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
         # a distillation only measures
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
@@ -178,7 +178,7 @@ class Trainer(Driver):
         if found := self._folder.newest() if resume else None:
             if not are_named(self.below, found.state["parents"]):
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {RunFolder.base_loras}/ or in lora.on")
-            self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method.updates)
+            self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method)
         if self.clock.step > self.recipe.steps:
             raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
         if main and resume:
@@ -273,7 +273,7 @@ class Trainer(Driver):
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as a LoRA that diffusers loads."""
         if self.world.rank == 0:
-            found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method.updates)
+            found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method)
             checkpoint.save(self.run_folder, found, self.recipe.checkpoint.keep)
             self._write_loras()
         self.world.barrier()

@@ -1,7 +1,8 @@
 """Offline DPO: pairs of images from a file, in a seeded order, without replacement within an epoch."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -71,6 +72,13 @@ class Offline:
     def updates(self) -> dict[str, Update]:
         """By the role whose weights they move."""
         return self.learner.updates
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beside weights and optimizers."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on with."""
 
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Step number `step`, from 1; returns metrics."""

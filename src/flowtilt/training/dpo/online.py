@@ -10,10 +10,10 @@ from flowtilt.config import RolloutSettings
 from flowtilt.methods.dpo import OnlineDPOSettings
 from flowtilt.seeding import generator
 from flowtilt.training.dpo.pairs import Compared, PairLearner
-from flowtilt.training.learner import Scored
 from flowtilt.training.optimizer import Update
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
 
 
@@ -31,6 +31,10 @@ class CleanImages:
 
     def keeps(self, rollout: int, settings: RolloutSettings, seed: int) -> None:
         """No steps."""
+
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """The advantages as they are."""
+        return advantages
 
 
 def best_and_worst(advantages: Tensor, per_prompt: int) -> Tensor:
@@ -66,9 +70,7 @@ class BestAndWorst:
     def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout; the next is sampled by the trained policy."""
         seed, updates = self._recipe.seed, self._recipe.optimizer.steps_per_rollout
-        with phases("sync"):
-            advantages = self._world.gather(rollout.advantages, len(rollout.kept)).cpu()
-        chosen = best_and_worst(advantages.where(rollout.kept, torch.nan), self._recipe.rollout.images_per_prompt)
+        chosen = best_and_worst(rollout.all_advantages.where(rollout.kept, torch.nan), self._recipe.rollout.images_per_prompt)
         with phases("sync"):
             worst = self._everywhere(rollout, chosen[:, 1])
         order = torch.randperm(len(chosen), generator=generator(seed, "order", step))

@@ -5,9 +5,9 @@ sample stops after a number of steps of its own, and its gradient reaches the la
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,6 +122,13 @@ class Distillation:
         with phases("train"):
             told = self._learn(stopped, samples, number, phases)
         return means | told | {"skipped_updates": skipped + told["skipped_updates"]}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beside weights and optimizers."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on with."""
 
     def _simulated(self, step: int, draw: int, drawn: list[Prompt]) -> tuple[Stopped, Samples]:
         """This rank's share of a batch of the student's samples."""

@@ -35,11 +35,12 @@ from flowtilt.rewards import Reward, modules_of
 from flowtilt.rewards.gradient import differentiable, reward_gradient
 from flowtilt.sampling.trajectory import KeptSteps, Trajectory
 from flowtilt.solvers import sde_step
-from flowtilt.training.learner import Scored, averaged_update, memory_saver, shares
+from flowtilt.training.learner import averaged_update, memory_saver, shares
 from flowtilt.training.optimizer import Update
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement
 from flowtilt.training.rtdmd.fake_score import ROLE, FakeScore, Samples
+from flowtilt.training.scored import Scored
 from flowtilt.training.timing import Phases
 
 
@@ -57,6 +58,10 @@ class SubGRPO:
         every = range(settings.steps - 1)
         trained = subgrpo_steps(rollout, settings.steps, self.trained_steps, seed)
         return KeptSteps(every, "cps", settings.cps_eta(), frozenset(every) - frozenset(trained))
+
+    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """The advantages as they are."""
+        return advantages
 
 
 def _kept_fake(run: Path) -> Path:
