@@ -14,6 +14,7 @@ from tiny_pipelines import aura_flow
 from flowtilt import UserError
 from flowtilt.cli import main
 from flowtilt.config import ModelSettings
+from flowtilt.conformance import IMAGE
 from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.models.opening import open_model
@@ -75,7 +76,7 @@ def test_the_pages_command_trains_and_plain_diffusers_draws_the_result(place, mo
     pipeline.load_lora_weights("run/lora")
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(captions, sigmas=[1, 2 / 3, 1 / 3], latents=noise, output_type="pt", **model.call_options(1.0)).images
-    torch.testing.assert_close(ours("tuned"), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours("tuned"), theirs, atol=IMAGE, rtol=0)
     assert (ours("tuned") - ours("base")).abs().max() > 1e-3
 
     Path("elsewhere").mkdir()

@@ -9,6 +9,7 @@ from flowtilt import UserError
 from flowtilt.config import ModelSettings
 from flowtilt.conformance import Conformance
 from flowtilt.lora import Lora
+from flowtilt.models import opening
 from flowtilt.models.captions import Captions
 from flowtilt.models.levels import levels_of
 from flowtilt.models.opening import _adapted, open_model
@@ -23,8 +24,10 @@ FAMILIES = {
     "flux": {"t5_length": 40},
     "qwen_image": {"options": {"text_length": 320}},
     "aura_flow": {"options": {"text_length": 40}},
+    "flux2_klein": {"options": {"text_length": 160}},
     "sana": {"options": {"text_length": 40}},
     "lumina2": {},
+    "chroma": {"options": {"text_length": 40}},
     "z_image": {"options": {"text_length": 128}},
 }
 
@@ -45,6 +48,20 @@ def folders(tmp_path_factory):
 def test_a_family_conforms(folders, name):
     settings = ModelSettings(path=folders(name), **FAMILIES[name])
     wrong = [str(check) for check in Conformance(settings, CPU, SIZES.get(name, (16, 24))).checks() if not check.right]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_flux2_dev_conforms_with_a_stand_in_for_its_processor(folders, monkeypatch):
+    load = opening.load_pipeline
+
+    def with_letters(*args, **how):
+        pipeline = load(*args, **how)
+        pipeline.tokenizer = tiny_pipelines.Letters()
+        return pipeline
+
+    monkeypatch.setattr(opening, "load_pipeline", with_letters)
+    settings = ModelSettings(path=folders("flux2_dev"), options={"text_length": 48, "embedded_guidance": 2.5})
+    wrong = [str(check) for check in Conformance(settings, CPU, (16, 24)).checks() if not check.right]
     assert not wrong, "\n".join(wrong)
 
 
@@ -87,8 +104,8 @@ def test_a_pipeline_without_a_family_or_without_loras_is_one_line():
 
     with pytest.raises(UserError, match=r"a Other, for which flowtilt has no family; subclass flowtilt\.models\.family\.Family"):
         _adapted(ModelSettings(path="x"), Other(), False)
-    Other.__name__ = "Lumina2Pipeline"
-    with pytest.raises(UserError, match="diffusers' Lumina2Pipeline has no save_lora_weights; give Lumina2 a save_lora of its own"):
+    Other.__name__ = "ChromaPipeline"
+    with pytest.raises(UserError, match="diffusers' ChromaPipeline has no save_lora_weights; give Chroma a save_lora of its own"):
         _adapted(ModelSettings(path="x"), Other(), False)
 
 

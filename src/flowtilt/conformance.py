@@ -132,7 +132,11 @@ class Conformance:
             options["negative_prompt"] = [options["negative_prompt"]] * len(CAPTIONS)
         noise = model.pipeline_latents(_noise(model).to(model.device))
         sigmas = [1 - k / steps for k in range(steps)]
-        return pipeline(prompt=list(CAPTIONS), sigmas=sigmas, latents=noise, output_type="pt", **options).images.float().cpu()
+        return (
+            pipeline(prompt=list(CAPTIONS), num_inference_steps=steps, sigmas=sigmas, latents=noise, output_type="pt", **options)
+            .images.float()
+            .cpu()
+        )
 
     # velocities -------------------------------------------------------------------------------------------
 

@@ -36,8 +36,11 @@ from flowtilt.models.sharded import shard
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3:SD3",
     "FluxPipeline": "flux:Flux",
+    "Flux2KleinPipeline": "flux2:Flux2Klein",
+    "Flux2Pipeline": "flux2:Flux2Dev",
     "SanaPipeline": "sana:Sana",
     "Lumina2Pipeline": "lumina2:Lumina2",
+    "ChromaPipeline": "chroma:Chroma",
     "AuraFlowPipeline": "aura_flow:AuraFlow",
     "QwenImagePipeline": "qwen_image:QwenImage",
     "ZImagePipeline": "z_image:ZImage",

@@ -84,7 +84,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     beneath = kept(run)
     e = recipe.evaluate
     cps = e.solver == "cps"
-    call = {"num_inference_steps": repr(e.steps)} if cps else {"sigmas": "sigmas"}
+    call = {"num_inference_steps": repr(e.steps)} | ({} if cps else {"sigmas": "sigmas"})
     call |= {name: repr(value) for name, value in policy.model.call_options(e.guidance).items()}
     return metadata(recipe) + CARD.format(
         name=recipe.name,
