@@ -116,4 +116,4 @@ class Flux2Dev(Flux2Klein):
         """
         if guidance != 1:
             raise UserError("guidance: FLUX.2-dev has no classifier-free guidance; set it to 1 and use model.options.embedded_guidance")
-        return super().call_options(guidance) | {"guidance_scale": self.guidance}
+        return {**super().call_options(guidance), "guidance_scale": self.guidance}
