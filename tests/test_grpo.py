@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from forward_cases import along, gradient, slopes
+from forward_cases import along, gradient, policy_and_batch, slopes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flowtilt.flow import sigma_schedule
+from flowtilt.objectives.batches import TransitionBatch
 from flowtilt.objectives.forward import velocity_kl
 from flowtilt.objectives.grpo import (
+    GRPO,
     grpo_loss,
     guard_log_ratio,
     guard_loss,
@@ -274,3 +276,23 @@ def test_every_step_that_a_recipe_may_train_has_a_density(kind):
             assert log_prob(x_next, mean, std).isfinite().all()
         else:
             assert float(std) == 0
+
+
+# the method -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sde", ["flow", "dance", "cps"])
+def test_the_pull_has_the_deviation_that_the_published_weight_belongs_to(sde):
+    policy, noised = policy_and_batch(current=0.5, old=0.5, reference=-0.1)
+    x, s, s_next = noised.x0, torch.full((4,), 0.6, dtype=torch.float64), torch.full((4,), 0.4, dtype=torch.float64)
+    means = {}
+    for role in ("current", "reference"):
+        _, means[role], std = sde_step(x, policy.velocity(role, x, s, noised.conditioning), s, s_next, torch.zeros_like(x), sde, 0.7, 0.9)
+    ours = means["current"].detach()
+    batch = TransitionBatch(
+        x, ours + std * noised.eps, ours, torch.zeros(4), s, s_next, 0.9, noised.advantages, noised.conditioning, None, 1.0
+    )
+    _, metrics = GRPO(sde=sde, kl=0.04).loss(policy, batch)
+    whole = step_kl(ours, means["reference"], std)
+    expected = (s - s_next) * whole if sde == "flow" else whole
+    torch.testing.assert_close(metrics["kl"], expected.detach())

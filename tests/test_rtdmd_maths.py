@@ -29,6 +29,7 @@ from flowtilt.objectives.rtdmd import (
     target_variance,
 )
 from flowtilt.solvers import log_prob, sde_step
+from flowtilt.training.rtdmd.reinforce import SubGRPO
 
 FEW = settings(deadline=None, max_examples=40)
 N, SHAPE, PIXELS, ETA = 4, (2, 3, 3), 18, 0.9
@@ -481,3 +482,11 @@ def test_all_stochastic_steps_may_be_trained_and_no_more():
     for steps, number in ((4, 4), (4, 0), (2, 2), (1, 1)):
         with pytest.raises(ValueError, match=f"{steps} steps have {steps - 1} stochastic"):
             subgrpo_steps(0, steps, number, seed=0)
+
+
+def test_advantages_of_the_second_stage_are_whitened_once_more_over_the_rollout():
+    a = torch.tensor([0.5, -0.5, math.nan, 0.1, -0.1, 0.3])
+    found = SubGRPO(2).prepare(a, torch.tensor([0, 0, 1, 1, 1, 1]))
+    known = found[~found.isnan()]
+    assert found.isnan().tolist() == a.isnan().tolist()
+    assert float(known.mean()) == pytest.approx(0, abs=1e-6) and float(known.std(correction=0)) == pytest.approx(1, abs=1e-3)

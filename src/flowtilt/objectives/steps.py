@@ -35,7 +35,7 @@ def step_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
 
 
 def path_kl(mean: Tensor, mean_ref: Tensor, std: Tensor, dt: Tensor | float) -> Tensor:
-    """-dt times `step_kl`, [N]: the FlowGRPO code's, which has g for std. Its published weights, .01 and .04, belong to this one."""
+    """-dt times `step_kl`, [N]: FlowGRPO's code has g for std in Flow-SDE's steps, where its published weights are .01 and .04."""
     kl = step_kl(mean, mean_ref, std)
     return -per_sample(dt, kl) * kl
 
@@ -138,7 +138,9 @@ class StepProcess(StepSettings):
                 mean_ref, _ = self._step(batch, batch.velocity(policy, "reference", max(batch.guidance, self.reference_guidance)))
         loss, metrics = self.sample_loss(Gaussians(mean, std, log_new, mean_old, log_old, mean_ref), batch)
         if mean_ref is not None:
-            metrics["kl"] = path_kl(mean, mean_ref, std, batch.sigma_next - batch.sigma)
+            # the published weights belong to g for Flow-SDE's std, and to the whole step's for the others
+            dt = batch.sigma_next - batch.sigma
+            metrics["kl"] = path_kl(mean, mean_ref, std, dt) if self.sde == "flow" else step_kl(mean, mean_ref, std)
             loss = loss + self.pull * metrics["kl"]
         if self.guided:
             metrics["guide"] = self._guide(policy, batch, v)

@@ -60,8 +60,9 @@ class SubGRPO:
         return KeptSteps(every, "cps", settings.cps_eta(), frozenset(every) - frozenset(trained))
 
     def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
-        """The advantages as they are."""
-        return advantages
+        """A, whitened once more over the rollout: (A - mean A) / (std A + 1e-4), as published; [N], NaN as it was."""
+        known = advantages[~advantages.isnan()].double()
+        return ((advantages.double() - known.mean()) / (known.std(correction=0) + 1e-4)).float()
 
 
 def _kept_fake(run: Path) -> Path:

@@ -1,0 +1,128 @@
+"""A quarter of DiffusionNFT's evaluations: `playground-fast` over seeds on the test prompts, and what its parts are worth.
+
+    python benchmarks/fast.py --folder runs/fast                          seeds 0 to 4 on the test prompts
+    python benchmarks/fast.py --folder runs/fast --ablate                 seeds 100, 101 on playground-search, one change each
+    python benchmarks/fast.py --folder runs/fast --report                 only what is finished there, into results/fast.json
+
+Finished runs in the folder are not made again. The figures of DiffusionNFT beside them are those of results/head_to_head.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from contest.measures import measures_of
+from contest.settings import Amount
+
+from flowtilt import Trainer, load_recipe
+from flowtilt.io.environment import processor
+from flowtilt.io.files import read_lines, write_json
+from flowtilt.io.run_folder import RunFolder
+
+RESULTS = Path(__file__).parent / "results" / "fast.json"
+TARGETS = (0.7, 0.8, 0.85, 0.9)
+SEARCH = ("prompts=playground-search", "evaluate.prompts=playground-search")
+PLAIN = (
+    "objective.guide=0",
+    "objective.row_share=1",
+    "objective.times_range=[0.02,1.0]",
+    "tags={}",
+    "rollout.solver=euler",
+    "rollout.steps=7",
+)
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "without the guide": ("objective.guide=0",),
+    "all noise levels": ("objective.times_range=[0.02,1.0]",),
+    "all rows": ("objective.row_share=1",),
+    "tags alike": ("tags={}",),
+    "the guide alone": PLAIN[1:],
+    "a guide that does not end": ("objective.guide=[[0,2.0],[12,0.3]]",),
+    "the base's guided velocity": ("objective.guide_of=reference", "objective.guide_scale=3"),
+}
+
+
+def made(folder: Path, overrides: tuple[str, ...]) -> Path:
+    """The run in that folder, made where it is not finished."""
+    run = RunFolder(folder)
+    if not run.summary.is_file():
+        recipe = load_recipe("playground-fast", [*overrides, f"run={folder}"])
+        Trainer(recipe, resume=folder if run.checkpoints.is_dir() else None).run()
+    return folder
+
+
+def crossing(curve: list[tuple[int, float]], target: float) -> float | None:
+    """Network evaluations at which the straight line between evaluations first reaches a score; none where it never does."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if y1 >= target:
+            return x1 if y0 >= target else x0 + (x1 - x0) * (target - y0) / (y1 - y0)
+    return None
+
+
+def entry(folder: Path, measured: bool) -> dict[str, Any]:
+    """What a finished run says, and on noise that nothing was compared on its diversity and distance from the base."""
+    run, recipe = RunFolder(folder), load_recipe(RunFolder(folder).recipe)
+    spent = {line["step"]: line["network_evaluations"] for line in read_lines(run.metrics)}
+    curve = [(spent.get(e["step"], 0), e["score"]) for e in read_lines(run.evaluations)]
+    seconds = [(e["seconds"], e["score"]) for e in read_lines(run.evaluations)]
+    guards = [line["guard"] for line in read_lines(run.guards)] if run.guards.is_file() else []
+    return {
+        "seed": recipe.seed,
+        "curve_evaluations_score": [[x, round(y, 4)] for x, y in curve],
+        "evaluations_to": {f"{target:g}": crossing(curve, target) for target in TARGETS},
+        "first_at_0.9_seconds": next((x for x, y in seconds if y >= 0.9), None),
+        "final_score": round(curve[-1][1], 4),
+        "guards": guards,
+        **({"measures": measures_of(recipe, folder, Amount(360, 4))} if measured else {}),
+    }
+
+
+def span(values: list[float | None]) -> str:
+    """Median and range, and how many of the runs got there."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return f"{len(known)} of {len(values)}" + (f", first {min(known):,.0f}" if known else "")
+    return f"{statistics.median(known):,.0f} ({min(known):,.0f} to {max(known):,.0f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--ablate", action="store_true", help="one change each, on the search prompts, seeds 100 and 101")
+    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    wanted: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
+    if args.ablate:
+        for name, change in ABLATIONS.items():
+            place = name.replace(" ", "-").replace("'", "")
+            wanted[name] = [(args.folder / f"{place}-{seed}", (*SEARCH, *change, *args.overrides, f"seed={seed}")) for seed in (100, 101)]
+    else:
+        wanted["test"] = [(args.folder / f"test-{seed}", (*args.overrides, f"seed={seed}")) for seed in args.seeds]
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name, runs in wanted.items():
+        folders = [folder if args.report else made(folder, overrides) for folder, overrides in runs]
+        entries = [entry(folder, name == "test") for folder in folders if RunFolder(folder).summary.is_file()]
+        if not entries:
+            continue
+        known[name] = {
+            "overrides": [*(ABLATIONS.get(name, ())), *args.overrides],
+            "prompts": "playground-search, validation" if args.ablate else "playground, test",
+            "command": "python " + " ".join(["benchmarks/fast.py", *sys.argv[1:]]),
+            "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
+            "runs": entries,
+        }
+        write_json(RESULTS, known)
+        reached = "; ".join(f"{target:g}: {span([e['evaluations_to'][f'{target:g}'] for e in entries])}" for target in TARGETS)
+        print(f"{name}: {reached}; final {statistics.median(e['final_score'] for e in entries):.3f}")
+
+
+if __name__ == "__main__":
+    main()
