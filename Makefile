@@ -7,7 +7,7 @@ TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTO
 .PHONY: train test check clean
 
 train: .venv/installed  ## the first run: train the playground and write its report
-	$(BIN)/flowtilt train playground
+	$(BIN)/flowtilt train playground-fast
 
 test: .venv/installed  ## the whole suite
 	$(TESTING) $(BIN)/python -m pytest -p xdist.plugin -n 2 --dist loadscope --no-loadscope-reorder

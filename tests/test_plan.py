@@ -139,7 +139,7 @@ def test_rewards_that_are_not_counted_are_named():
     )
     found = make_plan(recipe, Machine())
     assert set(found.beside) == {"ocr", "far", "mine", "unifiedreward"} and found.work["reward"].flops == {}
-    assert "an image and core" in found.beside["ocr"]
+    assert "per image and core" in found.beside["ocr"]
 
 
 def test_the_playground_is_planned_for_a_gpu_only_where_one_is_named(capsys):

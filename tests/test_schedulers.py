@@ -5,8 +5,10 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from tiny_pipelines import flux
 
+from flowtilt.errors import UserError
 from flowtilt.flow import predict_x0, sigma_schedule
 from flowtilt.models.flux import Flux
+from flowtilt.models.levels import Levels
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
@@ -276,3 +278,21 @@ def test_levels_that_are_none_are_refused(given, said):
 def test_a_step_before_its_levels_are_set_is_refused():
     with pytest.raises(ValueError, match="call set_timesteps first"):
         CPSScheduler().step(START, 1000.0, START)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 40])
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
+def test_stock_levels_are_those_of_diffusers_without_sigmas(steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(Levels.fixed(shift).stock()(steps), scheduler.sigmas, atol=1e-6, rtol=1e-5)
+
+
+def test_sd3s_ten_stock_levels_are_the_published_codes():
+    found = Levels.fixed(3.0).stock()(10)
+    torch.testing.assert_close(found[[1, 2, 7, 8, 9]], torch.tensor([0.9601, 0.9133, 0.4649, 0.2780, 0.0089]), atol=1e-4, rtol=0)
+
+
+def test_a_family_whose_pipeline_passes_sigmas_has_no_stock_levels():
+    with pytest.raises(UserError, match=r"model\.levels"):
+        Levels(lambda steps: 1.0 + steps).stock()

@@ -30,6 +30,8 @@ class ModelSettings(Table):
     """Tokens of the T5 prompt; none takes the family's own: for SD3 DiffusionNFT's 128, or what its T5 reads, 0 without one."""
     resolution: int | None = Field(default=None, ge=8, le=16_384)
     """Height and width of the images in pixels; none takes the pipeline's own."""
+    levels: Literal["rule", "stock"] = "rule"
+    """Noise levels: the pipeline's shift applied once, or as diffusers has them without `sigmas`, as published code for SD3 samples."""
     adapter: str | None = Field(default=None, min_length=1)
     """The class "file.py:Class" that adapts a family which flowtilt does not know (docs/add-a-model.md)."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ stretches 1 - t_i so that the last level above 0 is a given one. The stock pipel
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ class Levels:
     Args:
         shift: k by number of steps.
         terminal: the last level above 0, which the others are stretched to; 0 stretches nothing.
+        twice: shift the smallest level twice, as diffusers does without `sigmas`; see `stock`.
     """
 
     shift: Callable[[int], float]
     terminal: float = 0.0
+    twice: bool = False
 
     @staticmethod
     def fixed(shift: float) -> "Levels":
@@ -42,7 +44,7 @@ class Levels:
         Raises:
             UserError: one step of a schedule that is stretched, which has no level between its first and its last.
         """
-        levels = sigma_schedule(steps, self.shift(steps))
+        levels = stock_schedule(steps, self.shift(steps)) if self.twice else sigma_schedule(steps, self.shift(steps))
         if not self.terminal:
             return levels
         if steps < 2:
@@ -56,11 +58,32 @@ class Levels:
         t = k * u / (1 + (k - 1) * u)
         return self.terminal + (1 - self.terminal) * t if self.terminal else t
 
+    def stock(self) -> "Levels":
+        """Those that diffusers takes when it is called without `sigmas`, as published code for SD3 does.
+
+        Raises:
+            UserError: the shift depends on the steps; such a pipeline passes `sigmas` itself, so there is no other schedule.
+        """
+        if self.terminal or self.shift(2) != self.shift(50):
+            raise UserError('model.levels: this family\'s pipeline has one schedule only; leave "stock" out')
+        return replace(self, twice=True)
+
     def told(self) -> dict[str, object]:
         """The rule for a protocol: the shift where it is one number, and the last level where there is one."""
         few, many = self.shift(2), self.shift(50)
         shift = {"shift": few} if few == many else {"shift": f"{few:.4g} in 2 steps, {many:.4g} in 50"}
-        return {**shift, **({"shift_terminal": self.terminal} if self.terminal else {})}
+        return {**shift, **({"shift_terminal": self.terminal} if self.terminal else {}), **({"levels": "stock"} if self.twice else {})}
+
+
+def stock_schedule(steps: int, shift: float) -> Tensor:
+    """Noise levels of diffusers' scheduler with a static shift k and without `sigmas`: [steps + 1], fp32, falling from 1 to 0.
+
+    s_i = linspace(1, l, n) with l = k .001 / (1 + (k - 1) .001), the smallest training level, already shifted; then shifted once more.
+    """
+    least = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
+    s = torch.linspace(1, least, steps, dtype=torch.float64)
+    s = shift * s / (1 + (shift - 1) * s)
+    return torch.cat([s, s.new_zeros(1)]).float()
 
 
 def levels_of(config: Any, mu: Callable[[int], float]) -> Levels:

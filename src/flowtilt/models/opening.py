@@ -66,6 +66,9 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     if sharded:
         shard(model, device)
         model = _adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
+    if settings.levels == "stock":
+        model.levels = model.levels.stock()
+        model.protocol = {**model.protocol, **model.levels.told()}
     if settings.attention:
         try:
             model.network.set_attention_backend(settings.attention)

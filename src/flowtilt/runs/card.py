@@ -84,7 +84,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     beneath = kept(run)
     e = recipe.evaluate
     cps = e.solver == "cps"
-    call = {"num_inference_steps": repr(e.steps)} | ({} if cps else {"sigmas": "sigmas"})
+    call = {"num_inference_steps": repr(e.steps)} | ({} if cps or m.levels == "stock" else {"sigmas": "sigmas"})
     call |= {name: repr(value) for name, value in policy.model.call_options(e.guidance).items()}
     return metadata(recipe) + CARD.format(
         name=recipe.name,
@@ -105,7 +105,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         add=REPLACED.format(folder=_quoted(RunFolder(run).network)) if recipe.train == "full" else _added([*beneath, RunFolder(run).lora]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
-        sampling=CPS.format(eta=e.eta) if cps else LEVELS.format(steps=e.steps),
+        sampling=CPS.format(eta=e.eta) if cps else "" if m.levels == "stock" else LEVELS.format(steps=e.steps),
         options=", ".join(f"{name}={value}" for name, value in call.items()),
         defaults="another scheduler and other text lengths" if cps else "other noise levels and text lengths",
     )
