@@ -1,6 +1,7 @@
 """Advantages compare the images of one prompt, and nothing else decides."""
 
 import warnings
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowtilt.advantages import combine, group_advantages, group_means, group_stds
+from flowtilt.advantages import combine, group_advantages, group_means, group_stds, widest
 
 FEW = settings(deadline=None, max_examples=25)
 SCALES = ("global", "group")
@@ -211,7 +212,7 @@ def test_what_cannot_be_combined_is_refused(how):
 
 
 def test_an_unknown_way_to_combine_is_refused():
-    with pytest.raises(ValueError, match="'normalised' is not 'sum' or 'normalized'"):
+    with pytest.raises(ValueError, match="'normalised' is not 'sum', 'normalized' or 'group'"):
         combine(SCORES, {"a": 1.0}, "normalised")
 
 
@@ -246,3 +247,41 @@ def test_a_prompt_that_no_reward_judges_has_no_totals():
     found = combine({"a": torch.tensor([1.0, 2.0, NAN, NAN])}, {"a": 1.0}, "sum", torch.tensor([0, 0, 1, 1]))
     assert found[:2].tolist() == [1, 2] and found[2:].isnan().all()
     assert group_advantages(found, torch.tensor([0, 0, 1, 1])).isnan().tolist() == [False, False, True, True]
+
+
+# GDPO and the images that differ most ---------------------------------------------------------------------
+
+
+def test_gdpo_normalises_each_reward_within_its_group_whatever_its_unit():
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 12, generator=rng)
+    groups = torch.arange(3).repeat_interleave(4)
+    weights = {"a": 1.0, "b": 0.5}
+    found = combine({"a": a, "b": b}, weights, "group", groups)
+    torch.testing.assert_close(combine({"a": 7 * a - 3, "b": 0.01 * b + 5}, weights, "group", groups), found, rtol=1e-4, atol=1e-4)
+    one = combine({"a": a}, {"a": 2.0}, "group", groups).view(3, 4)
+    torch.testing.assert_close(one.mean(1), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.std(1, correction=0), torch.full((3,), 2.0), atol=1e-5, rtol=0)
+
+
+def test_gdpo_gives_a_flat_group_nothing_and_a_reward_that_misses_a_group_adds_nothing():
+    groups = torch.tensor([0, 0, 1, 1])
+    nan = float("nan")
+    found = combine({"a": torch.tensor([0.5, 0.5, 0.0, 1.0]), "b": torch.tensor([nan, nan, 3.0, 1.0])}, {"a": 1, "b": 1}, "group", groups)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.0, 0.0]), atol=1e-5, rtol=0)
+    assert combine({"a": torch.tensor([0.0, 1.0, nan, 2.0])}, {"a": 1.0}, "group", groups).isnan().tolist() == [False, False, True, False]
+
+
+@FEW
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=9), st.integers(1, 9))
+def test_the_kept_images_have_the_greatest_variance_of_all_choices(values, keep):
+    rewards = torch.tensor(values, dtype=torch.float64)
+    kept = widest(rewards, torch.zeros(len(values), dtype=torch.long), keep)
+    assert int(kept.sum()) == min(keep, len(values))
+    best = max(float(rewards[list(c)].var(correction=0)) for c in combinations(range(len(values)), min(keep, len(values))))
+    assert float(rewards[kept].var(correction=0)) == pytest.approx(best, abs=1e-9)
+
+
+def test_an_image_without_a_reward_is_never_kept():
+    kept = widest(torch.tensor([float("nan"), 1.0, 2.0, 0.0]), torch.tensor([0, 0, 1, 1]), 2)
+    assert kept.tolist() == [False, True, True, True]

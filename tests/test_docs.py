@@ -35,7 +35,8 @@ def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
 def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "add-a-reward.md"
-    code, recipe = blocks(page, "python")[1], blocks(page, "toml")[0]
+    code = next(code for code in blocks(page, "python") if code.startswith("# sharpness.py"))
+    recipe = blocks(page, "toml")[0]
     name = re.match(r"# (\S+)", code)
     assert name
     Path(name[1]).write_text(code)

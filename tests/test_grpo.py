@@ -20,6 +20,7 @@ from flowtilt.objectives.grpo import (
     path_kl,
     step_kl,
     stochastic_steps,
+    trust_loss,
 )
 from flowtilt.solvers import log_prob, sde_step
 
@@ -296,3 +297,30 @@ def test_the_pull_has_the_deviation_that_the_published_weight_belongs_to(sde):
     whole = step_kl(ours, means["reference"], std)
     expected = (s - s_next) * whole if sde == "flow" else whole
     torch.testing.assert_close(metrics["kl"], expected.detach())
+
+
+# Flow-DPPO --------------------------------------------------------------------------------------------------
+
+
+def dppo(mean, mean_old, x_next, std, trust):
+    new, old = log_prob(x_next, mean, std), log_prob(x_next, mean_old, std)
+    return trust_loss(new, old, mean, mean_old, std, A, trust)
+
+
+def test_where_nothing_has_moved_the_trust_regions_gradient_is_reinforce():
+    mean, std = draw(N, *SHAPE), torch.tensor(0.3, dtype=torch.float64)
+    x_next = mean + std * draw(N, *SHAPE, seed=1)
+    found = gradient(lambda m: dppo(m, mean, x_next, std, 1e-9), mean)
+    torch.testing.assert_close(found, gradient(lambda m: -A * log_prob(x_next, m, std), mean))
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_a_step_that_has_moved_too_far_in_the_direction_of_its_advantage_has_no_gradient(far):
+    mean_old, std = draw(N, *SHAPE), torch.tensor(0.3, dtype=torch.float64)
+    x_next = mean_old + std * draw(N, *SHAPE, seed=1)
+    toward = 0.5 * A.sign().view(-1, 1, 1, 1) * (x_next - mean_old)  # rho above 1 where A > 0, below where A < 0
+    trust = float(step_kl(mean_old + toward, mean_old, std).min()) * (0.5 if far else 1e9)
+    ahead = gradient(lambda m: dppo(m, mean_old, x_next, std, trust), mean_old + toward)
+    assert (ahead == 0).all() == far
+    back = gradient(lambda m: dppo(m, mean_old, x_next, std, trust), mean_old - toward)
+    assert (back.flatten(1).abs().amax(1) > 0).all()  # never on the way back

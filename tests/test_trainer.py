@@ -163,7 +163,7 @@ def test_a_users_reward_and_prompts(tmp_path):
         ("return images.mean((1, 2, 3)) * float('nan')", "has no score (NaN) for any of the 12 images"),
         ("return images.mean((1, 2, 3)) / 0", "infinite"),
         ("return images.mean()", "shape [2]"),
-        ("return {'score': 0.0}", "dict"),
+        ("return {'score': 0.0}", "a float"),
     ],
 )
 def test_a_failing_reward_ends_the_run_and_is_never_a_zero(tmp_path, body, said):
