@@ -78,7 +78,7 @@ def test_a_place_that_is_no_recipes_name_is_told_as_any_lora(tmp_path, capsys):
 
 def test_a_reward_without_a_gradient_cannot_be_followed(parent, tmp_path, capsys):
     said = refusal(RL, tmp_path / "run", capsys, on(parent), "objective.backprop={playground=1.0}")
-    assert "reward playground: has no gradient to the images; built in are pickscore, clipscore, hpsv2" in said
+    assert "reward playground: has no gradient to the images; built in are clipscore, hpsv2" in said
 
 
 def on(place):
