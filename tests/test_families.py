@@ -5,9 +5,10 @@ import tiny_pipelines
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowtilt import UserError
+from flowtilt import Trainer, UserError
 from flowtilt.config import ModelSettings
 from flowtilt.conformance import Conformance
+from flowtilt.io.files import read_lines
 from flowtilt.lora import Lora
 from flowtilt.models import opening
 from flowtilt.models.captions import Captions
@@ -117,3 +118,25 @@ def test_captions_of_unlike_length_are_padded_joined_and_cut_to_the_rows_that_ar
     mask = short.mask(CPU)
     assert short.tensors()["e"].shape == (2, 3, 2) and mask is not None and mask.tolist() == [[True, True, False], [True] * 3]
     assert both.select(torch.tensor([1])).mask(CPU) is None
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux2_klein"])
+def test_a_family_trains_with_and_without_guidance(folders, name, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\ntwo dogs on a hill\n")
+    recipe = {
+        "name": "x",
+        "model": {"path": folders(name), "resolution": 16, **FAMILIES[name]},
+        "prompts": str(tmp_path / "p.txt"),
+        "rewards": {"red": 1.0},
+        "rollout": {"prompts": 2, "images_per_prompt": 2, "steps": 2, "guidance": 2.0},
+        "objective": {"type": "nft", "times_per_image": 2, "kl": 0.1, "reference_guidance": 2.0, "guide": 1.0, "guide_share": 1.0},
+        "lora": {"rank": 2, "alpha": 4.0},
+        "evaluate": {"every": 0, "images": 1, "steps": 2, "samples": 0},
+        "steps": 1,
+    }
+    trainer = Trainer(recipe, rewards={"red": lambda images, prompts: images[:, 0].mean((1, 2))}, run=str(tmp_path / "run"))
+    trainer.run()
+    line = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert line["grad_norm"] > 0 and line["kl"] > 0 and line["guide"] > 0
+    plan = trainer.recipe.objective.passes(trainer.recipe, 1)
+    assert line["network_evaluations"] == pytest.approx(plan.evaluations, abs=8)  # the guide's rows are known by their noise levels only

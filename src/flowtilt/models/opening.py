@@ -164,7 +164,7 @@ def load_pipeline(
             if not (offload and name.startswith("text_encoder")) and not (sharded and name == "transformer"):
                 module.to(device)
     # eight bits of a bfloat16 are fewer than a picture's eight near white, and every score is of pictures
-    pipeline.vae.to(torch.float32)
+    pipeline.vae.float()
     return pipeline
 
 
