@@ -478,7 +478,7 @@ def test_the_terminal_and_the_page_call_the_score_what_it_is(
     prompts: str, judged: str | None, name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load_recipe("playground", [f"prompts={prompts}", *([f"evaluate.prompts={judged}"] if judged else [])])
-    display = Display(3, 0, False, score_name_of(recipe))
+    display = Display(3, 0, ("reward/total", "reward"), score_name=score_name_of(recipe))
     display.evaluation(2, 0.5, {})
     display.close()
     assert f"after 2 rollouts: {name} 0.500" in capsys.readouterr().err
