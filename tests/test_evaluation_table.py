@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluations import NAN, write
-from flowtilt.report.evaluation.bars import scale_of
+from flowtilt.report.bars import scale_of
 
 from flowtilt.estimate import Estimate
 from flowtilt.report.evaluation.estimates import bracketed, decimals, verdict, written

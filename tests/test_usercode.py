@@ -387,7 +387,7 @@ def test_numbers_are_scores_in_whatever_form_they_come(answer):
         ([[1], [2], [3], [4]], r"a list of 4 values \(list\)"),
         ([0.5, None, 1, 1], "NoneType"),
         ([torch.zeros(1)] * 4, "Tensor"),
-        ({"a": torch.zeros(4)}, r"a dict \(several scores go into RewardOutput"),
+        ({"a": torch.zeros(4)}, r"a dict with 'a', want a key .score."),
         (RewardOutput(torch.zeros(4), details={"a": torch.zeros(3)}), r"reward mine/a: returned a tensor of shape \[3\]"),
         (RewardOutput(torch.zeros(4), details=[1]), "details are a list"),
         (RewardOutput(torch.zeros(4), details={1: torch.zeros(4)}), "details are a dict"),
