@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluations import NAN, write
-from flowtilt.report.bars import scale_of
 
 from flowtilt.estimate import Estimate
+from flowtilt.report.bars import scale_of
 from flowtilt.report.evaluation.estimates import bracketed, decimals, verdict, written
 from flowtilt.report.evaluation.extremes import ranked, worst_and_best
 from flowtilt.report.evaluation.loading import Scored, parse
