@@ -62,7 +62,7 @@ def test_the_distance_is_a_metric(a, b, c):
     assert levenshtein(a, c) <= levenshtein(a, b) + levenshtein(b, c)
 
 
-@given(st.text(max_size=30), st.text(st.characters(exclude_characters='"'), max_size=12))
+@given(st.text(max_size=30), st.text(st.characters(exclude_characters='"\\'), max_size=12))
 def test_the_score_is_a_share_or_missing(read, wanted):
     found = text_score(read, f'a sign "{wanted}"')
     assert math.isnan(found) if not plain(wanted) else 0 <= found <= 1
