@@ -26,6 +26,11 @@ ROLLOUTS = 1_000_000_000
 Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT)]
 
 
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple, anything else as it is: TOML's arrays are lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Table(BaseModel):
     """One table of a recipe: unknown keys and NaN are errors, values are frozen, `flowtilt keys` shows each field's docstring."""
 

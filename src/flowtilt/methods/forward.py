@@ -1,10 +1,10 @@
 """What the methods on the forward process share: clean samples, each trained at several noise levels."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from flowtilt.methods.base import LEVELS, WEIGHT, Passes, sampled
+from flowtilt.methods.base import LEVELS, WEIGHT, Passes, as_tuple, sampled
 from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
@@ -49,22 +49,12 @@ class ForwardSettings(GuideSettings):
     """Training times of an image: the rollout's own noise levels in random order, or uniform in equal strata and shifted alike."""
     times_per_image: int = Field(default=9, ge=1, le=LEVELS)
     """Noise levels at which each image is trained per rollout."""
-    times_range: tuple[float, float] = LEAST_TO_MOST
+    times_range: Annotated[tuple[float, float], BeforeValidator(as_tuple)] = LEAST_TO_MOST
     """Part of (0, 1] that stratified times fill, before the shift."""
     shared: Literal["none", "noise", "time", "both"] = "none"
     """What the images of a prompt have in common in training: nothing, the noise, the noise levels, or both (V-GRPO, arXiv 2604.23380)."""
     row_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the pairs of image and time that are trained, sampled in proportion to |A| + 0.3 rms(A) and weighted by the inverse."""
-
-    @field_validator("times_range", mode="before")
-    @classmethod
-    def _pair(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value  # TOML's arrays are lists
-
-    @property
-    def pull(self) -> float:
-        """Weight of mean (v - v_ref)^2: the method's key `kl`, 0 for a method without one."""
-        return getattr(self, "kl", 0.0)
 
     @property
     def reference(self) -> bool:
@@ -92,7 +82,7 @@ class ForwardSettings(GuideSettings):
         return self.times_per_image
 
     def first_share(self, images: int, updates: int, group: int) -> int:
-        """Images of the first of so many updates; `group` are those of a prompt."""
+        """Images of the first of so many updates; `group` are those of a prompt that are trained."""
         return images // updates
 
     def passes(self, recipe: "Recipe", step: int) -> Passes:
@@ -100,7 +90,7 @@ class ForwardSettings(GuideSettings):
         pairs = round(images * self.times_per_image * self.row_share)
         # the rollout before left the old policy equal to the current one, which the first update moves
         equal = step == 1 or old_policy_decay(self.old_policy, (step - 1) * updates) == 0
-        first = round(self.first_share(images, updates, recipe.rollout.images_per_prompt) * self.times_per_image * self.row_share)
+        first = round(self.first_share(images, updates, images // recipe.rollout.prompts) * self.times_per_image * self.row_share)
         old = pairs - (first if equal else 0)
         return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=self.reference_passes(pairs, step))
 

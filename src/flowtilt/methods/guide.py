@@ -25,6 +25,11 @@ class GuideSettings(Method):
     """Guidance scale of the reference in the pull `kl`, for a base that is sampled with guidance; above 1 each pass of it costs two."""
 
     @property
+    def pull(self) -> float:
+        """Weight of the distance to the reference: the method's key `kl`, 0 for a method without one."""
+        return getattr(self, "kl", 0.0)
+
+    @property
     def guided(self) -> bool:
         """Whether any rollout has a guide."""
         return any(weight for _, weight in self.guide) if isinstance(self.guide, tuple) else self.guide > 0

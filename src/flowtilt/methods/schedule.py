@@ -6,6 +6,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from flowtilt.methods.base import as_tuple
+
 Point = tuple[Annotated[float, Field(ge=0, le=1e9)], Annotated[float, Field(ge=0, le=1e6)]]
 
 
@@ -22,8 +24,7 @@ def value_at(schedule: float | tuple[Point, ...], x: float) -> float:
 
 
 def _tuples(value: object) -> object:
-    # TOML's arrays are lists
-    return tuple(tuple(point) if isinstance(point, list) else point for point in value) if isinstance(value, list) else value
+    return as_tuple([as_tuple(point) for point in value]) if isinstance(value, list) else value
 
 
 def _increasing(schedule: float | tuple[Point, ...]) -> float | tuple[Point, ...]:

@@ -1,10 +1,10 @@
 """What the methods share that train a rollout's own stochastic steps."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Passes, sampled
+from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Passes, as_tuple, sampled
 from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
@@ -26,21 +26,11 @@ class StepSettings(GuideSettings):
     """Steps of a window."""
     window_every: int = Field(default=25, ge=1, le=ROLLOUTS)
     """Rollouts after which a sliding window moves on by one step."""
-    span: tuple[int, int] | None = None
+    span: Annotated[tuple[int, int] | None, BeforeValidator(as_tuple)] = None
     """First step that may be stochastic and one past the last; none leaves out only the last step, which follows the ODE."""
 
     kl_of_velocities: ClassVar[bool] = False
     guided_training: ClassVar[bool] = True
-
-    @field_validator("span", mode="before")
-    @classmethod
-    def _pair(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value  # TOML's arrays are lists
-
-    @property
-    def pull(self) -> float:
-        """Weight of the distance to the reference's step: the method's key `kl`, 0 for a method without one."""
-        return getattr(self, "kl", 0.0)
 
     @property
     def reference(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowtilt.flow import add_noise, per_sample, velocity_target
 from flowtilt.methods.forward import ForwardSettings, old_policy_decay
 from flowtilt.models.guidance import guided
-from flowtilt.objectives.guide import guide_target
+from flowtilt.objectives.guide import guide_pull
 
 if TYPE_CHECKING:
     from flowtilt.config import RolloutSettings
@@ -81,6 +81,8 @@ class ForwardProcess(ForwardSettings):
     """Groups whose images score alike are trained on, too: the pulls to other policies are of use there."""
     own_metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that `sample_loss` returns."""
+    needs_old: ClassVar[bool] = True
+    """Whether the loss reads v_old."""
     whole_groups: ClassVar[bool] = False
     """Whether the loss reads numbers of whole groups; see objectives/groups.py."""
 
@@ -98,10 +100,11 @@ class ForwardProcess(ForwardSettings):
 
     def loss(self, policy: "Policy", batch: "TrainingBatch") -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [N] of a micro-batch and its metrics [N], detached."""
-        at = self._velocities(policy, batch)
+        x_t = add_noise(batch.x0, batch.eps, batch.t)
+        at = self._velocities(policy, batch, x_t)
         loss, metrics = self.sample_loss(at, batch)
         if self.guided:
-            pull = self._guide(policy, batch, at)
+            pull = guide_pull(self, policy, batch, x_t, batch.t, at.v, at.v_old if self.needs_old else None)
             metrics |= {"guide": pull.detach()}
             loss = loss + pull
         if at.v_ref is not None:
@@ -113,8 +116,7 @@ class ForwardProcess(ForwardSettings):
                 loss = loss + self.norm_guard * norm_hinge(at.v, at.v_ref)
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
 
-    def _velocities(self, policy: "Policy", batch: "TrainingBatch") -> Velocities:
-        x_t = add_noise(batch.x0, batch.eps, batch.t)
+    def _velocities(self, policy: "Policy", batch: "TrainingBatch", x_t: Tensor) -> Velocities:
         v = policy.velocity("current", x_t, batch.t, batch.conditioning)
         with torch.no_grad():
             same = policy.equal("old", "current") or not self.needs_old
@@ -124,24 +126,6 @@ class ForwardProcess(ForwardSettings):
                 given, scale = batch.conditioning, self.reference_guidance
                 v_ref = guided(policy, "reference", given, batch.empty if scale != 1 else None, scale)(x_t, batch.t)
         return Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps))
-
-    def _guide(self, policy: "Policy", batch: "TrainingBatch", at: Velocities) -> Tensor:
-        """weight mean (v - v_guided)^2 on the rows that carry the guide, 0 on the others; [N]."""
-        pull = torch.zeros_like(batch.t)
-        if batch.guide is None or batch.empty is None or not len(rows := batch.guide.at(batch.t)):
-            return pull
-        t, v_old = batch.t[rows], at.v_old[rows]
-        x_t = add_noise(batch.x0[rows], batch.eps[rows], t)
-        if not self.needs_old and not policy.equal("old", "current"):
-            with torch.no_grad():
-                v_old = policy.velocity("old", x_t, t, batch.conditioning.select(rows.cpu()))
-        target = guide_target(self, policy, x_t, t, v_old, batch.conditioning.select(rows.cpu()), batch.empty)
-        return pull.index_add(0, rows, batch.guide.weight * velocity_kl(at.v[rows], target))
-
-    @property
-    def needs_old(self) -> bool:
-        """Whether the loss reads v_old."""
-        return True
 
     def pull_weight(self, batch: "TrainingBatch") -> Tensor | float:
         """Weight of the pull to the reference: a number, or one per row, [N]."""

@@ -82,6 +82,8 @@ class GroupProcess(GroupSettings, ForwardProcess):
     """A method on clean samples whose loss reads numbers of whole groups. A subclass measures, completes and gives `row_loss`."""
 
     whole_groups: ClassVar[bool] = True
+    needs_old: ClassVar[bool] = False
+    """The first pass has measured the old policy's errors."""
     measures: ClassVar[tuple[str, ...]]
     """Names of what `measure` returns."""
 
@@ -112,11 +114,6 @@ class GroupProcess(GroupSettings, ForwardProcess):
         v_old = v if policy.equal("old", "current") else policy.velocity("old", x_t, batch.t, batch.conditioning)
         v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.frozen else None
         return self.of_errors(Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps)))
-
-    @property
-    def needs_old(self) -> bool:
-        """The second pass does not ask the old policy: its errors were measured."""
-        return False
 
 
 class CRD(CRDSettings, GroupProcess):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from flowtilt.flow import per_sample
 from flowtilt.methods.steps import StepSettings
-from flowtilt.objectives.forward import velocity_kl
-from flowtilt.objectives.guide import guide_target
+from flowtilt.objectives.guide import guide_pull
 from flowtilt.sampling.trajectory import KeptSteps
 from flowtilt.seeding import generator
 from flowtilt.solvers import log_prob, sde_step
@@ -143,21 +142,9 @@ class StepProcess(StepSettings):
             metrics["kl"] = path_kl(mean, mean_ref, std, dt) if self.sde == "flow" else step_kl(mean, mean_ref, std)
             loss = loss + self.pull * metrics["kl"]
         if self.guided:
-            metrics["guide"] = self._guide(policy, batch, v)
+            metrics["guide"] = guide_pull(self, policy, batch, batch.x, batch.sigma, v)
             loss = loss + metrics["guide"]
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
-
-    def _guide(self, policy: "Policy", batch: "TransitionBatch", v: Tensor) -> Tensor:
-        """weight mean (v - v_guided)^2 on the steps that carry the guide, 0 on the others; [N]."""
-        pull = torch.zeros_like(batch.sigma)
-        if batch.guide is None or batch.empty is None or not len(rows := batch.guide.at(batch.sigma)):
-            return pull
-        x, sigma = batch.x[rows], batch.sigma[rows]
-        with torch.no_grad():
-            same = policy.equal("old", "current")
-            v_old = v[rows].detach() if same else policy.velocity("old", x, sigma, batch.conditioning.select(rows.cpu()))
-        target = guide_target(self, policy, x, sigma, v_old, batch.conditioning.select(rows.cpu()), batch.empty)
-        return pull.index_add(0, rows, batch.guide.weight * velocity_kl(v[rows], target))
 
     def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
         """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
