@@ -55,6 +55,10 @@ METHODS: dict[str, Method] = {
     "epg": Method("playground-epg", 3e-3, "scale", (0.1, 0.5, 2.5)),
     "pepg": Method("playground-pepg", 3e-3, "scale", (0.1, 0.5, 2.5)),
     "ram": Method("playground-ram", 3e-3, "multiplier", (5.0, 15.0, 45.0)),
+    "awr": Method("playground-awr", 3e-3, "temperature", (0.3, 1.0, 3.0)),
+    "dgpo": Method("playground-dgpo", 3e-3, "beta", (30.0, 100.0, 300.0)),
+    "crd": Method("playground-crd", 3e-3, "beta", (0.3, 1.0, 3.0)),
+    "dpo": Method("playground-dpo-online", 1e-3, "beta", (30.0, 100.0, 300.0)),
 }
 
 
@@ -83,6 +87,7 @@ ABLATIONS: dict[str, Variant] = {
     "old-copy": Variant("pace of the old policy", "copy", ("objective.old_policy=copy",)),
     "old-delayed": Variant("pace of the old policy", "delayed", ("objective.old_policy=delayed",)),
     "beta-0.1": Variant("beta", "0.1", ("objective.beta=0.1",)),
+    "beta-0.2": Variant("beta", "0.2", ("objective.beta=0.2",)),
     "beta-0.3": Variant("beta", "0.3", ("objective.beta=0.3",)),
     "beta-1": Variant("beta", "1", ("objective.beta=1",)),
     "no-negative": Variant("negative term", "without", WITHOUT_NEGATIVE),
@@ -90,6 +95,10 @@ ABLATIONS: dict[str, Variant] = {
     "cps": Variant("solver of the rollout", "cps, stochastic with eta 0.5", ("rollout.solver=cps", "rollout.eta=0.5")),
     "not-adaptive": Variant("adaptive weight", "without", ("objective.adaptive=false",)),
     "consistency-0": Variant("consistency", "0", ("objective.consistency=0.0",)),
+    "shared-noise": Variant("shared within a prompt's images", "noise", ("objective.shared=noise",)),
+    "shared-time": Variant("shared within a prompt's images", "noise level", ("objective.shared=time",)),
+    "shared-both": Variant("shared within a prompt's images", "noise and level", ("objective.shared=both",)),
+    "variance": Variant("prompts", "by the variance of their rewards", ("prompts_by=variance",)),
 }
 
 
