@@ -4,7 +4,7 @@
     python benchmarks/head_to_head.py ablate report        what DiffusionNFT's parts are worth, after that
     python benchmarks/head_to_head.py --estimate           how long it takes, and nothing else
 
-Settings are chosen on combinations of objects that are in neither the training nor the test prompts; docs/benchmarks.md has the
+Settings are chosen on combinations of objects that are in neither the training nor the test prompts; docs/results/benchmarks.md has the
 protocol. Each run is a folder: what is finished is skipped, what was interrupted goes on. What the file of results holds of the same
 plan is not made again either, so that a comparison can be finished on another machine than it was begun on.
 """
@@ -171,7 +171,7 @@ def main() -> None:
         contest = Contest(args.folder.resolve(), plan, args.workers, results, lambda line: print(line, flush=True))
         for stage in stages:
             if stage == "report":
-                contest.report(base / "docs" / "benchmarks.md", base / "docs" / "images" / "head_to_head.svg")
+                contest.report(base / "docs" / "results" / "benchmarks.md", base / "docs" / "images" / "head_to_head.svg")
             else:
                 getattr(contest, stage)()
     except UserError as error:

@@ -35,7 +35,7 @@ from flowtilt.sampling.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rtdmd.json"
-PAGE = ROOT / "docs" / "rtdmd.md"
+PAGE = ROOT / "docs" / "guides" / "few-steps.md"
 CURVES = ROOT / "docs" / "images" / "rtdmd.svg"
 PICTURE = ROOT / "docs" / "images" / "rtdmd.png"
 BUDGET = 160_000

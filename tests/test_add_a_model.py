@@ -21,7 +21,7 @@ from flowtilt.models.opening import open_model
 from flowtilt.policy.tuned_model import Stack
 from flowtilt.sampling.sampler import Sampler, decode
 
-PAGE = ROOT / "docs" / "add-a-model.md"
+PAGE = ROOT / "docs" / "guides" / "add-a-model.md"
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
         name = re.match(r"# (\S+)", code)
         assert name
         Path(name[1]).write_text(code)
-    Path("my_reward.py").write_text(blocks(ROOT / "docs" / "add-a-reward.md", "python")[0])
+    Path("my_reward.py").write_text(blocks(ROOT / "docs" / "guides" / "add-a-reward.md", "python")[0])
     Path("prompts.txt").write_text("\n".join(f"a picture of a {thing}" for thing in ("cat", "dog", "fox", "owl", "bee", "ant")))
     return tmp_path
 

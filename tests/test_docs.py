@@ -12,7 +12,7 @@ from flowtilt.config import load_recipe, recipe_names
 from flowtilt.io.files import read_lines
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page, language):
@@ -21,7 +21,7 @@ def blocks(page, language):
 
 def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "add-a-reward.md"
+    page = ROOT / "docs" / "guides" / "add-a-reward.md"
     code, command = blocks(page, "python")[0], blocks(page, "bash")[0].strip()
     name = re.match(r"# (\S+)", code)
     assert name
@@ -34,7 +34,7 @@ def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
 
 def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "add-a-reward.md"
+    page = ROOT / "docs" / "guides" / "add-a-reward.md"
     code = next(code for code in blocks(page, "python") if code.startswith("# sharpness.py"))
     recipe = blocks(page, "toml")[0]
     name = re.match(r"# (\S+)", code)
@@ -73,7 +73,7 @@ def test_every_file_that_a_page_links_to_is_there(page):
 
 
 def test_the_page_of_papers_names_every_recipe_and_files_that_speak_of_their_paper():
-    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "papers.md").read_text(encoding="utf-8")
     assert {name for name in re.findall(r"`([a-z0-9-]+)`", page) if name.startswith(("sd35m", "playground", "flux"))} == set(recipe_names())
     for row in re.findall(r"^\| .*arxiv.*", page, re.M):
         papers, file = re.findall(r"arxiv\.org/abs/([\d.]+)", row), re.findall(r"`([\w/.]+)`", row.split("|")[2])[0]

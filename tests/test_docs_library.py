@@ -1,4 +1,4 @@
-"""docs/library.md: its code runs as it stands, in one process, block after block."""
+"""docs/guides/library.md: its code runs as it stands, in one process, block after block."""
 
 import pytest
 from test_docs import ROOT, blocks
@@ -9,7 +9,7 @@ from flowtilt.io.files import read_lines
 
 def test_the_pages_code_runs_block_after_block(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    first, *others = blocks(ROOT / "docs" / "library.md", "python")
+    first, *others = blocks(ROOT / "docs" / "guides" / "library.md", "python")
     compile(first, "library.md", "exec")  # twenty rollouts; the others have its calls with few
     space = {"ft": ft}
     for code in others:
@@ -25,6 +25,6 @@ def test_the_pages_cell_that_is_run_twice_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "red").mkdir(parents=True)
     (tmp_path / "runs" / "red" / "recipe.toml").write_text("")
-    code = next(code for code in blocks(ROOT / "docs" / "library.md", "python") if 'run="runs/red"' in code)
+    code = next(code for code in blocks(ROOT / "docs" / "guides" / "library.md", "python") if 'run="runs/red"' in code)
     with pytest.raises(ft.UserError, match=r"run runs/red: not empty; go on with"):
         exec(code, {"ft": ft})

@@ -1,4 +1,4 @@
-"""docs/metrics.md is whole: every metric that any objective logs is on it, it names none that is not logged, and every guard is there."""
+"""docs/reference/metrics.md has every metric that any objective logs, none that is not logged, and every guard."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from flowtilt.methods.dpo import PairSettings
 from flowtilt.methods.forward import ForwardSettings
 from flowtilt.training.guards.rules import RULES
 
-PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
 REWARD = """
 from flowtilt import RewardOutput
 def mine(images, prompts):

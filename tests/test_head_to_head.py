@@ -195,7 +195,7 @@ def test_an_entry_is_known_by_its_command_without_its_length(tmp_path):
 
 
 def test_the_page_is_what_the_results_say():
-    page, results = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results" / "head_to_head.json"
+    page, results = ROOT / "docs" / "results" / "benchmarks.md", ROOT / "benchmarks" / "results" / "head_to_head.json"
     told = page.read_text(encoding="utf-8")
     found = json.loads(results.read_text()) if results.is_file() else None
     assert with_results(told, found) == told
@@ -259,7 +259,7 @@ def test_another_plan_does_not_mix_with_what_is_there(contest):
 
 def test_the_report_has_the_search_and_every_seed_and_a_picture(contest, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    page.write_text((ROOT / "docs" / "results" / "benchmarks.md").read_text())
     contest.report(page, tmp_path / "plot.svg")
     told, results = page.read_text(), json.loads((contest.folder / "results.json").read_text())
     assert NOTHING not in told and "| grpo | 1 |" in told and told.count("**chosen**") == 1

@@ -1,4 +1,4 @@
-"""A user's own method, by the page that tells how: docs/add-an-objective.md."""
+"""A user's own method, by the page that tells how: docs/guides/add-an-objective.md."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from flowtilt.io.files import read_lines
 from flowtilt.runs import checkpoint
 from flowtilt.runs.folder import open_run
 
-PAGE = Path(__file__).parent.parent / "docs" / "add-an-objective.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "add-an-objective.md"
 SHORT = [*(item for item in QUICK if not item.startswith("objective.")), *LIGHT]
 TIMES = ["objective.times=stratified", "objective.times_per_image=2"]
 STEPS = ["objective.type=steps.py:Vanilla", "objective.eta=0.5"]

@@ -102,7 +102,7 @@ def test_hours_are_operations_at_the_peak_of_their_precision():
 
 
 def test_the_page_shows_what_the_command_printed():
-    page = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "explain" / "plan.md").read_text(encoding="utf-8")
     shown = [block for block in re.findall(r"```text\n(.*?)```", page, re.S) if " on " in block.splitlines()[0]]
     assert len(shown) == 4
     for block in shown:

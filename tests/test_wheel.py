@@ -67,7 +67,7 @@ def test_the_source_distribution_has_every_file_of_the_repository(built):
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert {".ci/run", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "README.md", "constraints.txt"} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "examples").iterdir() if path.is_file()} <= names
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             path = (page.parent / target).resolve()
             assert path.is_dir() or str(path.relative_to(ROOT)) in names, target

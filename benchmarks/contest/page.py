@@ -55,7 +55,7 @@ def markdown(results: Record | None) -> str:
         return NOTHING
     parts = [run_on(results["entries"]), _methods(results["entries"], results["base"])]
     if (Path(__file__).parents[2] / "docs" / "images" / "head_to_head.svg").is_file():
-        parts.insert(1, "![Score against network evaluations](images/head_to_head.svg)")
+        parts.insert(1, "![Score against network evaluations](../images/head_to_head.svg)")
     parts.append(_ladder(drawn(results["entries"])))
     parts += ["### What the search tried", *(_search(method, tried) for method, tried in results["search"].items())]
     if results["ablations"]:

@@ -5,7 +5,7 @@ import sys
 
 from flowtilt.errors import printable
 
-TRUST = "run the Python files and contact the servers that a recipe from elsewhere names (docs/lora.md)"
+TRUST = "run the Python files and contact the servers that a recipe from elsewhere names (docs/guides/lora.md)"
 """The help of --trust."""
 
 

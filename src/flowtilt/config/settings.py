@@ -33,7 +33,7 @@ class ModelSettings(Table):
     levels: Literal["rule", "stock"] = "rule"
     """Noise levels: the pipeline's shift applied once, or as diffusers has them without `sigmas`, as published code for SD3 samples."""
     adapter: str | None = Field(default=None, min_length=1)
-    """The class "file.py:Class" that adapts a family which flowtilt does not know (docs/add-a-model.md)."""
+    """The class "file.py:Class" that adapts a family which flowtilt does not know (docs/guides/add-a-model.md)."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Further keywords for the adapter: FLUX.1-dev's `embedded_guidance`, or those of your own class."""
     offload: Literal["auto"] | bool = "auto"
@@ -58,9 +58,9 @@ class LoraSettings(Table):
     alpha: float = Field(default=64.0, gt=0, le=WEIGHT)
     """The update is alpha / r times B A."""
     init: str | None = Field(default=None, min_length=1)
-    """A LoRA to start from, of this rank and alpha: a run, folder or file (docs/lora.md); the KL's reference stays the base without it."""
+    """LoRA to start from, of this rank and alpha: a run, folder or file (docs/guides/lora.md). The KL's reference is the base without it."""
     on: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """LoRAs beneath the trained one, frozen, in order: runs, folders or files (docs/lora.md); the reference is the base with them."""
+    """Frozen LoRAs under the trained one, in order: runs, folders or files (docs/guides/lora.md). The reference is the base with them."""
 
     @field_validator("init")
     @classmethod
@@ -173,7 +173,7 @@ class RewardSettings(Table):
     weight: Weight = 1.0
     """Its weight in the sum; 0 is measured and not trained on."""
     compat: bool = False
-    """Give upstream's numbers also where upstream is wrong (docs/rewards.md says where)."""
+    """Give upstream's numbers also where upstream is wrong (docs/reference/rewards.md says where)."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Further keywords for it."""
 
@@ -204,7 +204,7 @@ class Recipe(Table):
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: Literal["lora", "full"] = "lora"
-    """What is trained: a LoRA on the frozen base, or all weights of its network (docs/full.md), then without `[lora]`."""
+    """What is trained: a LoRA on the frozen base, or all weights of its network (docs/guides/full.md), then without `[lora]`."""
     lora: LoraSettings = LoraSettings()
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
@@ -223,7 +223,7 @@ class Recipe(Table):
     guards: Literal["warn", "stop", "off"] = "warn"
     """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
     track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Trackers that get metrics, scores and samples, too; each needs flowtilt[track] (docs/trackers.md)."""
+    """Trackers that get metrics, scores and samples, too; each needs flowtilt[track] (docs/guides/trackers.md)."""
 
     @field_validator("rewards")
     @classmethod

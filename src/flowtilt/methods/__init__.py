@@ -84,7 +84,7 @@ def own_method(source: str) -> type[Method]:
 
 
 def _checked(source: str, found: Any) -> type[Method]:
-    how = "subclass flowtilt.objectives.ForwardProcess or flowtilt.objectives.StepProcess (docs/add-an-objective.md)"
+    how = "subclass flowtilt.objectives.ForwardProcess or flowtilt.objectives.StepProcess (docs/guides/add-an-objective.md)"
     if not inspect.isclass(found) or not issubclass(found, Method):
         raise UserError(f"objective.type: {source} is not a method; {how}")
     missing = sorted(getattr(found, "__abstractmethods__", ()))

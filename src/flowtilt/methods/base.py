@@ -1,7 +1,7 @@
 """What every method says of itself, without importing torch.
 
 A method is one class: its keys in a recipe's `[objective]`, its checks of the other tables, its cost, and what the guards
-watch. The loss may be in the same class (a user's own method, docs/add-an-objective.md) or in the class that `objective`
+watch. The loss may be in the same class (a user's own method, docs/guides/add-an-objective.md) or in the class that `objective`
 names, so that reading a recipe needs no torch (the built-in methods).
 """
 

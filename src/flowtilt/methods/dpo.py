@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PLAYGROUND = "playground"
 """Pairs of this name are sampled from the playground's base when they are first asked for."""
 WORSE = 0.05
-"""Share of the reference's error. On the playground offline DPO learnt up to .05 and no more beyond: three runs, docs/dpo.md."""
+"""Share of the reference's error. Offline DPO on the playground improves up to .05, not above (docs/guides/offline-pairs.md)."""
 ROLLOUTS_WORSE = 5
 """A step sees few pairs at few noise levels: one of them says little."""
 
@@ -95,7 +95,7 @@ class OfflineDPOSettings(PairSettings):
     beta: float = Field(default=5000.0, gt=0, le=WEIGHT)
     """As for "dpo"; 5000 is Diffusion-DPO's published value."""
     pairs: str = Field(default="", max_length=4096)
-    """Pair file: .jsonl, HPDv3's .json, Pick-a-Pic's .parquet or a folder of those (docs/dpo.md); "playground" samples its own."""
+    """Pairs: .jsonl, HPDv3 .json, Pick-a-Pic .parquet or a folder of them (docs/guides/offline-pairs.md). "playground" samples its own."""
 
     learner: ClassVar[str] = "flowtilt.training.dpo.offline:begin"
     made: ClassVar[str] = "trained on pairs of images"
@@ -112,7 +112,7 @@ class OfflineDPOSettings(PairSettings):
         from flowtilt.config.held_out import SPLIT  # the package reads methods first
 
         if not self.pairs:
-            raise ValueError('objective.pairs: name a file of pairs, as objective.pairs = "pairs.jsonl" (docs/dpo.md)')
+            raise ValueError('objective.pairs: name a file of pairs, as objective.pairs = "pairs.jsonl" (docs/guides/offline-pairs.md)')
         if self.pairs == PLAYGROUND and recipe.prompts not in SPLIT:
             raise ValueError(
                 f'objective.pairs: "{PLAYGROUND}" is for prompts = "{PLAYGROUND}" alone; a file of that name is given as ./{PLAYGROUND}'

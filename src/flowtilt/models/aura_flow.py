@@ -1,4 +1,4 @@
-"""AuraFlow 0.1 to 0.3: joint and single blocks, a caption by UMT5 times its mask, shift 1.73. docs/add-a-model.md explains this file."""
+"""AuraFlow 0.1 to 0.3: joint and single blocks, a caption by UMT5 times its mask, shift 1.73. Explained in docs/guides/add-a-model.md."""
 
 from math import isqrt
 

@@ -1,7 +1,7 @@
 """The base class of model families: a diffusers pipeline as a `Model`, with what differs between families declared.
 
-A family says how it reads a caption, what its network takes, and where it departs from the defaults below. docs/add-a-model.md has one
-in full.
+A family says how it reads a caption, what its network takes, and where it departs from the defaults below. docs/guides/add-a-model.md shows
+one in full.
 """
 
 from collections.abc import Mapping, Sequence

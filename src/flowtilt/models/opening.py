@@ -121,7 +121,7 @@ def _family(settings: ModelSettings, pipeline: Any) -> Any:
         return getattr(import_module(f"flowtilt.models.{module}"), name)
     raise UserError(
         f"model {settings.path}: a {kind}, for which flowtilt has no family; subclass flowtilt.models.family.Family, or Packed where "
-        'the network sees 2 x 2 patches of latents as tokens, and name it as model.adapter = "file.py:Class" (docs/add-a-model.md)'
+        'the network sees 2 x 2 patches of latents as tokens, and name it as model.adapter = "file.py:Class" (docs/guides/add-a-model.md)'
     )
 
 

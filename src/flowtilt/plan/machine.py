@@ -36,7 +36,7 @@ GPUS = {
 
 
 REACHED = {False: 0.24, True: 0.37}
-"""Utilisation that was measured in sampling and training, on an H200 as the network is, on an H100 compiled (docs/performance.md)."""
+"""Utilisation measured in sampling and training: eager on an H200, compiled on an H100 (docs/results/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         UserError: the model's shapes are not known, or its settings do not fit them.
     """
     if not recipe.objective.memory_known:
-        raise UserError(f"plan: the memory of {recipe.objective.type} is not counted yet; other objectives are (docs/plan.md)")
+        raise UserError(f"plan: the memory of {recipe.objective.type} is not counted yet; other objectives are (docs/explain/plan.md)")
     costs = costs_of(recipe.model, recipe.lora.rank, recipe.lora.alpha, recipe.train == "full")
     train, judge = (judging(rewards, costs.resolution) for rewards in (rewards_of(recipe), judges_of(recipe)))
     models = {**train.models, **judge.models}

@@ -7,7 +7,7 @@ vanishes or rewards whatever is unlike the rivals. Weights over their sum are sh
 layouts that fit the prompt add up. Everything is smooth in the pixels; there is no argmax and no threshold.
 
 It is not the verifier, which finds parts wherever they are and forgives no ghost. What climbs this on pixels
-will find its holes; what climbs it through a decoder, on latents, mostly draws the objects (docs/rewards.md).
+will find its holes; what climbs it through a decoder, on latents, mostly draws the objects (docs/reference/rewards.md).
 """
 
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ def _reader(file: Path) -> Iterator[Pair | str]:
             from flowtilt.preferences.parquet import rows
 
             return rows(file)
-    raise UserError(f"pairs {file}: unknown kind of file; .jsonl, .json and .parquet are read (docs/dpo.md)")
+    raise UserError(f"pairs {file}: unknown kind of file; .jsonl, .json and .parquet are read (docs/guides/offline-pairs.md)")
 
 
 def _text(file: Path) -> str:

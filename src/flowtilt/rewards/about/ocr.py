@@ -7,7 +7,7 @@ from flowtilt.rewards.about.base import BuiltIn
 
 
 def _cost(options: Mapping[str, Any]) -> str:
-    # measured with side = 512 and images of 512 pixels; the default side takes about three times as long (docs/rewards.md)
+    # measured with side = 512 and images of 512 pixels; the default side takes about three times as long (docs/reference/rewards.md)
     seconds = 0.14 * (1 if options.get("side") == 512 else 3)
     return f"on the CPU while images are sampled, about {seconds:.2f} s per image and core"
 

@@ -1,4 +1,4 @@
-"""What each guard looks for, and what it says. A threshold's reason stands with it; docs/metrics.md has them on one page."""
+"""What each guard looks for, and what it says. A threshold's reason stands with it; docs/reference/metrics.md has them on one page."""
 
 from collections.abc import Callable, Mapping
 from math import isfinite
