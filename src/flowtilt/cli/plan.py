@@ -26,7 +26,7 @@ def _plan(args: argparse.Namespace) -> int:
     quieten()
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.model.path == "playground" and not args.json and (args.gpu, args.gpus, args.gpu_memory, args.utilisation) == (None,) * 4:
-        print(f"{recipe.name}: runs on a CPU in minutes (docs/results/playground.md). To plan it for a GPU, name one: --gpu h100")
+        print(f"{recipe.name}: needs no GPU (docs/results/playground.md). To plan it for a GPU, name one: --gpu h100")
         return 0
     from flowtilt.plan import Machine, make_plan
     from flowtilt.plan.machine import REACHED

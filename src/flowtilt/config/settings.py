@@ -58,7 +58,7 @@ class LoraSettings(Table):
     alpha: float = Field(default=64.0, gt=0, le=WEIGHT)
     """The update is alpha / r times B A."""
     init: str | None = Field(default=None, min_length=1)
-    """LoRA to start from, of this rank and alpha: a run, folder or file (docs/guides/lora.md). The KL's reference is the base without it."""
+    """LoRA to start from, of this rank and alpha: a run, folder or file (docs/guides/lora.md). The KL's reference lacks it."""
     on: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Frozen LoRAs under the trained one, in order: runs, folders or files (docs/guides/lora.md). The reference is the base with them."""
 
