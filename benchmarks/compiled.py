@@ -53,7 +53,7 @@ class Passes:
         v.square().mean().backward()
         return v.detach()
 
-    def ratio_off(self, v: Tensor, other: Tensor, step: int) -> float:
+    def ratio_deviation(self, v: Tensor, other: Tensor, step: int) -> float:
         """Mean |ratio - 1| of Flow-SDE's step drawn with one velocity and weighed with the other."""
         s, s_next, first = self.levels[step], self.levels[step + 1], self.levels[1]
         z = noise(1, "compiled", [(k,) for k in range(len(v))], v.shape[1:]).to(v.device)
@@ -116,7 +116,7 @@ def velocities(passes: Passes, plain: Tensor | None) -> dict[str, Any]:
         "recorded": off(recorded, v),
         "reference": off(bare, v),
         "not_compiled": None if plain is None else off(v, plain),
-        "ratio_off": {step: passes.ratio_off(v, recorded, step) for step in (1, last // 2 + 1, last)},
+        "ratio_off": {step: passes.ratio_deviation(v, recorded, step) for step in (1, last // 2 + 1, last)},
     }
 
 

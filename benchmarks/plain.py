@@ -64,7 +64,7 @@ class PlainLoop:
         """
         r, recipe, rewards = self.recipe.rollout, self.recipe, self.trainer.rewards
         images = r.images()
-        drawn = PromptWalk(self.trainer.prompts, recipe.seed, recipe.tags).draw((number - 1) * r.prompts, r.prompts)
+        drawn = PromptWalk(self.trainer.prompts, recipe.seed, recipe.tags).take((number - 1) * r.prompts, r.prompts)
         prompts = [drawn[i // r.images_per_prompt] for i in range(images)]
         self.network.enable_adapters()  # a step that ran out of memory may have left them off
         self.network.set_adapter("old")

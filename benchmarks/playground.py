@@ -33,7 +33,7 @@ def fresh(trainer: Trainer, role: str, images: int) -> dict:
         trainer.policy,
         role,
         trainer.test_prompts,
-        trainer.judges,
+        trainer.eval_rewards,
         sampler_of(e),
         images=images,
         column=e.rewards[0],

@@ -30,7 +30,7 @@ from flowtilt.io.files import write_atomic, write_json
 from flowtilt.io.quiet import quieten
 from flowtilt.models.opening import open_model
 from flowtilt.plan.passes import passes_in_all
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
@@ -60,8 +60,8 @@ def teacher(seed: int) -> dict[str, Any]:
     """The base with guidance in 20 steps, and without in the student's 4, on the noise of a seed's evaluations."""
     recipe = load_recipe("playground-rtdmd-cold", [f"seed={seed}"])
     e = recipe.evaluate
-    stack = Stack(open_model(recipe.model, torch.device("cpu")), [])
-    _, judges = load_rewards(recipe, torch.device("cpu"))
+    stack = TunedModel(open_model(recipe.model, torch.device("cpu")), [])
+    _, eval_rewards = load_rewards(recipe, torch.device("cpu"))
     prompts = evaluation_prompts(recipe, training_prompts(recipe))
     found = {}
     samplers = {
@@ -71,7 +71,7 @@ def teacher(seed: int) -> dict[str, Any]:
     }
     for name, sampler in samplers.items():
         scored = evaluate(
-            stack, "base", prompts, judges, sampler, images=e.images, column=e.rewards[0], seed=seed, samples=0,
+            stack, "base", prompts, eval_rewards, sampler, images=e.images, column=e.rewards[0], seed=seed, samples=0,
             micro_batch=MicroBatch("auto", "cpu"), world=World(0, 1, torch.device("cpu")),
         )  # fmt: skip
         found[name] = scored.score

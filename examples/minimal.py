@@ -47,7 +47,7 @@ def main() -> None:
     # a frozen base with a LoRA in three roles: "current" is trained, "old" samples, "ema" is evaluated and saved
     policy = ft.load_policy("playground", lora_rank=32, seed=args.seed)
     training = PromptWalk(ft.load_prompts("playground", "train"), args.seed)
-    test = PromptWalk(ft.load_prompts("playground", "test"), seed=0).draw(0, args.test)
+    test = PromptWalk(ft.load_prompts("playground", "test"), seed=0).take(0, args.test)
 
     # the loss contrasts v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, weighted by how good an image is
     objective = ft.NFT(beta=1.0, consistency=0.3, kl=0.0, times="stratified", times_per_image=2)

@@ -10,7 +10,7 @@ from flowtilt.config import load_recipe
 from flowtilt.io.files import read_lines
 from flowtilt.runs import checkpoint
 from flowtilt.runs.folder import open_run
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 
 TINY = ["evaluate.every=0", "evaluate.images=2", "evaluate.samples=1", "checkpoint.every=1"]
 COLD = [*TINY, "steps=2", "rollout.prompts=5", "objective.consistency=0.01"]
@@ -46,11 +46,11 @@ def recorded(monkeypatch):
     """Updates are not made: of each is kept whose it is, the gradient by its parts, and the sums."""
     found = []
 
-    def make(self, sums, phases):
+    def step(self, sums, phases):
         found.append((self._role, [w.grad.clone() for w in self.weights], {name: float(value) for name, value in sums.items()}))
         return 0.0
 
-    monkeypatch.setattr(Update, "make", make)
+    monkeypatch.setattr(RoleOptimizer, "step", step)
     return found
 
 

@@ -18,7 +18,7 @@ from flowtilt.conformance import IMAGE
 from flowtilt.io.files import read_lines
 from flowtilt.lora.read import read_lora
 from flowtilt.models.opening import open_model
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler, decode
 
 PAGE = ROOT / "docs" / "guides" / "add-a-model.md"
@@ -69,7 +69,7 @@ def test_the_pages_command_trains_and_plain_diffusers_draws_the_result(place, mo
     captions, noise = ["a cat", "two dogs"], torch.randn(2, *model.latent_shape)
 
     def ours(role):
-        stack = Stack(model, [read_lora("run")])
+        stack = TunedModel(model, [read_lora("run")])
         return decode(stack, Sampler("euler", 3)(stack, role, noise, model.encode(captions), 2), 2)
 
     pipeline = AuraFlowPipeline.from_pretrained("auraflow")

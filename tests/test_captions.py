@@ -9,7 +9,7 @@ from torch import nn
 from transformers import T5Tokenizer
 
 from flowtilt.config import ModelSettings
-from flowtilt.device.placement import visiting
+from flowtilt.device.placement import on_device
 from flowtilt.models import captions
 from flowtilt.models.captions import Captions, captions_of
 from flowtilt.models.conditioning import Conditioning
@@ -169,7 +169,7 @@ def test_visiting_modules_come_home_as_they_were_also_after_an_error(monkeypatch
         return x.clone()
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    with pytest.raises(RuntimeError, match="stop"), visiting([module, module], torch.device("cuda", 0)):
+    with pytest.raises(RuntimeError, match="stop"), on_device([module, module], torch.device("cuda", 0)):
         for x in module.state_dict().values():
             x.zero_()
         raise RuntimeError("stop")
@@ -190,6 +190,6 @@ def test_what_has_moved_goes_home_also_where_memory_ends_half_way(monkeypatch):
         return x.clone()
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    with pytest.raises(torch.OutOfMemoryError), visiting([module], torch.device("cuda", 0)):
+    with pytest.raises(torch.OutOfMemoryError), on_device([module], torch.device("cuda", 0)):
         pass
     assert moved and {name: x.data_ptr() for name, x in module.named_parameters()} == before

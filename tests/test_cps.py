@@ -16,7 +16,7 @@ from flowtilt.io.files import read_lines
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler
 from flowtilt.seeding import noise, step_noise
 from flowtilt.solvers import solve, solve_cps
@@ -28,7 +28,7 @@ CPS = ["rollout.solver=cps", "rollout.steps=4"]
 
 @pytest.fixture(scope="module")
 def stack():
-    return Stack(SD3(load_pipeline(str(pipeline_path()), revision=None, dtype="float32", device=torch.device("cpu"))), [])
+    return TunedModel(SD3(load_pipeline(str(pipeline_path()), revision=None, dtype="float32", device=torch.device("cpu"))), [])
 
 
 def drawn(stack, sampler, rows=(0, 1, 2), size=8, seed=0):

@@ -32,7 +32,7 @@ def trainer(distilled, tmp_path_factory):
 @pytest.fixture
 def simulated(trainer):
     """Where the student's samples of step 3 stopped, and the samples."""
-    return trainer.method._simulated(3, 2, trainer.walk.draw(0, N))
+    return trainer.method._simulated(3, 2, trainer.walk.take(0, N))
 
 
 # what a run is -----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_interrupted_and_gone_on_with_it_is_the_unbroken_run_to_the_bit(distille
 def test_every_level_is_stopped_at_equally_often_by_samples_that_change(trainer):
     sigmas, seen = trainer.policy.model.levels(S), set()
     for draw in range(3):
-        stopped, samples = trainer.method._simulated(5, draw, trainer.walk.draw(0, N))
+        stopped, samples = trainer.method._simulated(5, draw, trainer.walk.take(0, N))
         counts = Counter(samples.s.tolist())
         assert [counts[level] for level in sigmas[1:].tolist()] == [2, 1, 1, 1]
         before = {float(after): float(level) for level, after in pairwise(sigmas)}
@@ -122,7 +122,7 @@ def test_the_micro_batch_is_a_matter_of_memory_only(trainer, simulated, monkeypa
 
     whole = gradients()
     monkeypatch.setattr(trainer.micro_batch, "_first", 5)
-    _, samples = method._simulated(3, 2, trainer.walk.draw(0, N))
+    _, samples = method._simulated(3, 2, trainer.walk.take(0, N))
     torch.testing.assert_close(samples.x_s, simulated[1].x_s, atol=1e-5, rtol=1e-5)
     assert torch.equal(samples.s, simulated[1].s)
     for (role, ours, sums), (other, theirs, all_sums) in zip(gradients(), whole, strict=True):
@@ -229,7 +229,7 @@ def test_a_student_whose_fake_score_says_what_the_teacher_says_stays_where_it_is
     """At the start, without guidance, both are the base."""
     trainer = Trainer(cold(tmp_path / "run", "objective.teacher_guidance=1"))
     before = trainer.policy.state("current")
-    stopped, samples = trainer.method._simulated(1, 2, trainer.walk.draw(0, N))
+    stopped, samples = trainer.method._simulated(1, 2, trainer.walk.take(0, N))
     metrics = trainer.method._learn(stopped, samples, N, Phases(CPU))
     assert metrics["grad_norm"] == 0 and metrics["teacher_gap"] == 0 and trainer.method.student.count == 1
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state("current").items())

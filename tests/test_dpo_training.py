@@ -154,7 +154,7 @@ def test_times_and_noise_belong_to_a_pairs_place_in_the_run(read, tmp_path):
 def test_an_online_pair_is_the_best_and_the_worst_image_of_its_prompt(rolled, tmp_path, monkeypatch):
     trainer = going_on(rolled, tmp_path / "on")
     method = trainer.method
-    scored, _ = method.rollouts.draw(3, trainer.walk.draw(6, 3), Phases(CPU))
+    scored, _ = method.rollouts.sample(3, trainer.walk.take(6, 3), Phases(CPU))
     learnt = []
     monkeypatch.setattr(method.learner.pairs, "learn", lambda batches, phases: learnt.extend(batches) or {})
     method.learner.learn(3, scored, Phases(CPU))

@@ -15,7 +15,7 @@ from flowtilt.estimate import Estimate
 from flowtilt.report.bars import scale_of
 from flowtilt.report.evaluation.estimates import bracketed, decimals, verdict, written
 from flowtilt.report.evaluation.extremes import ranked, worst_and_best
-from flowtilt.report.evaluation.loading import Scored, parse
+from flowtilt.report.evaluation.loading import ScoredImage, parse
 from flowtilt.report.evaluation.terminal import table
 
 
@@ -38,8 +38,8 @@ def results(folder: Path) -> dict[str, Any]:
 # which images ----------------------------------------------------------------------------------------
 
 
-def image(index: int, copy: int, score: float | None, tag: str = "") -> Scored:
-    return Scored("a", index, copy, f"prompt {index}", tag, "tuned", {"x": score}, "", None)
+def image(index: int, copy: int, score: float | None, tag: str = "") -> ScoredImage:
+    return ScoredImage("a", index, copy, f"prompt {index}", tag, "tuned", {"x": score}, "", None)
 
 
 def test_equal_scores_take_turns_over_tags_and_prompts() -> None:

@@ -22,7 +22,7 @@ from flowtilt.lora.write import to_diffusers, to_peft
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.runs import card
 from flowtilt.runs.export import FORMATS, export
 from flowtilt.sampling.sampler import Sampler, decode
@@ -96,7 +96,7 @@ def by_diffusers(pipeline):
 
 def by_us(place, loras):
     model = SD3(load_pipeline(str(place), revision=None, dtype="float32", device=torch.device("cpu")))
-    stack, start = Stack(model, loras), noise(0, "test", [(0,), (1,)], (8, 8, 8))
+    stack, start = TunedModel(model, loras), noise(0, "test", [(0,), (1,)], (8, 8, 8))
     return decode(stack, Sampler("euler", STEPS, 1.0)(stack, "tuned", start, model.encode(TEXTS), 2), 2)
 
 
@@ -311,7 +311,7 @@ def test_the_card_of_a_run_with_stochastic_steps_draws_as_its_evaluation(few_ste
     rngs = [torch.Generator().manual_seed(k) for k in range(2)]
     z = [torch.cat([torch.randn(1, 8, 8, 8, generator=rng) for rng in rngs]) for _ in range(STEPS - 1)]
     model = SD3(load_pipeline(str(pipeline_path()), revision=None, dtype="float32", device=torch.device("cpu")))
-    stack, sampler = Stack(model, [read_lora(few_steps)]), Sampler("cps", STEPS, 2.0, 0.8)
+    stack, sampler = TunedModel(model, [read_lora(few_steps)]), Sampler("cps", STEPS, 2.0, 0.8)
     latents = sampler(stack, "tuned", scope["start"], model.encode(TEXTS), 2, lambda rows, j: z[j][rows])
     torch.testing.assert_close(decode(stack, latents, 2), theirs, atol=1e-4, rtol=0)
 

@@ -15,7 +15,7 @@ from flowtilt.models.captions import Captions
 from flowtilt.models.levels import levels_of
 from flowtilt.models.opening import _adapted, open_model
 from flowtilt.models.z_image import ZImage
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 
 CPU = torch.device("cpu")
 SIZES = {"sana": (32, 64), "lumina2": (32, 48)}
@@ -92,7 +92,7 @@ def test_what_a_family_cannot_have_is_one_line(folders):
     model = open_model(ModelSettings(path=folder, resolution=16), CPU)
     lora = Lora({"transformer_blocks.0.attn.to_q": (torch.ones(1, 8), torch.ones(8, 1))}, {"transformer_blocks.0.attn.to_q": 1.0}, "flux")
     with pytest.raises(UserError, match="it belongs to another base"):
-        Stack(model, [lora])
+        TunedModel(model, [lora])
     pipeline = model.pipeline
     pipeline.text_encoder = None
     with pytest.raises(UserError, match="this ZImagePipeline has no text_encoder"):

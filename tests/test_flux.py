@@ -22,7 +22,7 @@ from flowtilt.models.levels import levels_of, mu_by_tokens
 from flowtilt.models.opening import load_pipeline, open_model
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import ROLES
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.runs.export import export
 from flowtilt.sampling.sampler import Sampler, decode
 
@@ -51,7 +51,7 @@ def noise(model, seed=0):
 
 
 def ours(model, guidance=1.0, loras=(), role="base"):
-    stack = Stack(model, loras)
+    stack = TunedModel(model, loras)
     return decode(stack, Sampler("euler", STEPS, guidance)(stack, role, noise(model), model.encode(TEXTS), 2), 3)
 
 
@@ -171,7 +171,7 @@ def test_a_half_precision_base_computes_the_bits_of_diffusers_with_the_same_lora
     with torch.no_grad():
         expected = plain.velocity(noise(plain), t, given)
         assert torch.equal(policy.velocity("ema", noise(plain), t, given), expected)
-        stack = Stack(load(dev, "bfloat16"), [read_lora(tmp_path)])
+        stack = TunedModel(load(dev, "bfloat16"), [read_lora(tmp_path)])
         assert torch.equal(stack.velocity("tuned", noise(plain), t, given), expected)
         assert not torch.equal(stack.velocity("base", noise(plain), t, given), expected)
 

@@ -80,7 +80,7 @@ def test_the_images_that_are_measured_are_those_of_the_rollout(tmp_path):
     """Drawn anew by hand, they give the logged figures."""
     recipe = quick(tmp_path / "run", "steps=1", "evaluate.every=0", whole=True)
     trainer = Trainer(recipe)
-    prompts = trainer.walk.draw(0, recipe.rollout.prompts)
+    prompts = trainer.walk.take(0, recipe.rollout.prompts)
     each, number = recipe.rollout.images_per_prompt, recipe.rollout.prompts * recipe.rollout.images_per_prompt
     start = noise(recipe.seed, "rollout", [(1, i // each, i % each) for i in range(number)], trainer.policy.model.latent_shape)
     given = trainer.policy.model.encode([p.text for p in prompts for _ in range(each)])

@@ -115,8 +115,8 @@ def test_grpo_takes_the_guide_too_and_a_guided_rollout_does_not_go_with_it(tmp_p
 @pytest.mark.parametrize("shared", ["none", "noise", "time", "both"])
 def test_images_of_a_prompt_share_noise_and_times_as_asked_and_prompts_never_do(tmp_path, shared):
     trainer = Trainer(quick(tmp_path / "run", f"objective.shared={shared}"))
-    drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
-    rollout, _ = trainer.method.rollouts.draw(1, drawn, Phases(torch.device("cpu")))
+    drawn = trainer.walk.take(0, trainer.recipe.rollout.prompts)
+    rollout, _ = trainer.method.rollouts.sample(1, drawn, Phases(torch.device("cpu")))
     rows = trainer.method.learner.rows(1, rollout, list(range(len(rollout.x0))))
     t, eps = rows.t.view(3, 4, 2), rows.eps.view(3, 4, 2, *rows.eps.shape[1:])
     assert (t[:, 0] == t[:, 1]).all() == (shared in ("time", "both"))

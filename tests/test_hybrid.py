@@ -19,7 +19,7 @@ from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.rtdmd import draw_renoise_times, kappa, subgrpo_steps
 from flowtilt.plan.passes import passes_in_all
 from flowtilt.playground import smooth
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.runs import checkpoint
 from flowtilt.runs.folder import open_run
 from flowtilt.sampling.sampler import Sampler
@@ -50,8 +50,8 @@ def trainer(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rollout(trainer):
-    drawn = trainer.walk.draw((STEP - 1) * 3, 3)
-    return trainer.method.rollouts.draw(STEP, drawn, Phases(CPU))[0]
+    drawn = trainer.walk.take((STEP - 1) * 3, 3)
+    return trainer.method.rollouts.sample(STEP, drawn, Phases(CPU))[0]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_what_it_draws_anywhere_is_what_its_average_draws_here(run, distilled, t
     loras = read_stack([run])
     assert [fingerprint(lora) for lora in loras[:-1]] == [fingerprint(read_lora(distilled))]
     assert read_lora(run / "fake").parents == (fingerprint(read_lora(distilled / "fake")),)
-    stack = Stack(SD3(load_pipeline(trainer.recipe.model.path, revision=None, dtype="float32", device=CPU)), loras)
+    stack = TunedModel(SD3(load_pipeline(trainer.recipe.model.path, revision=None, dtype="float32", device=CPU)), loras)
     places, shape = [(9, k) for k in range(3)], stack.model.latent_shape
     sampler, texts = Sampler("cps", S, eta=ETA), ["a red circle", "two crosses", "three green triangles"]
     drawn = [
@@ -342,7 +342,7 @@ def test_later_updates_take_the_prediction_of_the_weights_as_they_are_then(train
         x = rollout.path.states[own, -1]
         now = x - sigmas[-2] * policy.velocity("current", x, sigmas[-2], rollout.conditioning.select(own))
     policy.load_state("current", state)
-    assert policy.equal("old", "current")
+    assert policy.same_version("old", "current")
     assert torch.equal(seen[0], rollout.x0[own])
     torch.testing.assert_close(seen[1], now, atol=1e-6, rtol=1e-5)
     assert (seen[1] - seen[0]).abs().max() > 1e-3

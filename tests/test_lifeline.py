@@ -69,7 +69,7 @@ def killed():
 def fail(culprit, how, deaf):
     """One rank fails; the others wait for it in a message, or where neither signals nor lost connections reach them."""
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with lifeline.together():
+    with lifeline.fail_together():
         world = distributed.start()
         if world.rank == culprit:
             how()
@@ -109,7 +109,7 @@ def test_only_the_rank_that_failed_shows_a_traceback_and_nobody_waits(failed, ca
 def hang(folder, how):
     """The last rank comes to a message late: once it is told to, or after so many seconds."""
     attention.PATIENCE = 3.0
-    with lifeline.together():
+    with lifeline.fail_together():
         world = distributed.start()
         world.barrier()
         if world.rank == 1:

@@ -22,7 +22,7 @@ from flowtilt.playground import pipeline_path
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import ROLES
 from flowtilt.policy.start import load_lora
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 
 WRITERS = {"diffusers": to_diffusers, "peft": to_peft, "generator_ema": to_generator_ema}
 Q = "transformer_blocks.0.attn.to_q"
@@ -183,7 +183,7 @@ def test_a_diffusers_file_without_an_alpha_means_what_plain_diffusers_takes_it_f
     x, t, texts = inputs()
     with torch.no_grad():
         plain = SD3(theirs).velocity(x, t, SD3(theirs).encode(texts))
-    torch.testing.assert_close(drawn(Stack(model(), [read_lora(tmp_path / "old.safetensors")]), "tuned"), plain, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(drawn(TunedModel(model(), [read_lora(tmp_path / "old.safetensors")]), "tuned"), plain, atol=2e-5, rtol=1e-4)
 
 
 def test_alpha_may_stand_in_a_tensor_beside_its_layer(shapes, tmp_path):
@@ -222,8 +222,8 @@ def test_a_stack_draws_the_bits_that_training_drew(tmp_path):
     trainer = Trainer(quick(tmp_path / "run", "steps=1", "optimizer.lr=0.05", whole=True))
     trainer.run()
     read = read_lora(tmp_path / "run")
-    assert torch.equal(drawn(Stack(model(), [read]), "tuned"), drawn(trainer.policy, "ema"))
-    assert torch.equal(drawn(Stack(model(), [read]), "base"), drawn(trainer.policy, "reference"))
+    assert torch.equal(drawn(TunedModel(model(), [read]), "tuned"), drawn(trainer.policy, "ema"))
+    assert torch.equal(drawn(TunedModel(model(), [read]), "base"), drawn(trainer.policy, "reference"))
 
 
 # stacks ----------------------------------------------------------------------------------------------
@@ -243,14 +243,14 @@ def test_several_joined_add_what_they_add_one_after_the_other(shapes):
         apart = sum(lora.scale(name) * lora.layers[name][1].double() @ lora.layers[name][0].double() for lora in having)
         torch.testing.assert_close(b.double() @ a.double(), apart, atol=1e-7, rtol=0)
     assert join(loras[:1]) is loras[0]
-    torch.testing.assert_close(drawn(Stack(model(), loras), "tuned"), drawn(Stack(model(), [one]), "tuned"), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(drawn(TunedModel(model(), loras), "tuned"), drawn(TunedModel(model(), [one]), "tuned"), atol=2e-5, rtol=1e-4)
 
 
 def test_on_a_half_precision_base_a_stack_is_what_the_policy_is_and_two_add_up(shapes):
     lora = random_lora(shapes, ends=tuple(SD3.lora_targets), size=0.05)
     policy = LoraPolicy(model("bfloat16"), rank=4, alpha=10.0, seed=0)
     load_lora(policy, lora)
-    stack = Stack(model("bfloat16"), [lora])
+    stack = TunedModel(model("bfloat16"), [lora])
     assert torch.equal(drawn(stack, "tuned"), drawn(policy, "ema")) and torch.equal(drawn(stack, "base"), drawn(policy, "reference"))
     adapters = [p for name, p in stack.model.network.named_parameters() if ".lora_" in name]
     assert len(adapters) == 2 * len(lora.layers) and all(p.dtype == torch.bfloat16 for p in adapters)
@@ -258,16 +258,18 @@ def test_on_a_half_precision_base_a_stack_is_what_the_policy_is_and_two_add_up(s
         Lora({name: (a[k::2], b[:, k::2]) for name, (a, b) in lora.layers.items()}, dict.fromkeys(lora.layers, 5.0), str(k)) for k in (0, 1)
     ]
     whole = drawn(stack, "tuned")
-    assert (drawn(Stack(model("bfloat16"), parts), "tuned") - whole).norm() < (drawn(Stack(model(), [lora]), "tuned") - whole).norm()
+    assert (drawn(TunedModel(model("bfloat16"), parts), "tuned") - whole).norm() < (
+        drawn(TunedModel(model(), [lora]), "tuned") - whole
+    ).norm()
 
 
 def test_on_a_half_precision_base_each_layer_has_its_own_rank_and_alpha(shapes):
     lora = random_lora(shapes, mixed=True)
     folded = {name: (a, b * lora.scale(name)) for name, (a, b) in lora.layers.items()}
     plain = Lora(folded, {name: float(lora.rank(name)) for name in folded}, "folded")
-    one, other = (drawn(Stack(model("bfloat16"), [given]), "tuned") for given in (lora, plain))
+    one, other = (drawn(TunedModel(model("bfloat16"), [given]), "tuned") for given in (lora, plain))
     # the two round differently, and by less than either is from fp32
-    assert plain.scales() == [1.0] and (one - other).norm() < (one - drawn(Stack(model(), [lora]), "tuned")).norm()
+    assert plain.scales() == [1.0] and (one - other).norm() < (one - drawn(TunedModel(model(), [lora]), "tuned")).norm()
 
 
 # for training ----------------------------------------------------------------------------------------
@@ -283,9 +285,9 @@ def test_a_policy_starts_as_a_lora_bit_for_bit(shapes, ends):
         state = policy.state(role)
         for name, (a, b) in lora.layers.items():
             assert torch.equal(state[f"{name}.lora_A.weight"], a) and torch.equal(state[f"{name}.lora_B.weight"], b)
-        assert torch.equal(drawn(policy, role), drawn(Stack(model(), [lora]), "tuned"))
+        assert torch.equal(drawn(policy, role), drawn(TunedModel(model(), [lora]), "tuned"))
         assert all(x.any() for name, x in state.items() if "lora_A" in name)  # what starts at B = 0 can still learn
-    assert policy.equal("old", "current") and policy.equal("ema", "current")
+    assert policy.same_version("old", "current") and policy.same_version("ema", "current")
 
 
 def test_a_policy_takes_a_lora_of_another_scale_by_rescaling_it(shapes):
@@ -294,7 +296,7 @@ def test_a_policy_takes_a_lora_of_another_scale_by_rescaling_it(shapes):
         lora = random_lora(shapes, alpha=alpha)
         policy = LoraPolicy(model(), rank=4, alpha=16.0, seed=0)
         load_lora(policy, lora)
-        torch.testing.assert_close(drawn(policy, "ema"), drawn(Stack(model(), [lora]), "tuned"), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(drawn(policy, "ema"), drawn(TunedModel(model(), [lora]), "tuned"), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def test_a_lora_of_another_base_is_told_by_the_layer(shapes):
         check(random_lora(longer), shapes)
     foreign = {"down_blocks.0.attn.to_q": (4, 4)}
     with pytest.raises(UserError, match=r"1 of its 1 layers .* such as transformer_blocks\.0\.attn\.to_q \[128, 128\]"):
-        Stack(model(), [random_lora(foreign)])
+        TunedModel(model(), [random_lora(foreign)])
 
 
 def write(place, tensors, **config):

@@ -19,10 +19,10 @@ def work(most, tried):
 
 def test_auto_halves_for_good_and_for_its_kind_alone():
     micro, tried = MicroBatch("auto", "cpu"), []
-    assert micro.fit("train", work(10, tried)) == 6
-    assert micro.fit("train", work(10, tried)) == 6
+    assert micro.run_with_backoff("train", work(10, tried)) == 6
+    assert micro.run_with_backoff("train", work(10, tried)) == 6
     assert tried == [96, 48, 24, 12, 6, 6]
-    assert micro.fit("sample", work(100, tried)) == START["cpu"]
+    assert micro.run_with_backoff("sample", work(100, tried)) == START["cpu"]
     again = MicroBatch("auto", "cpu")
     again.restore(micro.sizes)
     assert again.size("train") == 6 and again.size("decode") == START["cpu"]
@@ -38,17 +38,17 @@ def test_before_a_size_becomes_tiny_other_savings_are_tried_once_and_the_search_
     def save():
         return not saved and not saved.append(True)
 
-    assert micro.fit("train", run, save) == 24
+    assert micro.run_with_backoff("train", run, save) == 24
     assert tried == [96, 48, 24, 12, 6, 96, 48, 24] and min(tried) >= FEWEST
 
 
 def test_a_fixed_size_is_never_changed_but_savings_are_tried():
     micro, tried = MicroBatch(8, "cpu"), []
     with pytest.raises(UserError, match=r"micro_batch = 8 \(train\)"):
-        micro.fit("train", work(7, tried))
+        micro.run_with_backoff("train", work(7, tried))
     ways = iter([True, False])
     with pytest.raises(UserError):
-        micro.fit("train", work(7, tried), lambda: next(ways))
+        micro.run_with_backoff("train", work(7, tried), lambda: next(ways))
     assert tried == [8, 8, 8]
     micro.restore({"train": 2})
     assert micro.size("train") == 8
@@ -56,7 +56,7 @@ def test_a_fixed_size_is_never_changed_but_savings_are_tried():
 
 def test_a_single_row_that_does_not_fit_is_one_line():
     with pytest.raises(UserError, match="out of memory with micro_batch = 1"):
-        MicroBatch("auto", "cpu").fit("train", work(0, []))
+        MicroBatch("auto", "cpu").run_with_backoff("train", work(0, []))
 
 
 def test_a_try_that_failed_counts_for_nothing():
@@ -69,4 +69,4 @@ def test_a_try_that_failed_counts_for_nothing():
         policy.evaluations += 5
         return work(30, [])(size)
 
-    assert MicroBatch("auto", "cpu").fit("train", run, counter=policy) == 24 and policy.evaluations == 12
+    assert MicroBatch("auto", "cpu").run_with_backoff("train", run, counter=policy) == 24 and policy.evaluations == 12

@@ -21,7 +21,7 @@ def moved(recipe):
     trainer = Trainer(recipe)
     learner = trainer.method.learner
     learner.update.clear()
-    learner.update.make({}, Phases(torch.device("cpu")))
+    learner.update.step({}, Phases(torch.device("cpu")))
     learner.objective.after_rollout(trainer.policy, learner.update.count)
     return trainer
 
@@ -48,12 +48,12 @@ def test_the_peak_of_a_rollout_is_that_of_a_real_one_on_a_cpu(unread, tmp_path, 
     told = [f"model.dtype={dtype}", f"model.recompute={str(recompute).lower()}", "micro_batch=5"]
     recipe = quick(tmp_path / "run", *told, *overrides)
     trainer, found = moved(recipe), make_plan(recipe, Machine())
-    drawn, scored = trainer.walk.draw(3, 3), []
-    drawing = measure(lambda: scored.append(trainer.method.rollouts.draw(2, drawn, Phases(torch.device("cpu")))))
+    drawn, scored = trainer.walk.take(3, 3), []
+    drawing = measure(lambda: scored.append(trainer.method.rollouts.sample(2, drawn, Phases(torch.device("cpu")))))
     learning = measure(lambda: trainer.method.learner.learn(2, scored[0][0], Phases(torch.device("cpu"))))
     costs, decode, train = found.costs, phase(found, "decode"), phase(found, "train")
     # a CPU is the computer's memory, too: new captions are kept there, and of the GPU's residents the old policy's weights are made
-    beside = 3 * costs.caption + costs.brought
+    beside = 3 * costs.caption + costs.injected_weights
     assert drawing.peak == pytest.approx(decode.total - sum(found.resident.values()) + beside, rel=1e-3)
     # captions and latents are from before; noise is the computer's, and of the residents the gradient is made
     noise = 6 * 4 * costs.latent
@@ -65,7 +65,7 @@ def test_the_peak_of_training_guided_steps_is_that_of_a_real_one_on_a_cpu(tmp_pa
     overrides = ["objective.type=grpo", "objective.kl=0.1", "rollout.guidance=2.0", "optimizer.steps_per_rollout=1", "micro_batch=6"]
     recipe = quick(tmp_path / "run", "model.dtype=float32", "rollout.prompts=2", *overrides)
     trainer, found = moved(recipe), make_plan(recipe, Machine())
-    scored, _ = trainer.method.rollouts.draw(2, trainer.walk.draw(2, 2), Phases(torch.device("cpu")))
+    scored, _ = trainer.method.rollouts.sample(2, trainer.walk.take(2, 2), Phases(torch.device("cpu")))
     learning = measure(lambda: trainer.method.learner.learn(2, scored, Phases(torch.device("cpu"))))
     train = phase(found, "train")
     inside = train.held["micro-batch"] + train.held["captions with the empty one"]

@@ -222,9 +222,9 @@ def test_training_saves_and_costs_on_the_meta_device_what_it_does_on_a_cpu(recom
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda box: box.tensor):
         loss, _ = NFT(beta=1.0, advantage_clip=5.0, kl=1.0, old_policy="linear").loss(real, numbers)
         loss = loss.sum()
-    brought = sum(weight.nbytes for weight in real._weights_for("old").values()) if recompute else 0
+    injected_weights = sum(weight.nbytes for weight in real._weights_for("old").values()) if recompute else 0
     # a checkpoint holds the merged weights for its block; without one they are among what autograd has
-    assert computed.saved == saved.bytes() + brought
+    assert computed.saved == saved.bytes() + injected_weights
     assert costs(load_recipe("playground", ["model.dtype=float32"])).trained.number == sum(p.numel() for p in real.parameters)
 
 

@@ -110,12 +110,12 @@ def test_averages_follow_the_current_weights():
     policy.average("old", 0.75)
     for name, value in policy.state("old").items():
         torch.testing.assert_close(value, 0.75 * old[name] + 0.25 * current[name])
-    assert not policy.equal("old", "current")
+    assert not policy.same_version("old", "current")
     policy.average("old", 0.0)
-    assert policy.equal("old", "current")
+    assert policy.same_version("old", "current")
     assert all(torch.equal(a, b) for a, b in zip(policy.state("old").values(), policy.state("current").values(), strict=True))
     policy.changed()
-    assert not policy.equal("old", "current")
+    assert not policy.same_version("old", "current")
 
 
 def test_a_role_that_changed_is_merged_anew(inputs):

@@ -36,13 +36,13 @@ def test_a_pass_meets_every_prompt_once(size, seed, passes):
     prompts = tagged(a=size)
     walk = PromptWalk(prompts, seed)
     for k in range(passes):
-        assert {p.text for p in walk.draw(k * size, size)} == {p.text for p in prompts}
+        assert {p.text for p in walk.take(k * size, size)} == {p.text for p in prompts}
 
 
 @FEW
 @given(few=st.integers(1, 4), many=st.integers(5, 9), seed=st.integers(0, 99))
 def test_tags_take_turns_and_each_has_passes_of_its_own(few, many, seed):
-    drawn = PromptWalk(tagged(few=few, many=many), seed).draw(0, 2 * few * many)
+    drawn = PromptWalk(tagged(few=few, many=many), seed).take(0, 2 * few * many)
     assert [p.tag for p in drawn] == ["few", "many"] * (few * many)
     for tag, size in (("few", few), ("many", many)):
         texts = [p.text for p in drawn if p.tag == tag]
@@ -58,25 +58,25 @@ def test_the_walk_is_a_pure_function_of_the_position(position, parts, seed):
     prompts = tagged(a=3, b=5)
     at, pieces = position, []
     for count in parts:
-        pieces += PromptWalk(prompts, seed).draw(at, count)
+        pieces += PromptWalk(prompts, seed).take(at, count)
         at += count
-    assert pieces == PromptWalk(prompts, seed).draw(position, sum(parts))
+    assert pieces == PromptWalk(prompts, seed).take(position, sum(parts))
 
 
 def test_seeds_and_passes_differ_in_their_order():
     prompts = tagged(a=12)
-    orders = [tuple(p.text for p in PromptWalk(prompts, seed).draw(start, 12)) for seed in range(4) for start in (0, 12, 24)]
+    orders = [tuple(p.text for p in PromptWalk(prompts, seed).take(start, 12)) for seed in range(4) for start in (0, 12, 24)]
     assert len(set(orders)) == len(orders)
 
 
 def test_tags_of_equal_size_are_not_shuffled_alike():
-    drawn = PromptWalk(tagged(a=12, b=12), 0).draw(0, 24)
+    drawn = PromptWalk(tagged(a=12, b=12), 0).take(0, 24)
     assert [p.text.split()[1] for p in drawn[::2]] != [p.text.split()[1] for p in drawn[1::2]]
 
 
 def test_prompts_without_tags_are_one_tag():
     prompts = [Prompt(str(k)) for k in range(6)]
-    assert sorted(p.text for p in PromptWalk(prompts, 1).draw(6, 6)) == [str(k) for k in range(6)]
+    assert sorted(p.text for p in PromptWalk(prompts, 1).take(6, 6)) == [str(k) for k in range(6)]
 
 
 # files -----------------------------------------------------------------------------------------------
@@ -344,26 +344,26 @@ MIXED = [Prompt(f"{tag}{k}", tag) for tag, number in (("a", 5), ("b", 2), ("c", 
 
 
 def test_a_tags_turns_are_its_share_of_every_round():
-    drawn = PromptWalk(MIXED, 0, {"a": 3, "c": 0}).draw(0, 40)
+    drawn = PromptWalk(MIXED, 0, {"a": 3, "c": 0}).take(0, 40)
     assert [p.tag for p in drawn[:4]] == ["a", "a", "a", "b"]
     assert [sum(p.tag == tag for p in drawn) for tag in "abc"] == [30, 10, 0]
 
 
 def test_turns_keep_each_tags_own_walk():
     """More turns only walk faster through the same order."""
-    alone = [p.text for p in PromptWalk(MIXED, 3, {"b": 0, "c": 0}).draw(0, 12)]
-    mixed = [p.text for p in PromptWalk(MIXED, 3, {"a": 4}).draw(0, 18) if p.tag == "a"]
+    alone = [p.text for p in PromptWalk(MIXED, 3, {"b": 0, "c": 0}).take(0, 12)]
+    mixed = [p.text for p in PromptWalk(MIXED, 3, {"a": 4}).take(0, 18) if p.tag == "a"]
     assert mixed == alone
-    assert PromptWalk(MIXED, 3, {"a": 1, "b": 1}).draw(5, 20) == PromptWalk(MIXED, 3).draw(5, 20)
+    assert PromptWalk(MIXED, 3, {"a": 1, "b": 1}).take(5, 20) == PromptWalk(MIXED, 3).take(5, 20)
 
 
 def test_any_number_of_turns_costs_no_memory():
-    drawn = PromptWalk(MIXED, 0, {"a": 10**30}).draw(10**30 - 2, 4)
+    drawn = PromptWalk(MIXED, 0, {"a": 10**30}).take(10**30 - 2, 4)
     assert [p.tag for p in drawn] == ["a", "a", "b", "c"]
 
 
 def test_turns_of_a_tag_that_is_not_there_are_refused_unless_they_are_none():
-    assert PromptWalk(MIXED, 0, {"d": 0}).draw(0, 1)
+    assert PromptWalk(MIXED, 0, {"d": 0}).take(0, 1)
     with pytest.raises(UserError, match=r"tags\.d: no prompt has this tag; they have a, b, c"):
         PromptWalk(MIXED, 0, {"d": 2})
     with pytest.raises(UserError, match="no tag is left"):

@@ -12,7 +12,7 @@ from flowtilt.lora.fit import shapes_of
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.policy.lora import LoraPolicy
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 
 COLD = {"mixed": True, "seed": 1}
 BENEATH_FAKE = {"rank": 2, "alpha": 3.0, "seed": 2, "ends": ("to_k", "to_v")}
@@ -42,7 +42,7 @@ def inputs():
 
 def build(shapes, merge, dtype="float32", moved=True):
     """A policy on a stack, with a fake score on another one; `moved` gives both LoRAs a B."""
-    policy = LoraPolicy(model(dtype), rank=4, alpha=16.0, seed=0, merge=merge, below=[random_lora(shapes, **COLD)])
+    policy = LoraPolicy(model(dtype), rank=4, alpha=16.0, seed=0, merge=merge, base_loras=[random_lora(shapes, **COLD)])
     policy.add_role("fake", 0, [random_lora(shapes, **BENEATH_FAKE)])
     rng = torch.Generator().manual_seed(5)
     for role in ("current", "fake") if moved else ():
@@ -72,7 +72,7 @@ def test_merged_each_role_is_its_stack_to_the_bit(bare, shapes, inputs, moved):
     cold, fake = random_lora(shapes, **COLD), random_lora(shapes, **BENEATH_FAKE)
     stacks = {"reference": [cold], "current": [cold, own(policy, "current")], "fake": [fake, own(policy, "fake")], "teacher": []}
     for role, loras in stacks.items():
-        assert torch.equal(drawn(policy, role, inputs), drawn(Stack(bare, loras), "tuned" if loras else "base", inputs)), role
+        assert torch.equal(drawn(policy, role, inputs), drawn(TunedModel(bare, loras), "tuned" if loras else "base", inputs)), role
 
 
 @each_way
@@ -93,9 +93,9 @@ def test_unmerged_roles_are_the_merged_ones_to_rounding(shapes, inputs):
 
 def test_in_half_precision_the_reference_is_as_near_to_the_exact_one_as_the_stack_is(bare, shapes, inputs):
     cold = [random_lora(shapes, **COLD)]
-    policy, stack = build(shapes, None, "bfloat16"), Stack(model("bfloat16"), cold)
+    policy, stack = build(shapes, None, "bfloat16"), TunedModel(model("bfloat16"), cold)
     assert not policy.merge
-    exact = drawn(Stack(bare, cold), "tuned", inputs)
+    exact = drawn(TunedModel(bare, cold), "tuned", inputs)
     ours, theirs = ((drawn(*each, inputs) - exact).abs().mean() for each in ((policy, "reference"), (stack, "tuned")))
     assert ours < 1.2 * theirs < 0.1 * (exact - drawn(policy, "teacher", inputs)).abs().mean()
     assert torch.equal(drawn(policy, "teacher", inputs), drawn(stack, "base", inputs))
@@ -176,7 +176,7 @@ def test_layers_that_are_not_trained_can_lie_beneath_no_role(shapes):
     beyond = random_lora(shapes, ends=("to_q", "ff.net.2"))
     named = Lora(beyond.layers, beyond.alphas, "the other one")
     with pytest.raises(UserError, match=r"lora the other one: changes \d+ layers that are not trained, transformer_blocks.0.ff.net.2"):
-        LoraPolicy(model(), rank=4, alpha=16.0, seed=0, below=[random_lora(shapes, **COLD), named])
+        LoraPolicy(model(), rank=4, alpha=16.0, seed=0, base_loras=[random_lora(shapes, **COLD), named])
     policy = LoraPolicy(model(), rank=4, alpha=16.0, seed=0)
     with pytest.raises(UserError, match="the other one"):
         policy.add_role("fake", 0, [named])
@@ -200,6 +200,6 @@ def test_a_further_role_is_saved_and_put_back_and_starts_from_an_a_of_its_own(sh
 def test_equal_weights_on_different_grounds_are_different_policies(shapes):
     policy = build(shapes, True)
     policy.load_state("fake", policy.state("current"))
-    assert not policy.equal("fake", "current")
+    assert not policy.same_version("fake", "current")
     policy.load_state("old", policy.state("current"))
-    assert policy.equal("old", "current")
+    assert policy.same_version("old", "current")

@@ -12,7 +12,7 @@ from flowtilt.models.levels import Levels
 from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.schedulers import CPSScheduler
 from flowtilt.seeding import noise
@@ -51,7 +51,7 @@ def same_noise(*seeds, steps=3):
 @pytest.mark.parametrize("eta", [0.4, 0.9, 1.0])
 def test_plain_diffusers_draws_what_our_sampler_draws(pipeline, guidance, eta):
     theirs = draw(cps(pipeline, eta, 5, 6), guidance=guidance)
-    stack = Stack(SD3(pipeline), [])
+    stack = TunedModel(SD3(pipeline), [])
     latents = Sampler("cps", 4, guidance, eta)(stack, "base", START, stack.model.encode(TEXTS), 2, same_noise(5, 6))
     torch.testing.assert_close(decode(stack, latents, 2), theirs, atol=2e-5, rtol=0)
 

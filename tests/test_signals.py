@@ -140,7 +140,7 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     ending.protect(work, tell=False)
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     ending.handle(signal.SIGINT, None)
-    now[0] += signals.AGAIN + 1
+    now[0] += signals.SECOND_INTERRUPT_SECONDS + 1
     ending.handle(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         ending.handle(signal.SIGINT, None)

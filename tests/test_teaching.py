@@ -35,7 +35,7 @@ def test_equal_variances_give_uniform_draws_without_a_repeat():
     teaching = TeachingPrompts(PROMPTS, 0, {}, by_variance=True)
     seen = Counter()
     for step in range(400):
-        drawn = teaching.draw(step, 4)
+        drawn = teaching.take(step, 4)
         assert len({p.text for p in drawn}) == 4
         seen.update(p.text for p in drawn)
     counts = torch.tensor([float(seen[p.text]) for p in PROMPTS])
@@ -46,7 +46,7 @@ def test_a_prompt_whose_images_differ_comes_more_often():
     teaching = TeachingPrompts(PROMPTS[:10], 0, {}, by_variance=True)
     seen = Counter()
     for step in range(300):
-        drawn = teaching.draw(step, 3)
+        drawn = teaching.take(step, 3)
         seen.update(p.text for p in drawn)
         teaching.learn(torch.cat([torch.tensor([0.0, 1.0]) if p.text == "a 3" else torch.tensor([0.5, 0.51]) for p in drawn]))
     others = [seen[p.text] for p in PROMPTS[:10] if p.text != "a 3"]
@@ -56,16 +56,16 @@ def test_a_prompt_whose_images_differ_comes_more_often():
 def test_tags_of_low_reward_come_more_often_and_each_within_one_of_its_share():
     teaching = TeachingPrompts(PROMPTS, 0, None, by_variance=False)
     for step in range(20):
-        drawn = teaching.draw(step, 6)
+        drawn = teaching.take(step, 6)
         teaching.learn(torch.cat([torch.full((2,), 0.1 if p.tag == "a" else 0.9) for p in drawn]))
-    counts = Counter(p.tag for p in teaching.draw(99, 6))
+    counts = Counter(p.tag for p in teaching.take(99, 6))
     share = tag_shares({"a": 0.1, "b": 0.9}, ["a", "b"])[0]
     assert abs(counts["a"] - 6 * share) <= 1 and counts["b"] >= 0
 
 
 def test_a_missing_reward_teaches_nothing():
     teaching = TeachingPrompts(PROMPTS, 0, None, by_variance=True)
-    teaching.draw(1, 4)
+    teaching.take(1, 4)
     teaching.learn(torch.full((8,), float("nan")))
     assert teaching.state()["reward"] == {}
 

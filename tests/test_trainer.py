@@ -15,7 +15,7 @@ from flowtilt.io.files import read_lines
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.batches import Pairs
 from flowtilt.playground import pipeline_path
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise
 from flowtilt.solvers import solve
@@ -104,7 +104,7 @@ def test_our_sampler_is_the_pipelines_own(guidance):
     theirs = pipeline(
         texts, latents=start.clone(), sigmas=uniform(5), guidance_scale=guidance, max_sequence_length=1, output_type="pt"
     ).images
-    stack = Stack(SD3(pipeline), [])
+    stack = TunedModel(SD3(pipeline), [])
     latents = Sampler("euler", 5, guidance)(stack, "base", start, stack.model.encode(texts), 2)
     ours = decode(stack, latents, 2)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -82,8 +82,8 @@ def test_at_the_first_update_the_gradient_is_reinforce(tmp_path, extra):
     """Of the mean over steps: -A grad log p, Guard's scaled by std / -dt, plus a KL that has no gradient yet."""
     trainer = Trainer(grpo(tmp_path / "run", "optimizer.steps_per_rollout=1", *extra))
     phases = Phases(torch.device("cpu"))
-    drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
-    rollout, _ = trainer.method.rollouts.draw(1, drawn, phases)
+    drawn = trainer.walk.take(0, trainer.recipe.rollout.prompts)
+    rollout, _ = trainer.method.rollouts.sample(1, drawn, phases)
     own = [k for k in range(len(rollout.x0)) if rollout.kept[k]]
     rows = trainer.method.learner.rows(1, rollout, own)
     trainer.method.learner._gradients(rows, len(rows), 7)
@@ -111,8 +111,8 @@ def test_groups_without_a_difference_are_left_out(tmp_path):
         "    return torch.tensor([0.1 if p.text == same else float(i.mean()) for p, i in zip(prompts, images)])\n"
     )
     trainer = Trainer(grpo(tmp_path / "run", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
-    drawn = trainer.walk.draw(0, trainer.recipe.rollout.prompts)
-    rollout, metrics = trainer.method.rollouts.draw(1, drawn, Phases(torch.device("cpu")))
+    drawn = trainer.walk.take(0, trainer.recipe.rollout.prompts)
+    rollout, metrics = trainer.method.rollouts.sample(1, drawn, Phases(torch.device("cpu")))
     assert metrics["groups/without_variance"] == pytest.approx(1 / 3)
     assert rollout.kept.view(3, 4).any(1).tolist() == [False, True, True]
 

@@ -68,7 +68,7 @@ def test_every_role_begins_as_the_base_and_the_reference_stays(inputs, dtype):
         assert not torch.allclose(velocity(policy, "current", inputs), before, atol=1e-2)
         assert all(torch.equal(velocity(policy, role, inputs), before) for role in ("old", "ema", "reference"))
         policy.average("old", 0.0)
-        assert policy.equal("old", "current") and torch.equal(velocity(policy, "old", inputs), velocity(policy, "current", inputs))
+        assert policy.same_version("old", "current") and torch.equal(velocity(policy, "old", inputs), velocity(policy, "current", inputs))
     assert all(weight.dtype == torch.float32 for weight in policy.parameters)
     with pytest.raises(UserError, match="no role 'fake'"):
         velocity(policy, "fake", inputs)

@@ -20,7 +20,7 @@ from flowtilt.lora.stacked import read_stack
 from flowtilt.models.opening import open_model
 from flowtilt.objectives.batches import draw_times
 from flowtilt.playground import verify
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.prompts import Prompt
 from flowtilt.sampling.sampler import Sampler
 from flowtilt.seeding import generator, noise
@@ -45,7 +45,7 @@ def measures_of(recipe: Recipe, run: Path | None, amount: Amount) -> dict[str, A
     diversity: mean distance of two images of one test prompt, of all images and of the right ones among them; none without a pair.
     distance: mean (v - v_ref)^2 at noised images of the reference.
     """
-    stack = Stack(open_model(recipe.model, torch.device("cpu")), read_stack([run] if run else []))
+    stack = TunedModel(open_model(recipe.model, torch.device("cpu")), read_stack([run] if run else []))
     trained = training_prompts(recipe)
     tests = evaluation_prompts(recipe, trained)
     rows = spread(tests, amount.images)
@@ -78,7 +78,7 @@ def diversity(images: Tensor, group: Tensor) -> float:
 
 
 @torch.no_grad()
-def distance(stack: Stack, recipe: Recipe, prompts: list[Prompt]) -> float:
+def distance(stack: TunedModel, recipe: Recipe, prompts: list[Prompt]) -> float:
     """mean (v - v_ref)^2 over images that the reference draws, one a prompt, each noised to `TIMES` stratified levels."""
     model, r = stack.model, recipe.rollout
     places = [(k,) for k in range(len(prompts))]
@@ -96,7 +96,7 @@ def distance(stack: Stack, recipe: Recipe, prompts: list[Prompt]) -> float:
     return float(torch.stack(found).mean())
 
 
-def _drawn(stack: Stack, recipe: Recipe, prompts: list[Prompt], rows: list[Row]) -> tuple[Tensor, Tensor]:
+def _drawn(stack: TunedModel, recipe: Recipe, prompts: list[Prompt], rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Images [N, 3, H, W] of N rows and their strict scores [N]."""
     e, size = recipe.evaluate, MicroBatch("auto", "cpu")
     sampler = sampler_of(e)

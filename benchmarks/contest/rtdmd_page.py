@@ -20,7 +20,7 @@ from flowtilt.io.images import to_pil
 from flowtilt.lora.stacked import read_stack
 from flowtilt.models.opening import open_model
 from flowtilt.playground import verify
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.report.compare.spans import span
 from flowtilt.report.numbers import short
 from flowtilt.sampling.sampler import Sampler
@@ -74,8 +74,8 @@ def picture(target: Path, runs: Mapping[str, Path]) -> None:
     write_atomic(target, buffer.getvalue())
 
 
-def _stack(recipe: Any, run: Path | None) -> Stack:
-    return Stack(open_model(recipe.model, torch.device("cpu")), read_stack([run]) if run else [])
+def _stack(recipe: Any, run: Path | None) -> TunedModel:
+    return TunedModel(open_model(recipe.model, torch.device("cpu")), read_stack([run]) if run else [])
 
 
 def _sheet(texts: Sequence[str], drawn: Sequence[tuple[str, Tensor]], right: Sequence[Tensor]) -> Image.Image:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from flowtilt.config import ModelSettings
 from flowtilt.errors import UserError
-from flowtilt.io.user_errors import told
+from flowtilt.io.user_errors import describe_error
 from flowtilt.lora import Lora
 from flowtilt.lora.read import read_lora
 from flowtilt.models.base import Model
 from flowtilt.models.opening import open_model
 from flowtilt.policy.lora import LoraPolicy
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import generator
 
@@ -115,7 +115,7 @@ class Conformance:
         return ", ".join(f"{name} by {value:.2g}" for name, value in by.items()), min(by.values()) > SEEN
 
     def _sampled(self, model: Model, steps: int, guidance: float, loras: Sequence[Lora] = (), captions: Sequence[str] = CAPTIONS) -> Tensor:
-        stack = Stack(model, loras)
+        stack = TunedModel(model, loras)
         given = model.encode(captions)
         latents = Sampler("euler", steps, guidance)(stack, "tuned", _noise(model).to(model.device), given, len(captions))
         return decode(stack, latents, len(captions))
@@ -248,7 +248,7 @@ def _done(name: str, check: Callable[[], tuple[str, bool]]) -> Check:
     except UserError as error:
         return Check(name, str(error), False)
     except Exception as error:  # a family's own code, or diffusers'
-        return Check(name, told(error), False)
+        return Check(name, describe_error(error), False)
 
 
 def _noise(model: Model) -> Tensor:

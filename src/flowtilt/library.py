@@ -43,7 +43,7 @@ from flowtilt.sampling.trajectory import Trajectory
 from flowtilt.seeding import noise
 from flowtilt.training import learner as training
 from flowtilt.training.collector import collector
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
 __all__ = ["Learner", "Policy", "Samples", "load_policy", "load_prompts", "score"]
@@ -134,8 +134,10 @@ class Policy(LoraPolicy):
         where = [(1, p, k) for p in range(len(texts)) for k in range(images_per_prompt)]
         start = noise(seed, "rollout", where, self.model.latent_shape).to(self.model.device)
         conditioning = self.model.encode([prompt.text for prompt in each])
-        latents, path = self.micro_batch.fit("sample", lambda size: collect(self, start, conditioning, where, size), counter=self)
-        images = self.micro_batch.fit("decode", lambda size: decode(self, latents, size))
+        latents, path = self.micro_batch.run_with_backoff(
+            "sample", lambda size: collect(self, start, conditioning, where, size), counter=self
+        )
+        images = self.micro_batch.run_with_backoff("decode", lambda size: decode(self, latents, size))
         groups = torch.arange(len(texts)).repeat_interleave(images_per_prompt)
         return Samples(images, latents, each, groups, conditioning, settings, seed, path)
 
@@ -172,7 +174,7 @@ def load_policy(
         raise UserError(f"load_policy: {_first(error)}") from None
     opened = open_model(wanted, where)
     policy = Policy(
-        opened, rank=lora_rank, alpha=2.0 * lora_rank if lora_alpha is None else lora_alpha, seed=seed, below=read_stack(base_loras)
+        opened, rank=lora_rank, alpha=2.0 * lora_rank if lora_alpha is None else lora_alpha, seed=seed, base_loras=read_stack(base_loras)
     )
     e = default_evaluation(model)
     policy.world = World(0, 1, where)
@@ -288,7 +290,7 @@ class Learner:
         self.steps += 1
         advantages = self._objective.prepare(advantages.float().cpu(), samples.groups)
         everything = range(len(samples))
-        rollout = Scored(
+        rollout = ScoredRollout(
             samples.latents, advantages.to(policy.model.device), samples.conditioning, samples.path, everything, kept,
             samples.prompts, samples.groups, advantages,
         )  # fmt: skip

@@ -137,8 +137,8 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
                 raise ValueError(f"CPSScheduler: {kind} must fall within {most}, without the last 0, not {list(sigmas or timesteps or [])}")
         self.num_inference_steps = len(levels) - 1
         self.sigmas = levels  # on the CPU, where reading one waits for no device
-        told = levels[:-1] * scale if timesteps is None else torch.tensor([*map(float, timesteps)], dtype=torch.float32)
-        self.timesteps = told.to(device)
+        chosen = levels[:-1] * scale if timesteps is None else torch.tensor([*map(float, timesteps)], dtype=torch.float32)
+        self.timesteps = chosen.to(device)
         self._step_index = None
         self._begin_index = None
         self._seeds = None

@@ -117,19 +117,19 @@ def summary(
 
     Args and Raises: see `interval`.
     """
-    drawn = _bootstrap(values, clusters, strata, resamples, seed, level, bounds)
+    resampled = _bootstrap(values, clusters, strata, resamples, seed, level, bounds)
     missing = np.isnan(np.asarray(values, dtype=float))
-    overall = drawn.overall()
+    overall = resampled.overall()
     found = overall.json() | {"images": len(missing), "missing": int(missing.sum()), "prompts": overall.prompts}
-    known = {str(label): place for place, label in enumerate(drawn.labels) if str(label)}
+    known = {str(label): place for place, label in enumerate(resampled.labels) if str(label)}
     if strata is None or len(known) < 2:
         return found
     tags, by_tag = np.asarray(strata).astype(str), {}
     for tag in dict.fromkeys(tags[tags != ""].tolist()):
         mine = missing[tags == tag]
-        estimate = drawn.of_stratum(known[tag]) if tag in known else NOTHING
+        estimate = resampled.of_stratum(known[tag]) if tag in known else NOTHING
         by_tag[tag] = estimate.json() | {"images": len(mine), "missing": int(mine.sum()), "prompts": estimate.prompts}
-    return found | {"mean_of_tags": drawn.of_strata(list(known.values())).json(), "by_tag": by_tag}
+    return found | {"mean_of_tags": resampled.of_strata(list(known.values())).json(), "by_tag": by_tag}
 
 
 def paired(
@@ -284,10 +284,12 @@ def _resample(
         members = np.flatnonzero(stratum == place)
         number[place], differ[place] = len(members), _differ(sums[members] / counts[members])
         all_sums[0, place], all_counts[0, place] = sums[members].sum(), counts[members].sum()
-        drawn = (
-            _draw(sums[members], counts[members], resamples, generator) if len(members) > 1 else (all_sums[0, place], all_counts[0, place])
+        resampled = (
+            _draw_resample(sums[members], counts[members], resamples, generator)
+            if len(members) > 1
+            else (all_sums[0, place], all_counts[0, place])
         )
-        all_sums[1:, place], all_counts[1:, place] = drawn
+        all_sums[1:, place], all_counts[1:, place] = resampled
     return _Resampled(level, bounds, labels, number, differ, origin, all_sums, all_counts, None)
 
 
@@ -307,14 +309,14 @@ def _cluster_sums(values: Array, prompts: NDArray[Any], tag: Whole) -> tuple[Arr
     return sums, np.bincount(place, minlength=len(found)).astype(float), found // max(len(names), 1)
 
 
-def _draw(sums: Array, counts: Array, resamples: int, generator: np.random.Generator) -> tuple[Array, Array]:
+def _draw_resample(sums: Array, counts: Array, resamples: int, generator: np.random.Generator) -> tuple[Array, Array]:
     """Sums and counts [R] of resamples of one stratum's K > 1 clusters."""
     size, several = len(sums), max(1, DRAWS // len(sums))
     found = np.zeros((2, resamples))
     for start in range(0, resamples, several):
         rows = min(several, resamples - start)
-        drawn = generator.integers(size, size=(rows, size - 1))
-        found[0, start : start + rows] = sums[drawn].sum(1)
-        found[1, start : start + rows] = counts[drawn].sum(1)
+        resampled = generator.integers(size, size=(rows, size - 1))
+        found[0, start : start + rows] = sums[resampled].sum(1)
+        found[1, start : start + rows] = counts[resampled].sum(1)
     found *= size / (size - 1)
     return found[0], found[1]

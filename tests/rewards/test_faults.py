@@ -10,7 +10,7 @@ from flowtilt import RewardOutput, UserError
 from flowtilt.cli import main
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import applies, load_reward, score
-from flowtilt.rewards.trial import try_rewards
+from flowtilt.rewards.trial import preflight
 
 BUGS = """
 from helpers_of_bugs import fail
@@ -122,7 +122,7 @@ def test_a_server_logs_a_line_and_tells_its_client_the_place(bugs):
 
 
 def tried(reward, prompts=PROMPTS, seed=0):
-    try_rewards({"mine": reward}, prompts, side=16, device="cpu", seed=seed)
+    preflight({"mine": reward}, prompts, side=16, device="cpu", seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,12 @@ def test_a_model_is_there_for_its_own_turn(monkeypatch):
     from contextlib import contextmanager
 
     @contextmanager
-    def visiting(modules, device):
+    def on_device(modules, device):
         visits.append(("in", len(modules)))
         yield
         visits.append("out")
 
-    monkeypatch.setattr(judging, "visiting", visiting)
+    monkeypatch.setattr(judging, "on_device", on_device)
     monkeypatch.setattr(judging, "PART", 4)
     judge({"a": Reward("a"), "b": Reward("b"), "plain": mean}, IMAGES, PROMPTS, "cpu")
     assert visits == [("in", 1), "a", "a", "out", ("in", 1), "b", "b", "out", ("in", 0), "out"]
@@ -76,7 +76,7 @@ def test_a_class_waits_elsewhere_only_if_it_names_its_models(tmp_path):
     )
     built = {}
     for name in ("Plain", "Roaming", "Network"):
-        built[name] = load_reward("mine", f"{tmp_path}/mine.py:{name}", device="meta", home="cpu")
+        built[name] = load_reward("mine", f"{tmp_path}/mine.py:{name}", device="meta", storage_device="cpu")
     assert {name: reward.device.type for name, reward in built.items()} == {"Plain": "meta", "Roaming": "cpu", "Network": "meta"}
     found, _ = judge({"network": built["Network"]}, IMAGES, PROMPTS, "cpu")
     assert torch.equal(found["network"], mean(IMAGES, PROMPTS))

@@ -23,7 +23,7 @@ from flowtilt.rewards.about import BuiltIn, built_in
 from flowtilt.rewards.playground import Playground
 from flowtilt.rewards.serving import client as served
 from flowtilt.rewards.serving import server
-from flowtilt.rewards.serving.client import Served
+from flowtilt.rewards.serving.client import RemoteReward
 from flowtilt.rewards.serving.wire import Limits, answer, read_answer
 from flowtilt.seeding import generator
 
@@ -54,7 +54,7 @@ def test_images_of_8_bits_and_prompts_arrive_exactly_and_scores_keep_their_order
     keeps = Keeps()
     images, prompts = images_of(50), prompts_of(50)
     with running({"keeps": keeps}, max_batch=4) as (url, _):
-        output = Served(url, "keeps", images_per_request=3, workers=8)(images, prompts)
+        output = RemoteReward(url, "keeps", images_per_request=3, workers=8)(images, prompts)
     assert torch.equal(output.scores, torch.arange(50.0))
     assert all(torch.equal(keeps.images[i], images[i]) for i in range(50))
     assert [keeps.prompts[i] for i in range(50)] == prompts and keeps.prompts[7].metadata == prompts[7].metadata
@@ -69,7 +69,7 @@ def test_scores_of_fp32_nan_details_and_notes_come_back_exactly():
         return RewardOutput(values[at], [f"ä\ud800 {i}" for i in at.tolist()], details)
 
     with running({"r": reward}, max_batch=1) as (url, _):
-        output = Served(url, "r", images_per_request=2)(images_of(5), prompts_of(5))
+        output = RemoteReward(url, "r", images_per_request=2)(images_of(5), prompts_of(5))
     torch.testing.assert_close(output.scores, values, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(output.details["strict"], values / 2, rtol=0, atol=0, equal_nan=True)
     assert output.details["late"][:4].isnan().all() and output.details["late"][4] == 4
@@ -89,7 +89,7 @@ def test_a_recipes_address_gives_what_the_reward_gives_here():
 
 def test_the_path_of_an_address_names_the_reward():
     with running({"levels": levels}) as (url, _):
-        named = Served(f"{url}/levels/", "anything")
+        named = RemoteReward(f"{url}/levels/", "anything")
         assert named.reward == "levels" and named.url == url
         assert named(grey(3)[None], [prompt()]).scores.tolist() == [3]
 
@@ -97,7 +97,7 @@ def test_the_path_of_an_address_names_the_reward():
 @pytest.mark.parametrize("url", ["http://", "http://:80", "http://host:port", "http://host:99999", "http://host?x=1", "http://[::1"])
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(UserError, match="is not"):
-        Served(url, "r")
+        RemoteReward(url, "r")
 
 
 @pytest.mark.parametrize("option", ["timeout", "images_per_request", "workers"])
@@ -108,8 +108,8 @@ def test_options_must_be_positive(option):
 
 def test_it_works_off_the_device_keeps_the_servers_version_and_scores_no_images():
     with running({"levels": levels}) as (url, _):
-        reward = Served(url, "levels")
-        assert Served.off_device and reward.version["reward"] == "levels"
+        reward = RemoteReward(url, "levels")
+        assert RemoteReward.off_device and reward.version["reward"] == "levels"
         empty = reward(torch.empty(0, 3, 8, 8), [])
     assert empty.scores.shape == (0,) and not empty.notes
 
@@ -120,7 +120,7 @@ def test_an_image_with_a_nan_has_no_score_though_its_png_would():
     images[1, 0, 4, 4] = torch.nan
     reward = lambda images, prompts: RewardOutput(levels(images, prompts), (), {"d": levels(images, prompts)})  # noqa: E731
     with running({"r": reward}) as (url, _):
-        found, notes = score({"r": Served(url, "r", images_per_request=2)}, images, prompts_of(3))
+        found, notes = score({"r": RemoteReward(url, "r", images_per_request=2)}, images, prompts_of(3))
     for values in (found["r"], found["r/d"]):
         assert values[[0, 2]].tolist() == [1, 3] and values[1].isnan()
     assert notes == ["", "the image is not finite", ""]
@@ -135,20 +135,20 @@ def test_whether_it_applies_is_what_the_built_in_reward_says(monkeypatch):
     monkeypatch.setattr(served, "find_reward", lambda name, source: Judge)
     monkeypatch.setitem(built_in(), "judge", BuiltIn(name="judge", source="somewhere:Judge"))
     with running({"judge": levels, "own": levels}) as (url, _):
-        assert applies(Served(url, "judge"), prompt()) == "needs metadata"
-        assert applies(Served(url, "judge"), prompt(metadata={"a": 1})) == ""
-        assert applies(Served(url, "own"), prompt()) == ""
+        assert applies(RemoteReward(url, "judge"), prompt()) == "needs metadata"
+        assert applies(RemoteReward(url, "judge"), prompt(metadata={"a": 1})) == ""
+        assert applies(RemoteReward(url, "own"), prompt()) == ""
 
 
 # what goes wrong --------------------------------------------------------------------------------------
 
 
 def test_a_missing_server_is_told_before_a_run_starts(monkeypatch):
-    monkeypatch.setattr(served, "FIRST", 0.5)
+    monkeypatch.setattr(served, "FIRST_ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(UserError, match=f"no reward server at {url} .*flowtilt serve-rewards --rewards geneval"):
-        Served(url, "geneval")
+        RemoteReward(url, "geneval")
 
 
 def test_an_unknown_reward_and_a_wrong_key_are_told_at_once(monkeypatch):
@@ -156,11 +156,11 @@ def test_an_unknown_reward_and_a_wrong_key_are_told_at_once(monkeypatch):
         began = time.monotonic()
         monkeypatch.setenv("FLOWTILT_REWARD_KEY", "wrong")
         with pytest.raises(UserError, match=r"rewards\.levels: .*FLOWTILT_REWARD_KEY"):
-            Served(url, "levels")
+            RemoteReward(url, "levels")
         monkeypatch.setenv("FLOWTILT_REWARD_KEY", "right")
         with pytest.raises(UserError, match="no reward 'level' here; this server has levels"):
-            Served(url, "level")
-        assert Served(url, "levels")(grey(3)[None], [prompt()]).scores.tolist() == [3]
+            RemoteReward(url, "level")
+        assert RemoteReward(url, "levels")(grey(3)[None], [prompt()]).scores.tolist() == [3]
         assert time.monotonic() - began < 5
 
 
@@ -172,7 +172,7 @@ def test_a_reward_that_fails_there_is_an_error_here_and_is_not_tried_again():
         raise RuntimeError("no weights today")
 
     with running({"broken": broken}) as (url, _):
-        reward = Served(url, "broken", images_per_request=1, workers=1)
+        reward = RemoteReward(url, "broken", images_per_request=1, workers=1)
         with pytest.raises(UserError, match="422: RuntimeError: no weights today"):
             reward(images_of(20), prompts_of(20))
     assert len(calls) < 20
@@ -185,7 +185,7 @@ def test_a_full_server_is_asked_again_until_it_has_room():
 
     images = torch.stack([grey(i) for i in range(12)])
     with running({"slow": slow}, limits=Limits(waiting=4), max_batch=4) as (url, _):
-        output = Served(url, "slow", images_per_request=2, workers=4)(images, prompts_of(12))
+        output = RemoteReward(url, "slow", images_per_request=2, workers=4)(images, prompts_of(12))
         text = ask(url, None, path="/metrics", method="GET")[1]
     assert output.scores.tolist() == list(range(12))
     assert 'status="503"' in text
@@ -261,7 +261,7 @@ def process(tmp_path):
 
 
 def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_taken(process):
-    reward = Served(process.url, "slow", images_per_request=2, workers=4, timeout=30, patience=60)
+    reward = RemoteReward(process.url, "slow", images_per_request=2, workers=4, timeout=30, patience=60)
     assert [process.said.recv().split(";")[0] for _ in range(2)] == ["loading slow", "serving slow"]
     images = torch.stack([grey(i) for i in range(96)])
     with ThreadPoolExecutor() as pool, logged(logging.WARNING) as away:
@@ -274,7 +274,7 @@ def test_a_killed_server_loses_nothing_and_a_stopped_one_finishes_what_it_has_ta
         assert scores.result(60).scores.tolist() == list(range(96))
         assert 1 <= sum("trying again" in line for line in away) <= 4 and "answers again" in away[-1]
 
-        impatient = Served(process.url, "slow", images_per_request=2, workers=4, patience=0)
+        impatient = RemoteReward(process.url, "slow", images_per_request=2, workers=4, patience=0)
         last = pool.submit(impatient, torch.ones(8, 3, 8, 8), prompts_of(8))
         wait_until(lambda: ask(process.url, None, path="/health", method="GET")[1]["waiting_images"] == 8)
         process.process.terminate()

@@ -13,7 +13,7 @@ from flowtilt.cli import main
 from flowtilt.errors import UserError, printable
 from flowtilt.io.web import Refused, post_json
 from flowtilt.rewards.serving import wire
-from flowtilt.rewards.serving.client import Served
+from flowtilt.rewards.serving.client import RemoteReward
 from flowtilt.rewards.serving.wire import key_for, read_answer
 from flowtilt.rewards.unifiedreward import UnifiedReward
 
@@ -84,12 +84,12 @@ NASTY = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eabc\r\x00"
 
 @pytest.mark.parametrize("status", [200, 302, 401, 404, 503])
 def test_a_servers_control_characters_stay_out_of_what_is_said(status, capsys, monkeypatch):
-    monkeypatch.setattr("flowtilt.rewards.serving.client.FIRST", 0.1)
+    monkeypatch.setattr("flowtilt.rewards.serving.client.FIRST_ANSWER_SECONDS", 0.1)
     body = ("{" + NASTY).encode()
     with answering(head(status, Location="http://x/\x1b[2J", **{"Content-Length": len(body)}) + body) as (url, _):
         assert main(["score", __file__.replace("test_web.py", ""), "--rewards", f"r={url}"]) == 2
         with pytest.raises(UserError) as caught:
-            Served(url, "r")
+            RemoteReward(url, "r")
     for said in (str(caught.value), capsys.readouterr().err):
         assert not any(c in said for c in "\x1b\x07\x9b\u202e\x00\r")
 
@@ -130,7 +130,7 @@ def test_a_server_that_is_not_named_gets_no_key_and_the_line_says_so(monkeypatch
     monkeypatch.setenv("FLOWTILT_REWARD_HOST", "scores.example")
     with answering(head(401)) as (url, heard):
         with pytest.raises(UserError, match="FLOWTILT_REWARD_KEY was not sent, for FLOWTILT_REWARD_HOST does not name this server"):
-            Served(url, "r")
+            RemoteReward(url, "r")
         assert heard and b"s3cret" not in heard[0]
 
 

@@ -12,7 +12,7 @@ from flowtilt.build.inputs import found_again
 from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
 from flowtilt.config.held_out import SPLIT
 from flowtilt.config.trust import check as check_trust
-from flowtilt.device.placement import home
+from flowtilt.device.placement import storage_device
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.containment import contained
@@ -36,7 +36,7 @@ from flowtilt.rewards.named import Named, load_named
 from flowtilt.sampling.sampler import Sampler
 
 
-def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start: bool = True) -> Policy:
+def build_policy(recipe: Recipe, world: World, base_loras: Sequence[Lora] = (), start: bool = True) -> Policy:
     """The recipe's model with what it trains: all weights, or fresh adapters on top of `below`.
 
     A frozen base is spread over the ranks where the recipe says so and there are several.
@@ -55,11 +55,11 @@ def build_policy(recipe: Recipe, world: World, below: Sequence[Lora] = (), start
         model.levels(steps)  # now, not after hours: a family may have no levels for so few
     merge = False if sharded else None  # merged weights would be whole on every rank
     shapes = shapes_of(model.network)
-    for lora in below:
+    for lora in base_loras:
         check(lora, shapes)
-    policy = LoraPolicy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, below=below)
+    policy = LoraPolicy(model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed, merge=merge, base_loras=base_loras)
     if start and recipe.lora.init:
-        load_lora(policy, read_onto(recipe.lora.init, below))
+        load_lora(policy, read_onto(recipe.lora.init, base_loras))
     if sharded:
         Lockstep(policy, world)
     return policy
@@ -126,12 +126,12 @@ def load_rewards(
     Args:
         objects: rewards that Python gave, by name; they are used in place of what the recipe names.
     """
-    away = home(recipe.model.offload, device)
+    away = storage_device(recipe.model.offload, device)
     given = objects or {}
     wanted = [replace(one, source=given[one.name]) if one.name in given else one for one in rewards_of(recipe)]
-    trained, _ = load_named(wanted, device=device, home=away)
+    trained, _ = load_named(wanted, device=device, storage_device=away)
     only = [one for one in judges_of(recipe) if one.name not in trained]
-    others = load_named(only, device=device, home=away)[0] if only else {}
+    others = load_named(only, device=device, storage_device=away)[0] if only else {}
     return trained, {one.name: (trained | others)[one.name] for one in judges_of(recipe)}
 
 

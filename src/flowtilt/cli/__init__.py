@@ -90,10 +90,10 @@ def _all_ranks(ending: signals.Ending) -> Iterator[None]:
         ending.status = torchrun.interrupted_status()
         yield
         return
-    from flowtilt.distributed.lifeline import together
+    from flowtilt.distributed.lifeline import fail_together
 
     quieten()
-    with together():
+    with fail_together():
         ending.status = torchrun.interrupted_status()
         yield
 

@@ -130,9 +130,9 @@ def read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[
     seen = (*seen, _identity(source))
     if _identity(base_source) in seen:
         raise UserError(f"recipe {where}: base = {base!r} must name another recipe, but comes back to itself")
-    below, below_origins = read(base_source, seen)
-    merge(below, tree)
-    return below, _newer(below_origins, origins)
+    base, base_origins = read(base_source, seen)
+    merge(base, tree)
+    return base, _newer(base_origins, origins)
 
 
 def chain(source: str) -> list[tuple[str, str]]:
@@ -187,31 +187,31 @@ def _values(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
-def _newer(below: dict[str, str], above: dict[str, str]) -> dict[str, str]:
+def _newer(base: dict[str, str], above: dict[str, str]) -> dict[str, str]:
     """Origins once the keys of `above` were set: what stood at or under one of them is gone."""
-    return {old: at for old, at in below.items() if not any(old.startswith(key + ".") for key in above)} | above
+    return {old: at for old, at in base.items() if not any(old.startswith(key + ".") for key in above)} | above
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+def merge(base: dict[str, Any], above: dict[str, Any]) -> None:
     """Puts a tree on top of another, in place."""
     for key, value in above.items():
         if key == "rewards":  # what a run is for: a recipe that names its own means those alone
-            below[key] = value
-        elif isinstance(value, dict) and isinstance(below.get(key), dict):
+            base[key] = value
+        elif isinstance(value, dict) and isinstance(base.get(key), dict):
             # another variant starts from its own defaults, not from the old one's values
-            if key == "objective" and value.get("type", below[key].get("type", "nft")) != below[key].get("type", "nft"):
-                below[key] = {}
+            if key == "objective" and value.get("type", base[key].get("type", "nft")) != base[key].get("type", "nft"):
+                base[key] = {}
             if key in ("rollout", "evaluate"):
-                _leave_cps(below[key], value)
-            merge(below[key], value)
+                _leave_cps(base[key], value)
+            merge(base[key], value)
         else:
-            below[key] = value
+            base[key] = value
 
 
-def _leave_cps(below: dict[str, Any], above: dict[str, Any]) -> None:
+def _leave_cps(base: dict[str, Any], above: dict[str, Any]) -> None:
     """Another solver that is set above cps has no use for its eta."""
     if above.get("solver", "cps") != "cps":
-        below.pop("eta", None)
+        base.pop("eta", None)
 
 
 def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:

@@ -301,8 +301,8 @@ class Recipe(Table):
         judged = e.rewards[0] if e.rewards else next(iter(self.rewards))
         eta = "" if e.eta is None else f" of eta {e.eta:g}"
         prompts = os.path.basename(e.prompts or self.prompts)
-        drawn = f"{e.images} images of {prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
-        return f"{judged}, EMA weights, {drawn}, noise seed {self.seed}"
+        images = f"{e.images} images of {prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
+        return f"{judged}, EMA weights, {images}, noise seed {self.seed}"
 
 
 def known_keys() -> list[Key]:

@@ -49,9 +49,11 @@ def of_rewards(rewards: Iterable[tuple[str, str, Mapping[str, Any]]]) -> dict[st
 def of_recipe(recipe: Recipe) -> dict[str, str]:
     """What training by a recipe runs or contacts besides flowtilt's own code, by key."""
     rewards = [(name, reward.source or name, reward.options) for name, reward in recipe.reward_table().items()]
-    judges = [(name, name, {}) for name in (column.partition("/")[0] for column in recipe.evaluate.rewards) if name not in recipe.rewards]
+    eval_rewards = [
+        (name, name, {}) for name in (column.partition("/")[0] for column in recipe.evaluate.rewards) if name not in recipe.rewards
+    ]
     method = {"objective.type": recipe.objective.type} if is_own(recipe.objective.type) else {}
-    return of_model(recipe.model) | of_rewards([*rewards, *judges]) | method
+    return of_model(recipe.model) | of_rewards([*rewards, *eval_rewards]) | method
 
 
 def check(run: Path, parts: Mapping[str, str], trust: bool) -> None:

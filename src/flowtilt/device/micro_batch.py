@@ -47,7 +47,7 @@ class MicroBatch:
         """Rows that work of this kind takes at once."""
         return self.sizes.get(kind, self._first)
 
-    def fit(
+    def run_with_backoff(
         self, kind: str, work: Callable[[int], T], save_memory: Callable[[], bool] = lambda: False, counter: Counter | None = None
     ) -> T:
         """`work(size)`, begun anew with half the size where it did not fit.

@@ -28,14 +28,14 @@ FAILED, INTERRUPTED, WELL = b"f", b"i", b"w"
 """What a rank says in the end; the hub passes on the first two, with the rank."""
 HERE = b"."
 """What the hub says now and then."""
-MOMENT = 2.0
+POLL_SECONDS = 2.0
 """Seconds within which a rank hears why a collective of its own broke."""
 GRACE = 3.0
 """Seconds that the rank that failed has to say why and to exit first, so that torchrun takes it for the cause."""
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Joins the processes that torchrun started; where one of them fails inside the block, all end within seconds.
 
     Raises:
@@ -73,7 +73,7 @@ class Lifeline:
         """With which this rank ends where another one was the first to."""
         self._news, self._left = threading.Event(), False
         self._hub: threading.Thread | None = None
-        port, token = world.first(lambda: self._open_hub(world.size))
+        port, token = world.on_rank0(lambda: self._open_hub(world.size))
         address = os.environ["MASTER_ADDR"], port
         try:
             self._connection = socket.create_connection(address, timeout=60)
@@ -97,11 +97,11 @@ class Lifeline:
     def first_to_fail(self, error: BaseException) -> bool:
         """Tells the others; false where another rank had failed before, of which `error` may be a mere consequence."""
         if not isinstance(error, UserError | KeyboardInterrupt):
-            self._news.wait(MOMENT)
+            self._news.wait(POLL_SECONDS)
         if not self._news.is_set():
             with suppress(OSError):
                 self._connection.sendall(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
-            self._news.wait(MOMENT)
+            self._news.wait(POLL_SECONDS)
         return self._culprit in (None, self._rank)
 
     def say_interrupted(self) -> None:
@@ -183,7 +183,7 @@ def _serve(server: socket.socket, token: bytes, size: int, patience: float) -> N
                 news = (INTERRUPTED if said == INTERRUPTED else FAILED) + ranks[connection].to_bytes(4)
                 # the first rank comes last: it may end at the news, and the hub with it
                 for one in sorted(ranks, key=lambda one: -ranks[one]):
-                    one.settimeout(MOMENT)  # one that hangs may have read nothing for hours
+                    one.settimeout(POLL_SECONDS)  # one that hangs may have read nothing for hours
                     with suppress(OSError):
                         one.sendall(news)
                 return

@@ -23,7 +23,7 @@ from flowtilt.distributed import torchrun
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 NUMBERS = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
 """Windows has the first two alone."""
-AGAIN = 1.0
+SECOND_INTERRUPT_SECONDS = 1.0
 """Seconds from which on a second SIGINT is a person's. One that torchrun or a terminal sends twice comes sooner."""
 FORCE = 5.0
 """Seconds that a process has to end by itself."""
@@ -53,7 +53,7 @@ class Ending:
         """Through which Python tells the thread of signals."""
         self._work: Work | None = None
         self._tell = False
-        self._told_at: float | None = None
+        self._asked_at: float | None = None
         self._raised = self._over = False
 
     def protect(self, work: Work, tell: bool) -> None:
@@ -67,7 +67,7 @@ class Ending:
         try:
             yield self._work
         finally:
-            self._work, self._told_at = before, None
+            self._work, self._asked_at = before, None
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -90,10 +90,10 @@ class Ending:
         now = time.monotonic()
         if self._work:
             self._work.interrupted = True
-            again = number == signal.SIGINT and self._told_at is not None and now - self._told_at > AGAIN
+            again = number == signal.SIGINT and self._asked_at is not None and now - self._asked_at > SECOND_INTERRUPT_SECONDS
             if self._work.unsaved and not again:
-                if self._told_at is None:
-                    self._told_at = now
+                if self._asked_at is None:
+                    self._asked_at = now
                     if self._tell:
                         write(f"\nstopping after this rollout{'; Ctrl-C once more stops at once' if number == signal.SIGINT else ''}\n")
                 return
@@ -116,7 +116,7 @@ class Ending:
             ours = [number for number in numbers if signal.getsignal(number) == self.handle]
             if ours:
                 first = now if first is None else first
-                again = signal.SIGINT in ours and now - first > AGAIN
+                again = signal.SIGINT in ours and now - first > SECOND_INTERRUPT_SECONDS
                 if not end and (again or not self._work or not self._work.unsaved):
                     end = now + FORCE
             if end and now > end and self._may_force:

@@ -71,15 +71,15 @@ class World:
         blank = torch.full((len(self.share(number)), *shape), torch.nan)
         return {name: self.gather(columns.get(name, blank).to(self.device), number).cpu() for name in names}
 
-    def first(self, work: Callable[[], Any]) -> Any:
+    def on_rank0(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on the first rank, as JSON, on all of them; what it raises for the user is raised on all."""
-        told: list[Any] = []
+        gathered: list[Any] = []
         if self.rank == 0:
             try:
-                told = [[work(), None]]
+                gathered = [[work(), None]]
             except UserError as error:
-                told = [[None, str(error)]]
-        value, complaint = self.gather_json(told)[0]
+                gathered = [[None, str(error)]]
+        value, complaint = self.gather_json(gathered)[0]
         if complaint is not None:
             raise UserError(complaint)
         return value

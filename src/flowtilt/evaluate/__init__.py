@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
 from flowtilt.rewards.facts import ranges_of
@@ -90,8 +90,8 @@ def _stride(length: int) -> int:
     return step
 
 
-def draw(
-    drawing: Drawing, role: str, prompts: Sequence[Prompt], rows: Sequence[Row], sampler: Sampler, seed: int, micro_batch: MicroBatch
+def generate(
+    drawing: RoleModel, role: str, prompts: Sequence[Prompt], rows: Sequence[Row], sampler: Sampler, seed: int, micro_batch: MicroBatch
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] of N rows."""
     texts = [prompts[index].text for index, _ in rows]
@@ -100,12 +100,12 @@ def draw(
     start = noise(seed, "evaluate", positions, drawing.model.latent_shape).to(drawing.model.device)
     conditioning = drawing.model.encode(texts)
     fresh = step_noise(seed, "evaluate", positions, drawing.model.latent_shape)
-    latents = micro_batch.fit("sample", lambda size: sampler(drawing, role, start, conditioning, size, fresh))
-    return micro_batch.fit("decode", lambda size: decode(drawing, latents, size))
+    latents = micro_batch.run_with_backoff("sample", lambda size: sampler(drawing, role, start, conditioning, size, fresh))
+    return micro_batch.run_with_backoff("decode", lambda size: decode(drawing, latents, size))
 
 
 def evaluate(
-    drawing: Drawing,
+    drawing: RoleModel,
     role: str,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
@@ -133,7 +133,7 @@ def evaluate(
     kept: dict[int, Tensor] = {}
     drawing.model.encode.prepare(prompts[index].text for number in world.share(len(blocks)) for index, _ in blocks[number])
     for number in world.share(len(blocks)):
-        pictures = draw(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
+        pictures = generate(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
         scores, said = judge(rewards, pictures, [prompts[index] for index, _ in blocks[number]], drawing.model.device)
         parts.append({name: _padded(value) for name, value in scores.items()})
         notes += said
@@ -145,25 +145,27 @@ def evaluate(
     mean = _mean(columns[column])
     if mean is None:
         raise UserError(f"reward {column}: gives none of the evaluation's images a score")
-    drawn = [prompts[index] for index, _ in rows]
-    told = [_told(*row) for row in zip(drawn[:samples], columns[column][:samples].tolist(), notes[:samples], strict=True)]
+    row_prompts = [prompts[index] for index, _ in rows]
+    sample_records = [
+        _sample_record(*row) for row in zip(row_prompts[:samples], columns[column][:samples].tolist(), notes[:samples], strict=True)
+    ]
     return Evaluation(
         column,
         mean,
-        _by_tag(columns[column], drawn),
+        _by_tag(columns[column], row_prompts),
         {name: value for name, values in columns.items() if (value := _mean(values)) is not None},
         {name: float(values[~values.isnan()].double().std(correction=0)) for name, values in columns.items() if _mean(values) is not None},
         {name: count for name, values in columns.items() if (count := int(values.isnan().sum()))},
         images,
         {
-            "captions": hashlib.sha256("\n".join(prompt.text for prompt in drawn).encode()).hexdigest(),
+            "captions": hashlib.sha256("\n".join(prompt.text for prompt in row_prompts).encode()).hexdigest(),
             "prompt": [index for index, _ in rows],
-            "tag": [prompt.tag for prompt in drawn],
+            "tag": [prompt.tag for prompt in row_prompts],
             "score": [None if math.isnan(score) else score for score in columns[column].tolist()],
             "range": list(ranges_of(rewards).get(column, ())),
         },
-        _collected(kept, len(told), world),
-        told,
+        _collected(kept, len(sample_records), world),
+        sample_records,
     )
 
 
@@ -181,7 +183,7 @@ def _by_tag(values: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
     return {tag: mean for tag, values in of_tag.items() if (mean := _mean(values)) is not None}
 
 
-def _told(prompt: Prompt, score: float, note: str) -> dict[str, object]:
+def _sample_record(prompt: Prompt, score: float, note: str) -> dict[str, object]:
     """What stands beside an image in the report."""
     return {"prompt": prompt.text, "tag": prompt.tag, "score": None if math.isnan(score) else round(score, 4), "note": note}
 

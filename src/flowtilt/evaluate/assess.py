@@ -10,7 +10,7 @@ from flowtilt.build import default_evaluation, judges_of, load_prompts, model_se
 from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.config.trust import of_model, of_rewards
 from flowtilt.device.micro_batch import MicroBatch
-from flowtilt.device.placement import home
+from flowtilt.device.placement import storage_device
 from flowtilt.distributed import world as distributed
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
@@ -83,9 +83,9 @@ def assess(
     loaded = _load_sets(prompts or _own_prompts(recipe))
     if not prompts and images is None and images_per_prompt is None:
         images = e.images
-    judges, left_out = load_named(named, device=world.device, home=home(settings.offload, world.device))
+    eval_rewards, left_out = load_named(named, device=world.device, storage_device=storage_device(settings.offload, world.device))
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
-    sets, dropped = _with_judges(loaded, rows, judges, left_out, say if world.rank == 0 else None)
+    sets, dropped = _with_judges(loaded, rows, eval_rewards, left_out, say if world.rank == 0 else None)
     stack = added.on(open_model(settings, world.device))
     notice_cut(stack.model, [prompt for members in loaded.values() for prompt in members])
     variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
@@ -93,8 +93,8 @@ def assess(
     chosen = {"images": images, "images_per_prompt": None if images else images_per_prompt or 1, "seed": seed, "variants": list(variants)}
 
     def protocol() -> dict[str, Any]:
-        drawn = _model_protocol(stack.model, settings, added, sampler) | _prompt_protocol(loaded) | chosen
-        return drawn | _reward_protocol(named, judges, dropped) | {"flowtilt": versions()["flowtilt"]}
+        protocol_so_far = _model_protocol(stack.model, settings, added, sampler) | _prompt_protocol(loaded) | chosen
+        return protocol_so_far | _reward_protocol(named, eval_rewards, dropped) | {"flowtilt": versions()["flowtilt"]}
 
     size = MicroBatch(micro_batch, world.device.type)
     with opened(folder, protocol, world):
@@ -125,7 +125,7 @@ def _named(rewards: Sequence[str], recipe: Recipe | None, compat: bool) -> list[
 def _with_judges(
     loaded: Mapping[str, Sequence[Prompt]],
     rows: Mapping[str, Sequence[Row]],
-    judges: Mapping[str, Reward],
+    eval_rewards: Mapping[str, Reward],
     left_out: Mapping[str, str],
     say: Callable[[str], None] | None,
 ) -> tuple[list[PromptSet], list[dict[str, str]]]:
@@ -136,7 +136,7 @@ def _with_judges(
     """
     sets, dropped = [], [{"set": "all", "reward": name, "why": why} for name, why in left_out.items()]
     for name, members in loaded.items():
-        able, why = applicable(members, judges)
+        able, why = applicable(members, eval_rewards)
         dropped += [{"set": name, "reward": reward, "why": reason} for reward, reason in why.items()]
         sets.append(PromptSet(name, members, rows[name], able))
     if say:
@@ -169,8 +169,8 @@ def _prompt_protocol(loaded: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
 
 
 def _digest_of(prompts: Sequence[Prompt]) -> str:
-    told = json.dumps([[p.text, p.tag, dict(p.metadata)] for p in prompts], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([[p.text, p.tag, dict(p.metadata)] for p in prompts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _model_protocol(model: Model, settings: ModelSettings, added: Tuned, sampler: Sampler) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _model_protocol(model: Model, settings: ModelSettings, added: Tuned, sampler
     }
 
 
-def _reward_protocol(named: Sequence[Named], judges: Mapping[str, Reward], dropped: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    told = versions_of(judges)
-    used = {one.name: {"source": one.source, "options": dict(one.options), **told[one.name]} for one in named if one.name in judges}
+def _reward_protocol(named: Sequence[Named], eval_rewards: Mapping[str, Reward], dropped: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    known = versions_of(eval_rewards)
+    used = {one.name: {"source": one.source, "options": dict(one.options), **known[one.name]} for one in named if one.name in eval_rewards}
     return {"rewards": used, "left_out": list(dropped)}

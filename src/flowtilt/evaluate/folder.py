@@ -18,7 +18,7 @@ from torch import Tensor
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.evaluate import BLOCK, Row, draw
+from flowtilt.evaluate import BLOCK, Row, generate
 from flowtilt.evaluate.progress import progress
 from flowtilt.evaluate.results import results_of
 from flowtilt.io.files import append_line, clean, disk_errors, made_by, read_errors, read_lines, write_atomic, write_json, write_lines
@@ -26,7 +26,7 @@ from flowtilt.io.images import to_pil, to_png
 from flowtilt.io.locks import FILES as LOCKS
 from flowtilt.io.locks import HOLDER, Hold
 from flowtilt.io.run_folder import EvaluationFolder
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
 from flowtilt.rewards import Reward
@@ -82,7 +82,7 @@ def opened(folder: Path, protocol: Callable[[], Mapping[str, Any]], world: World
     """
     hold: list[Hold] = []
     try:
-        world.first(lambda: hold.append(_hold(folder, protocol())))
+        world.on_rank0(lambda: hold.append(_hold(folder, protocol())))
         yield
     finally:
         for one in hold:
@@ -139,7 +139,7 @@ def _protocol_of(place: Path) -> dict[str, Any]:
 
 def run(
     folder: Path,
-    drawing: Drawing,
+    drawing: RoleModel,
     sets: Sequence[PromptSet],
     variants: Sequence[str],
     sampler: Sampler,
@@ -178,7 +178,7 @@ def run(
     drawing.model.encode.prepare(block.of.prompts[index].text for block in mine for index, _ in block.rows)
     with progress(total, hidden=bool(world.rank)) as bar:
         for block in mine:
-            images = draw(drawing, block.variant, block.of.prompts, block.rows, sampler, seed, micro_batch)
+            images = generate(drawing, block.variant, block.of.prompts, block.rows, sampler, seed, micro_batch)
             if save_images:
                 for file, image in zip(block.images(folder), images, strict=True):
                     write_atomic(file, to_png(image))

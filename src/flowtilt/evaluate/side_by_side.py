@@ -69,9 +69,9 @@ def sample(
     given = stack.model.encode(prompts)
     roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
     columns = [decode(stack, sampler(stack, role, start, given, len(prompts), fresh), len(prompts)) for role in roles]
-    drawn = sheet(columns)
-    several = drawn.size != columns[0].shape[:-3:-1]  # or an enlarged one
-    write_atomic(output, _encoded(drawn, kind, output, f"{len(columns[0])} x {len(columns)}" if several else ""))
+    image = sheet(columns)
+    several = image.size != columns[0].shape[:-3:-1]  # or an enlarged one
+    write_atomic(output, _encoded(image, kind, output, f"{len(columns[0])} x {len(columns)}" if several else ""))
     return output
 
 

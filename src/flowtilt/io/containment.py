@@ -26,7 +26,7 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 """Environment variables that say where this process computes and with whom."""
 
 _thread = threading.local()
-_told: set[tuple[str, str]] = set()
+_reported: set[tuple[str, str]] = set()
 
 
 class Part(NamedTuple):
@@ -84,7 +84,7 @@ def contained(what: str, *, seed: int | None = None, path: Sequence[str] = (), s
             signal.set_wakeup_fd(pair[1].fileno(), warn_on_full_buffer=False)
         _restore(generators)
         for name in changed:
-            _tell(what, name)
+            _report_once(what, name)
         if torch.is_inference_mode_enabled() != inference:
             raise UserError(f'{what}: leaves torch.inference_mode switched; write "with torch.inference_mode():" around what needs it')
 
@@ -103,9 +103,9 @@ def _put_back(parts: Sequence[Part], before: Sequence[Any]) -> list[str]:
     return [name for name in changed if name]
 
 
-def _tell(what: str, name: str) -> None:
-    if (what, name) not in _told:
-        _told.add((what, name))
+def _report_once(what: str, name: str) -> None:
+    if (what, name) not in _reported:
+        _reported.add((what, name))
         log.warning("%s: changes %s; flowtilt put it back", what, name)
 
 

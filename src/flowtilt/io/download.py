@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest, disk_errors, fsync_folder
-from flowtilt.io.web import AGAIN
+from flowtilt.io.web import RETRY_STATUSES
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further try; counted anew whenever bytes have come."""
@@ -98,15 +98,15 @@ def fetch_hub(repo: str, revision: str, files: Sequence[str], *, to: Path | None
     from huggingface_hub import HfApi, hf_hub_download
 
     with _hub_errors(repo):
-        told = {info.path: info for info in HfApi().get_paths_info(repo, list(files), revision=revision)}
-    missing = [file for file in files[:2] if file not in told]
+        infos = {info.path: info for info in HfApi().get_paths_info(repo, list(files), revision=revision)}
+    missing = [file for file in files[:2] if file not in infos]
     if missing:
         raise UserError(f"hub repository {repo}: no {' and no '.join(missing)} in revision {revision[:12]}")
     paths = []
     for file in files:
-        if file not in told:
+        if file not in infos:
             continue
-        info: Any = told[file]
+        info: Any = infos[file]
         with _hub_errors(repo):
             path = Path(hf_hub_download(repo, file, revision=revision, local_dir=to))
         sums = {"sha256": info.lfs.sha256} if info.lfs else {"git_blob": info.blob_id}
@@ -178,7 +178,7 @@ def _transfer(url: str, file: FileIO, name: str, size: int | None, pauses: Seque
                         return
                     _restart(file)
                     continue
-                if error.code not in AGAIN:
+                if error.code not in RETRY_STATUSES:
                     reason = "not found" if error.code in (404, 410) else "refused"
                     raise UserError(f"{url}: {reason} ({error.code})") from None
                 failure = f"the server answers {error.code}"

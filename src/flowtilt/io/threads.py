@@ -72,8 +72,8 @@ def name_those_left(seconds: float = 5.0) -> None:
     def say() -> None:
         left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
         if left:
-            told = f"waiting for {', '.join(left)}, started by a reward or a library; Ctrl-C ends it"
-            print(f"flowtilt: all is done and saved; {printable(told)}", file=sys.stderr, flush=True)
+            text = f"waiting for {', '.join(left)}, started by a reward or a library; Ctrl-C ends it"
+            print(f"flowtilt: all is done and saved; {printable(text)}", file=sys.stderr, flush=True)
 
     timer = threading.Timer(seconds, say)
     timer.daemon = True

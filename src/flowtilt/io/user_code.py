@@ -14,7 +14,7 @@ from typing import Any
 from flowtilt.errors import UserError
 from flowtilt.io import user_modules as userfiles
 from flowtilt.io.files import shown
-from flowtilt.io.user_errors import HINT, is_fault, told
+from flowtilt.io.user_errors import HINT, describe_error, is_fault
 
 
 def absolute(source: str) -> str:
@@ -112,7 +112,7 @@ def from_file(key: str, source: str) -> Any:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"{key}: importing {shown(place)} failed: {told(error)} ({HINT})") from error
+        raise UserError(f"{key}: importing {shown(place)} failed: {describe_error(error)} ({HINT})") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"{key}: {_unknown_function(Path(place), name)}")

@@ -35,7 +35,7 @@ def _words(error: BaseException) -> str:
         return ""
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """`ValueError: too dark, at mine.py:12`; a UserError's own words alone."""
     words = " ".join(_words(error).split())
     if isinstance(error, UserError):

@@ -11,7 +11,7 @@ from typing import Any
 from flowtilt.errors import UserError, printable
 from flowtilt.io import threads
 
-AGAIN = (408, 425, 429, 500, 502, 503, 504)
+RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which the same request may succeed."""
 MOST = 2**20
 """Bytes of an answer that are read, unless the caller allows more."""
@@ -43,7 +43,7 @@ def post_json(
 ) -> dict[str, Any]:
     """POSTs JSON and returns the JSON object that comes back.
 
-    Connection errors, timeouts, cut-off answers and the statuses of `AGAIN` are tried again after growing
+    Connection errors, timeouts, cut-off answers and the statuses of `RETRY_STATUSES` are tried again after growing
     pauses, until `patience` seconds have passed since the first failure.
 
     Args:
@@ -97,19 +97,19 @@ def understood(url: str, status: int, location: str, answer: bytes, most: int = 
 
     Raises:
         Refused: another status that will come again, or a larger answer.
-        Again: a status of `AGAIN`.
+        Again: a status of `RETRY_STATUSES`.
         ValueError: no JSON object.
     """
     if 300 <= status < 400:
         where = f" to {printable(' '.join(location.split()))[:200]}" if location else ""
         raise Refused(status, f"{url}: redirects{where} ({status}), which is not followed; write the address of the server itself")
-    told = _told(answer) if status != 200 else ""
+    reason = _reason(answer) if status != 200 else ""
     if status in (401, 403):
-        raise Refused(status, f"{url}: the key was refused ({status}{told})")
-    if status in AGAIN:
-        raise Again(f"{status}{told}")
+        raise Refused(status, f"{url}: the key was refused ({status}{reason})")
+    if status in RETRY_STATUSES:
+        raise Again(f"{status}{reason}")
     if status != 200:
-        raise Refused(status, f"{url}: refused with {status}{told}")
+        raise Refused(status, f"{url}: refused with {status}{reason}")
     if len(answer) > most:
         raise Refused(status, f"{url}: answers with more than {most} bytes, which is no answer to this request")
     try:
@@ -166,7 +166,7 @@ def _asked(request: urllib.request.Request, timeout: float, most: int) -> tuple[
     return found
 
 
-def _told(answer: bytes) -> str:
+def _reason(answer: bytes) -> str:
     """The server's own words, short."""
     text = answer[:WORDS].decode(errors="replace")
     try:

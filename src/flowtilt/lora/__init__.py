@@ -60,7 +60,7 @@ def baked(lora: Lora, ratio: float = 1.0) -> Lora:
     return Lora(layers, alphas, lora.source, lora.parents)
 
 
-def told(parents: Sequence[str]) -> dict[str, str]:
+def parents_metadata(parents: Sequence[str]) -> dict[str, str]:
     """The metadata that says what lies beneath a LoRA; empty for one on a bare base."""
     return {PARENTS: json.dumps(list(parents))} if parents else {}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowtilt.errors import UserError
 from flowtilt.io.tensors import save_file
-from flowtilt.lora import Lora, baked, told
+from flowtilt.lora import Lora, baked, parents_metadata
 from flowtilt.lora.find import COMFYUI
 from flowtilt.lora.names import Pair, swapped
 from flowtilt.lora.original import BY_NETWORK, Naming
@@ -38,7 +38,7 @@ def to_comfyui(lora: Lora, folder: Path, network: str, shapes: Mapping[str, Sequ
     for name, (a, b) in originals(baked(lora), naming, shapes or {}).items():
         tensors |= {f"diffusion_model.{name}.{end}": x for end, x in (("lora_A.weight", a), ("lora_B.weight", b))}
         tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(float(len(a)))
-    save_file(tensors, folder / COMFYUI, {"format": "pt"} | told(lora.parents))
+    save_file(tensors, folder / COMFYUI, {"format": "pt"} | parents_metadata(lora.parents))
 
 
 def originals(lora: Lora, naming: Naming, shapes: Mapping[str, Sequence[int]]) -> dict[str, Pair]:

@@ -35,30 +35,30 @@ def _read(places: Sequence[Path | str], above: tuple[str, ...]) -> list[Lora]:
     stack: list[Lora] = []
     for lora in map(read_lora, places):
         if not _fits(lora, stack):
-            beneath = None if stack or lora.source in above else _in_run(lora, above)
-            if beneath is None:
+            base_loras = None if stack or lora.source in above else _in_run(lora, above)
+            if base_loras is None:
                 raise UserError(f"lora {lora.source}: {_wants(lora)}{_instead(lora, stack)}; give --lora PARENT --lora {lora.source}")
-            stack = beneath
+            stack = base_loras
         stack.append(lora)
     return stack
 
 
-def read_onto(place: Path | str, beneath: Sequence[Lora]) -> Lora:
+def read_onto(place: Path | str, base_loras: Sequence[Lora]) -> Lora:
     """A LoRA from which training goes on upon `beneath`.
 
     Raises:
         UserError: it was trained on top of others.
     """
     lora = read_lora(place)
-    if not _fits(lora, beneath):
-        raise UserError(f"lora.init {lora.source}: {_wants(lora)}{_instead(lora, beneath)}; name in lora.on what was beneath it")
+    if not _fits(lora, base_loras):
+        raise UserError(f"lora.init {lora.source}: {_wants(lora)}{_instead(lora, base_loras)}; name in lora.on what was beneath it")
     return lora
 
 
 def leading(loras: Sequence[Lora]) -> Path:
     """The file of the LoRA whose run says how several are drawn: the first that is not beneath another one."""
-    beneath = {parent for lora in loras for parent in lora.parents}
-    top = (lora for lora in loras if beneath and not any(is_named(lora, parent) for parent in beneath))
+    base_loras = {parent for lora in loras for parent in lora.parents}
+    top = (lora for lora in loras if base_loras and not any(is_named(lora, parent) for parent in base_loras))
     return Path(next(top, loras[0]).source)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load
 
 from flowtilt.errors import UserError
 from flowtilt.io.tensors import save_file, settle
-from flowtilt.lora import Lora, baked, told
+from flowtilt.lora import Lora, baked, parents_metadata
 from flowtilt.lora.find import CONFIG
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -60,7 +60,7 @@ def add_parents(file: Path, parents: Sequence[str]) -> None:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
         # from bytes: tensors that `safe_open` gives still map the file that is written over
-        save_file(load(file.read_bytes()), file, metadata | told(parents))
+        save_file(load(file.read_bytes()), file, metadata | parents_metadata(parents))
 
 
 def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
@@ -72,7 +72,9 @@ def to_peft(lora: Lora, folder: Path, base: str | None = None) -> None:
     lora = baked(lora)
     _save_config(lora, folder, base)
     save_file(
-        _named(lora, "base_model.model.{}.lora_{}.weight"), folder / "adapter_model.safetensors", {"format": "pt"} | told(lora.parents)
+        _named(lora, "base_model.model.{}.lora_{}.weight"),
+        folder / "adapter_model.safetensors",
+        {"format": "pt"} | parents_metadata(lora.parents),
     )
 
 
@@ -89,7 +91,7 @@ def to_generator_ema(lora: Lora, folder: Path, base: str | None = None) -> None:
     lora = baked(lora, RTDMD_RATIO)
     _save_config(lora, folder, base)
     config = folder / CONFIG
-    complete = json.loads(config.read_text(encoding="utf-8")) | told(lora.parents)
+    complete = json.loads(config.read_text(encoding="utf-8")) | parents_metadata(lora.parents)
     config.write_text(json.dumps(complete, indent=2, sort_keys=True), encoding="utf-8")
     torch.save({name: x.clone() for name, x in _named(lora, "{}.lora_{}.default.weight").items()}, folder / "generator_ema.pt")
 

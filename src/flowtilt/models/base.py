@@ -67,7 +67,7 @@ class Model(Protocol):
         ...
 
 
-class Drawing(Protocol):
+class RoleModel(Protocol):
     """A model whose network has several weights, by role: what a sampler draws from."""
 
     @property

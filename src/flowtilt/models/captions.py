@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flowtilt.device.placement import visiting
+from flowtilt.device.placement import on_device
 from flowtilt.errors import UserError
 from flowtilt.io.files import cache_folder, write_atomic
 from flowtilt.models.conditioning import Conditioning
@@ -68,7 +68,7 @@ class Captions:
         found = {text: known for text in texts if (known := self._known(text)) is not None}
         new = [text for text in texts if text not in found]
         if new:
-            with visiting(self._encoders, self._device):
+            with on_device(self._encoders, self._device):
                 for text in new:
                     found[text] = {name: x.to("cpu") for name, x in self._encode(text).items()}
                     self._keep(text, found[text])
@@ -149,8 +149,8 @@ def _tokenizer(tokenizer: Any) -> str:
         model = getattr(tokenizer, "sp_model", None)
         rules = {"vocab": sorted(tokenizer.get_vocab().items()), "model": model.serialized_model_proto().hex() if model else ""}
     template = getattr(tokenizer, "chat_template", None)
-    told = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map), template]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    facts = [type(tokenizer).__name__, rules, tokenizer.model_max_length, str(tokenizer.special_tokens_map), template]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(encoders: Iterable[nn.Module], *said: object) -> str:

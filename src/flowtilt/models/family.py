@@ -74,7 +74,7 @@ class Family:
         self.latent_shape: tuple[int, ...] = self.shape_of_latents()
         self.levels = levels_of(pipeline.scheduler.config, self.mu)
         self.encode = captions_of(pipeline, self.read, self.device, offload, *self._said(), ragged=self.ragged)
-        self.protocol: Mapping[str, object] = {**self.levels.told(), "resolution": self.resolution, "text_length": self.text_length}
+        self.protocol: Mapping[str, object] = {**self.levels.protocol(), "resolution": self.resolution, "text_length": self.text_length}
         self.offload = offload
         self.prepare()
 

@@ -62,7 +62,7 @@ class Flux(Packed):
         self.t5_length = t5_length or min(T5_LENGTHS[reads_guidance], pipeline.tokenizer_2.model_max_length)
         super().__init__(pipeline, resolution=resolution, text_length=self.t5_length, offload=offload)
         told = {"resolution": self.resolution, "t5_length": self.t5_length, "embedded_guidance": self.guidance}
-        self.protocol: Mapping[str, object] = {**self.levels.told(), **told}
+        self.protocol: Mapping[str, object] = {**self.levels.protocol(), **told}
         axes = (torch.arange(float(n), device=self.device) for n in (1, self.side // 2, self.side // 2))
         self._positions = torch.cartesian_prod(*axes)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.solvers import Velocity
 
@@ -19,7 +19,7 @@ def rescaled(v: Tensor, free: Tensor, guidance: float) -> Tensor:
     return both * (v.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))
 
 
-def guided(drawing: Drawing, role: str, given: Conditioning, negative: Conditioning | None, guidance: float) -> Velocity:
+def guided(drawing: RoleModel, role: str, given: Conditioning, negative: Conditioning | None, guidance: float) -> Velocity:
     """The velocity guided away from the `negative` caption by the family's rule, as a function of x [N, ...] and sigma [] or [N].
 
     Without `negative` it is the plain one.

@@ -68,7 +68,7 @@ class Levels:
             raise UserError('model.levels: this family\'s pipeline has one schedule only; leave "stock" out')
         return replace(self, twice=True)
 
-    def told(self) -> dict[str, object]:
+    def protocol(self) -> dict[str, object]:
         """The rule for a protocol: the shift where it is one number, and the last level where there is one."""
         few, many = self.shift(2), self.shift(50)
         shift = {"shift": few} if few == many else {"shift": f"{few:.4g} in 2 steps, {many:.4g} in 50"}

@@ -22,12 +22,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flowtilt.config import ModelSettings
-from flowtilt.device.placement import stay_away
+from flowtilt.device.placement import should_offload
 from flowtilt.errors import UserError
 from flowtilt.io.containment import contained
 from flowtilt.io.files import digest, shown
 from flowtilt.io.user_code import from_file, search_path
-from flowtilt.io.user_errors import HINT, first_line, is_fault, told
+from flowtilt.io.user_errors import HINT, describe_error, first_line, is_fault
 from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
 from flowtilt.models.family import Family
@@ -58,7 +58,7 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     Raises:
         UserError: nothing can be loaded from there, or there is no adapter for its family.
     """
-    offload = stay_away(settings.offload, device)
+    offload = should_offload(settings.offload, device)
     pipeline = load_pipeline(
         settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload, sharded=sharded
     )
@@ -68,7 +68,7 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
         model = _adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
     if settings.levels == "stock":
         model.levels = model.levels.stock()
-        model.protocol = {**model.protocol, **model.levels.told()}
+        model.protocol = {**model.protocol, **model.levels.describe_error()}
     if settings.attention:
         try:
             model.network.set_attention_backend(settings.attention)
@@ -102,7 +102,7 @@ def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"model.adapter: building {shown(settings.adapter)} failed: {told(error)} ({HINT})") from error
+        raise UserError(f"model.adapter: building {shown(settings.adapter)} failed: {describe_error(error)} ({HINT})") from error
     asked = [*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))]
     if missing := [name for name in asked if not hasattr(model, name)]:
         raise UserError(

@@ -50,7 +50,7 @@ class SD3(Family):
             raise UserError("model.t5_length: 0 would leave out this pipeline's T5; 128 is SD3.5-Medium's")
         self.t5_length = t5_length
         super().__init__(pipeline, resolution=resolution, text_length=t5_length, offload=offload)
-        self.protocol: Mapping[str, object] = {**self.levels.told(), "resolution": self.resolution, "t5_length": t5_length}
+        self.protocol: Mapping[str, object] = {**self.levels.protocol(), "resolution": self.resolution, "t5_length": t5_length}
 
     def own_resolution(self) -> int:
         """The network's sample size in pixels."""

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from flowtilt.policy.roles import Policy
     from flowtilt.sampling.trajectory import KeptSteps
 
-__all__ = ["Collecting", "ForwardProcess", "Gaussians", "Objective", "StepProcess", "Velocities", "ema_decay"]
+__all__ = ["ForwardProcess", "Gaussians", "Objective", "RolloutSpec", "StepProcess", "Velocities", "ema_decay"]
 
 _HOMES = {"ForwardProcess": "forward", "Velocities": "forward", "StepProcess": "steps", "Gaussians": "steps"}
 
 
-class Collecting(Protocol):
+class RolloutSpec(Protocol):
     """What a method says of the rollouts that it wants."""
 
     drops_flat: ClassVar[bool]
@@ -32,7 +32,7 @@ class Collecting(Protocol):
         ...
 
 
-class Objective(Collecting, Protocol):
+class Objective(RolloutSpec, Protocol):
     """A method with its loss."""
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowtilt.device.micro_batch import parts
 from flowtilt.methods.forward import LEAST_TO_MOST
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
 from flowtilt.sampling.trajectory import Trajectory
@@ -168,7 +168,7 @@ class TransitionBatch:
     def __len__(self) -> int:
         return len(self.x)
 
-    def velocity(self, drawing: Drawing, role: str, guidance: float | None = None) -> Tensor:
+    def velocity(self, drawing: RoleModel, role: str, guidance: float | None = None) -> Tensor:
         """v [n, ...] of a role at x, guided as the rollout was, or by a scale of its own."""
         guidance = self.guidance if guidance is None else guidance
         return guided(drawing, role, self.conditioning, self.empty if guidance != 1 else None, guidance)(self.x, self.sigma)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.errors import UserError
-from flowtilt.io.user_errors import HINT, is_fault, told
+from flowtilt.io.user_errors import HINT, describe_error, is_fault
 from flowtilt.methods import is_own
 from flowtilt.objectives import Objective
 
@@ -30,7 +30,7 @@ def checked_loss(objective: Objective, policy: "Policy", batch: Any) -> tuple[Te
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"objective {kind}: the loss failed: {told(error)} ({HINT})") from error
+        raise UserError(f"objective {kind}: the loss failed: {describe_error(error)} ({HINT})") from error
     if why := _wrong(found, objective.metrics, len(batch)):
         raise UserError(f"objective {kind}: {why}")
     return found

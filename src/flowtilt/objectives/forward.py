@@ -119,7 +119,7 @@ class ForwardProcess(ForwardSettings):
     def _velocities(self, policy: "Policy", batch: "TrainingBatch", x_t: Tensor) -> Velocities:
         v = policy.velocity("current", x_t, batch.t, batch.conditioning)
         with torch.no_grad():
-            same = policy.equal("old", "current") or not self.needs_old
+            same = policy.same_version("old", "current") or not self.needs_old
             v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
             v_ref = None
             if self.reference:

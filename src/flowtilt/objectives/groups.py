@@ -111,7 +111,7 @@ class GroupProcess(GroupSettings, ForwardProcess):
         """What the first pass measures of each row, [n] by name."""
         x_t = add_noise(batch.x0, batch.eps, batch.t)
         v = policy.velocity("current", x_t, batch.t, batch.conditioning)
-        v_old = v if policy.equal("old", "current") else policy.velocity("old", x_t, batch.t, batch.conditioning)
+        v_old = v if policy.same_version("old", "current") else policy.velocity("old", x_t, batch.t, batch.conditioning)
         v_ref = policy.velocity("reference", x_t, batch.t, batch.conditioning) if self.frozen else None
         return self.of_errors(Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps)))
 

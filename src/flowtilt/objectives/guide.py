@@ -34,7 +34,7 @@ def guide_pull(
         return pull
     x_t, t, given, old = x_t[rows], t[rows], batch.conditioning.select(rows.cpu()), None
     if settings.guide_of == "old":
-        known = v if v_old is None and policy.equal("old", "current") else v_old
+        known = v if v_old is None and policy.same_version("old", "current") else v_old
         with torch.no_grad():
             old = policy.velocity("old", x_t, t, given) if known is None else known[rows].detach()
     target = guide_target(settings, policy, x_t, t, old, given, batch.empty)

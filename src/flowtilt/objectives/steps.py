@@ -129,7 +129,7 @@ class StepProcess(StepSettings):
         mean, std = self._step(batch, v)
         log_new = log_prob(batch.x_next, mean, std)
         # the stored ones went through other batches: with equal weights the ratio is 1, not nearly 1
-        same = policy.equal("old", "current")
+        same = policy.same_version("old", "current")
         log_old, mean_old = (log_new.detach(), mean.detach()) if same else (batch.log_prob, batch.mean)
         mean_ref = None
         if self.reference:

@@ -85,9 +85,9 @@ class Memory:
 
     @property
     def offload(self) -> bool:
-        """Whether text encoders and reward models come to the GPU only while they work; see `placement.stay_away`."""
-        told = self.recipe.model.offload
-        return told if isinstance(told, bool) else self.machine.gib * GIB < SMALL
+        """Whether text encoders and reward models come to the GPU only while they work; see `placement.should_offload`."""
+        offload = self.recipe.model.offload
+        return offload if isinstance(offload, bool) else self.machine.gib * GIB < SMALL
 
     @cached_property
     def resident(self) -> dict[str, float]:
@@ -101,7 +101,7 @@ class Memory:
             f"{'weights' if self.recipe.train == 'full' else 'lora'} (current, old, ema)": 3 * costs.trained.bytes,
             "gradient and AdamW": 3 * costs.trained.bytes,
             # of the roles that draw, kept until they change
-            "as the network takes it (old, ema)": 2 * costs.brought,
+            "as the network takes it (old, ema)": 2 * costs.injected_weights,
             "CUDA context": CONTEXT,
         }
         return _there(found)
@@ -152,7 +152,7 @@ class Memory:
 
         for kind in ("sample", "decode", "train"):
             with suppress(UserError):  # the phase says by how much it does not fit
-                micro.fit(kind, lambda size, kind=kind: work(kind, size), save_memory if kind == "train" else lambda: False)
+                micro.run_with_backoff(kind, lambda size, kind=kind: work(kind, size), save_memory if kind == "train" else lambda: False)
         sizes = {kind: min(micro.size(kind), rows) for kind, rows in (("sample", self.part), ("decode", self.part), ("train", self.pairs))}
         phases = [
             self.encode(),

@@ -64,7 +64,7 @@ class Costs:
     encoders: Weights
     vae: Weights
     trained: Weights
-    brought: int
+    injected_weights: int
     bringing: Mapping[str, float]
     latent: int
     caption: int
@@ -158,7 +158,7 @@ def _costs(
         encoders=weights_of(*encoders),
         vae=weights_of(pipeline.vae),
         trained=Weights(sum(p.numel() for p in policy.parameters), sum(p.nbytes for p in policy.parameters)),
-        brought=_brought(policy),
+        injected_weights=_injected_weights(policy),
         bringing=bringing.flops,
         latent=many.x0[0].nbytes,
         caption=sum(x.nbytes for x in given.distinct.values()),
@@ -171,7 +171,7 @@ def _costs(
     )
 
 
-def _brought(policy: Policy) -> int:
+def _injected_weights(policy: Policy) -> int:
     """Bytes of what "old" brings along and does not hold anyway."""
     held = {weight.untyped_storage()._cdata for weight in policy._weights["old"].values()}
     return sum(weight.nbytes for weight in policy._weights_for("old").values() if weight.untyped_storage()._cdata not in held)

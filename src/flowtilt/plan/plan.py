@@ -160,14 +160,14 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
     r, e, steps = recipe.rollout, recipe.evaluate, recipe.steps
     images, captions = (r.images(), r.prompts) if recipe.objective.samples else (0, 0)
     passes, times = passes_in_all(recipe), evaluations_in_all(recipe)
-    drawn = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)
+    evaluation_passes = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)
     forward, through = costs.forward.each.flops, costs.train(recipe.objective.reference, found.recompute)
     # each GPU has its own micro-batches, and where weights are merged each of them pays for that once
     micro = steps * recipe.optimizer.steps_per_rollout * machine.gpus * -(-needed.pairs // found.micro_batches["train"])
     equal = passes.pairs - passes.old
     evaluation = added(
         scaled(costs.encode.flops, times * e.images),
-        scaled(forward, drawn),
+        scaled(forward, evaluation_passes),
         scaled(costs.bringing, times * machine.gpus),
         scaled(costs.decode.each.flops, times * e.images),
         scaled(needed.judge.flops(e.images, e.images), times),
@@ -181,5 +181,5 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
             passes.evaluations - passes.sample,
             added(scaled(through.each.flops, passes.pairs), scaled(through.fixed.flops, micro), scaled(forward, -equal)),
         ),
-        "evaluate": (drawn, evaluation),
+        "evaluate": (evaluation_passes, evaluation),
     }

@@ -18,7 +18,7 @@ def outcome(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: lis
     if not given or not all(x.is_meta for x in given):
         return func(*args, **kwargs)
     try:
-        key = (func, _told(args), _told(tuple(kwargs.items())))
+        key = (func, _hashable(args), _hashable(tuple(kwargs.items())))
         seen = _SEEN.get(key)
     except TypeError:  # something that has no hash
         return func(*args, **kwargs)
@@ -34,12 +34,12 @@ def outcome(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: lis
     return out
 
 
-def _told(value: Any) -> Any:
+def _hashable(value: Any) -> Any:
     """All that an outcome on the meta device depends on; 1, 1.0 and True are not the same."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
-        return type(value), tuple(map(_told, value))
+        return type(value), tuple(map(_hashable, value))
     return type(value), value
 
 

@@ -33,12 +33,12 @@ class Lockstep:
         self._policy, self._device = policy, world.device
         self._nothing = policy.model.encode([""])
         self._graphs: list[Tensor] = []
-        policy.in_turn = self.take
+        policy.around_forward = self.take
         world.before_message = self.meet
 
-    def take(self, recorded: bool, forward: Callable[[], Tensor]) -> Tensor:
+    def take(self, needs_grad: bool, forward: Callable[[], Tensor]) -> Tensor:
         """`forward()`, while the others do the same or help."""
-        self._agree(RECORDED if recorded else PLAIN)
+        self._agree(RECORDED if needs_grad else PLAIN)
         v = forward()
         if v.requires_grad:
             v = v.view_as(v)  # its hook comes before FSDP's own, which hangs on what the network returned

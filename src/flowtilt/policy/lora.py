@@ -42,7 +42,7 @@ class LoraPolicy(Policy):
         UserError: a LoRA beneath changes layers that are not trained.
     """
 
-    def __init__(self, model: Model, *, rank: int, alpha: float, seed: int, merge: bool | None = None, below: Sequence[Lora] = ()):
+    def __init__(self, model: Model, *, rank: int, alpha: float, seed: int, merge: bool | None = None, base_loras: Sequence[Lora] = ()):
         super().__init__(model)
         self.merge = next(model.network.parameters()).dtype == torch.float32 if merge is None else merge
         network: Any = model.network  # a diffusers model, whose adapters PEFT manages
@@ -60,11 +60,13 @@ class LoraPolicy(Policy):
         self.parameters = list(self._weights[_SLOT].values())
         for role in ("old", "ema"):
             self._weights[role] = {name: weight.detach().clone() for name, weight in self._weights[_SLOT].items()}
-        ground = self._laid(below)
-        self._ground: dict[str, dict[str, tuple[Tensor, ...]]] = {role: ground for role in (*ROLES, "reference")} | {"teacher": {}}
+        base_tensors = self._base_tensors_of(base_loras)
+        self._base_tensors: dict[str, dict[str, tuple[Tensor, ...]]] = {role: base_tensors for role in (*ROLES, "reference")} | {
+            "teacher": {}
+        }
         self._adapt(not self.merge)
 
-    def add_role(self, role: str, seed: int, below: Sequence[Lora] = ()) -> list[Tensor]:
+    def add_role(self, role: str, seed: int, base_loras: Sequence[Lora] = ()) -> list[Tensor]:
         """A further LoRA on the same base, trained on its own, of the same rank and alpha, B at zero; returns its weights.
 
         Args:
@@ -76,7 +78,7 @@ class LoraPolicy(Policy):
         """
         self._weights[role] = {name: torch.zeros_like(weight) for name, weight in self._weights[_SLOT].items()}
         self._draw(role, seed, role)
-        self._ground[role] = self._laid(below)
+        self._base_tensors[role] = self._base_tensors_of(base_loras)
         self._version[role] = self._tick()
         self._trained.add(role)
         weights = list(self._weights[role].values())
@@ -91,7 +93,7 @@ class LoraPolicy(Policy):
             a.copy_(torch.randn(a.shape, generator=generator(seed, purpose, 2 * number)) / len(a))
 
     @torch.no_grad()
-    def _laid(self, loras: Sequence[Lora]) -> dict[str, tuple[Tensor, ...]]:
+    def _base_tensors_of(self, loras: Sequence[Lora]) -> dict[str, tuple[Tensor, ...]]:
         """By layer: the base's weight with the LoRAs merged in, or their joint A and B as PEFT's layers multiply them."""
         beyond = sorted({layer for lora in loras for layer in lora.layers} - self._layers.keys())
         if beyond:
@@ -99,27 +101,27 @@ class LoraPolicy(Policy):
             first = next(lora for lora in loras if beyond[0] in lora.layers)
             where = f"lora {first.source}: changes {len(beyond)} layers that are not trained, {beyond[0]} first"
             raise UserError(f"{where}; those that are end in {ends}")
-        ground: dict[str, tuple[Tensor, ...]] = {}
+        base_tensors: dict[str, tuple[Tensor, ...]] = {}
         for lora in loras if self.merge else [join(loras)] if loras else []:
             for name, (a, b) in lora.layers.items():
                 weight, scale = self._layers[name].base_layer.weight, lora.scale(name)
                 a, b = a.to(weight.device), b.to(weight.device)
                 if self.merge:
-                    (below,) = ground.get(name, (weight,))
-                    ground[name] = (torch.addmm(below, b, a, alpha=scale),)
+                    (base_loras,) = base_tensors.get(name, (weight,))
+                    base_tensors[name] = (torch.addmm(base_loras, b, a, alpha=scale),)
                 else:
-                    ground[name] = (a, b * (scale / self._layers[name].scaling[_SLOT]))
-        return ground
+                    base_tensors[name] = (a, b * (scale / self._layers[name].scaling[_SLOT]))
+        return base_tensors
 
     def knows(self) -> tuple[str, ...]:
         """Every role that has a velocity, "reference" and "teacher" too."""
-        return tuple(self._ground)
+        return tuple(self._base_tensors)
 
     def _is_bare(self, role: str) -> bool:
-        return role not in self._weights and not self._ground[role]
+        return role not in self._weights and not self._base_tensors[role]
 
     def _bare(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        self._brought = {}
+        self._injected_weights = {}
         self._adapt(False)
         try:
             return self.model.velocity(x_t, t, conditioning)
@@ -145,7 +147,7 @@ class LoraPolicy(Policy):
         return (weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]) if weights else None
 
     def _merged(self, role: str, name: str, layer: Any) -> dict[str, Tensor]:
-        (weight,) = self._ground[role].get(name, (layer.base_layer.weight,))
+        (weight,) = self._base_tensors[role].get(name, (layer.base_layer.weight,))
         if own := self._own(role, name):
             a, b = own
             weight = torch.addmm(weight, b, a, alpha=layer.scaling[_SLOT])
@@ -153,7 +155,7 @@ class LoraPolicy(Policy):
 
     def _joint(self, role: str, name: str, layer: Any) -> dict[str, Tensor]:
         base = layer.base_layer.weight
-        parts = [part for part in (self._ground[role].get(name), self._own(role, name)) if part]
+        parts = [part for part in (self._base_tensors[role].get(name), self._own(role, name)) if part]
         if parts:
             a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
         else:
@@ -161,7 +163,7 @@ class LoraPolicy(Policy):
         return {f"{name}.lora_A.{_SLOT}.weight": a.to(base.dtype), f"{name}.lora_B.{_SLOT}.weight": b.to(base.dtype)}
 
     def _share_base(self, role: str, other: str) -> bool:
-        return self._ground[role] is self._ground[other]
+        return self._base_tensors[role] is self._base_tensors[other]
 
     def save(self, folder: str, role: str = "ema") -> None:
         """See `save_lora`."""

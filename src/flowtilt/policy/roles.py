@@ -38,12 +38,12 @@ class Policy(ABC):
         self._version = dict.fromkeys(ROLES, 0)
         self._clock = 0
         self._kept: dict[str, tuple[int, dict[str, Tensor]]] = {}
-        self._brought: dict[str, Tensor] = {}
+        self._injected_weights: dict[str, Tensor] = {}
         self.evaluations = 0
         """Network evaluations so far: samples times forwards, a backward counting as two."""
         self.recomputes = False
         """Whether activations are computed anew in the backward pass: slower, in less memory, to the same bits."""
-        self.in_turn: Callable[[bool, Callable[[], Tensor]], Tensor] = lambda recorded, forward: forward()
+        self.around_forward: Callable[[bool, Callable[[], Tensor]], Tensor] = lambda needs_grad, forward: forward()
         """Around every forward, told whether it is recorded for a backward; see `sharding`."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Policy(ABC):
     def save(self, folder: str, role: str = "ema") -> None:
         """Writes a role as plain diffusers loads it."""
 
-    def add_role(self, role: str, seed: int, below: Sequence[Lora] = ()) -> list[Tensor]:
+    def add_role(self, role: str, seed: int, base_loras: Sequence[Lora] = ()) -> list[Tensor]:
         """Adds a further role that is trained on its own; returns its weights.
 
         Raises:
@@ -71,7 +71,7 @@ class Policy(ABC):
         raise UserError(f'there is no further role {role!r} where all weights are trained; set train = "lora"')
 
     def _bare(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        self._brought = {}
+        self._injected_weights = {}
         return self.model.velocity(x_t, t, conditioning)
 
     def _share_base(self, role: str, other: str) -> bool:
@@ -85,9 +85,9 @@ class Policy(ABC):
 
     def velocity(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """v [N, ...] of a role, "reference" and "teacher" too; a gradient reaches the weights of a trained one where it is recorded."""
-        recorded = torch.is_grad_enabled() and role in self._trained
-        self.evaluations += len(x_t) * (3 if recorded else 1)
-        return self.in_turn(recorded, lambda: self.forward(role, x_t, t, conditioning))
+        needs_grad = torch.is_grad_enabled() and role in self._trained
+        self.evaluations += len(x_t) * (3 if needs_grad else 1)
+        return self.around_forward(needs_grad, lambda: self.forward(role, x_t, t, conditioning))
 
     def forward(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As `velocity`, neither counted nor in turn."""
@@ -95,8 +95,8 @@ class Policy(ABC):
             raise UserError(f"the policy has no role {role!r}; there are {', '.join(self.knows())}")
         if self._is_bare(role):
             return self._bare(x_t, t, conditioning)
-        self._brought = self._weights_for(role)
-        return self.model.velocity(x_t, t, conditioning, self._brought)
+        self._injected_weights = self._weights_for(role)
+        return self.model.velocity(x_t, t, conditioning, self._injected_weights)
 
     def _weights_for(self, role: str) -> dict[str, Tensor]:
         """What takes the place of the network's own weights, by name; kept until the role changes, but for a recorded one."""
@@ -132,7 +132,7 @@ class Policy(ABC):
         def block_of(module: nn.Module, *args: object) -> object:
             # by then the network has its own weights again: the block brings the role's along
             prefix = prefixes[id(module)]
-            own = {name.removeprefix(prefix): weight for name, weight in self._brought.items() if name.startswith(prefix)}
+            own = {name.removeprefix(prefix): weight for name, weight in self._injected_weights.items() if name.startswith(prefix)}
             return checkpoint(functional_call, module, own, args, use_reentrant=False, preserve_rng_state=False)
 
         network.enable_gradient_checkpointing(block_of)
@@ -156,7 +156,7 @@ class Policy(ABC):
         self._clock += 1
         return self._clock
 
-    def equal(self, role: str, other: str) -> bool:
+    def same_version(self, role: str, other: str) -> bool:
         """Whether two roles have the same weights, known without looking at them."""
         return self._version[role] == self._version[other]
 

@@ -13,7 +13,7 @@ from flowtilt.lora import Lora
 from flowtilt.lora.find import run_of, split_alpha
 from flowtilt.lora.stacked import leading, read_stack
 from flowtilt.models.base import Model
-from flowtilt.policy.tuned_model import Stack
+from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.policy.whole import WEIGHTS
 
 
@@ -32,13 +32,13 @@ class Tuned:
         """The file whose run says how it is sampled; none where nothing was trained."""
         return self.whole or (leading(self.loras) if self.loras else None)
 
-    def on(self, model: Model) -> Stack:
+    def on(self, model: Model) -> TunedModel:
         """The model with it.
 
         Raises:
             UserError: it belongs to another model.
         """
-        return Stack(model, self.loras, self.whole)
+        return TunedModel(model, self.loras, self.whole)
 
     def protocol(self) -> dict[str, Any]:
         """Which files these are."""

@@ -16,7 +16,7 @@ from flowtilt.models.conditioning import Conditioning
 from flowtilt.policy.whole import read_weights
 
 
-class Stack:
+class TunedModel:
     """A model with LoRAs, or with all weights of its network from a file.
 
     On an fp32 base the sum is merged exactly as `Policy` merges, so that a run's LoRA draws the same bits

@@ -41,18 +41,18 @@ class PromptWalk:
         if all(self.turns.get(tag, 1) == 0 for tag in tags):
             raise UserError("tags: no tag is left")
 
-    def draw(self, position: int, count: int) -> list[Prompt]:
+    def take(self, position: int, count: int) -> list[Prompt]:
         """The prompts at `position` … `position + count - 1`; distinct where the tags' passes allow it."""
         tags = list(dict.fromkeys(p.tag for p in self.prompts))
         by_tag = [[p for p in self.prompts if p.tag == tag] for tag in tags]
         turns = [self.turns.get(tag, 1) for tag in tags]
         ends = list(accumulate(turns))
-        drawn = []
+        taken = []
         for k in range(position, position + count):
             done, slot = divmod(k, ends[-1])
             number = bisect_right(ends, slot)
             turn = done * turns[number] + slot - (ends[number] - turns[number])
             cycle, place = divmod(turn, len(by_tag[number]))
             order = torch.randperm(len(by_tag[number]), generator=generator(self.seed, "prompts", number, cycle))
-            drawn.append(by_tag[number][int(order[place])])
-        return drawn
+            taken.append(by_tag[number][int(order[place])])
+        return taken

@@ -48,9 +48,9 @@ def generate(number: int, seed: int, exclude: Collection[str] = ()) -> list[Prom
     walks = [_walk(tag, seed, frozenset(exclude)) for tag in TAGS]
     found: list[Prompt] = []
     while walks and len(found) < number:
-        drawn = [next(walk, None) for walk in walks]
-        walks = [walk for walk, prompt in zip(walks, drawn, strict=True) if prompt]
-        found += [prompt for prompt in drawn if prompt]
+        row = [next(walk, None) for walk in walks]
+        walks = [walk for walk, prompt in zip(walks, row, strict=True) if prompt]
+        found += [prompt for prompt in row if prompt]
     if len(found) < number:
         raise UserError(f"prompts: GenEval's templates make {len(found)} prompts here, not {number}; ask for at most {len(found)}")
     return found[: max(number, 0)]

@@ -58,7 +58,7 @@ class TeachingPrompts:
         self._recent: list[list[float]] = [[0.5] for _ in prompts]
         self._last: list[int] = []
 
-    def draw(self, step: int, count: int) -> list[Prompt]:
+    def take(self, step: int, count: int) -> list[Prompt]:
         """The prompts of rollout number `step`, from 1; distinct as far as a tag has as many."""
         self._last = []
         for number, (tag, wanted) in enumerate(zip(self._tags, self._counts(step, count), strict=True)):
@@ -130,15 +130,15 @@ class TeachingPrompts:
     def _remember_variances(self, groups: Tensor) -> None:
         """P' of each prompt: its variance between the tag's least and greatest; those that were not drawn come nearer to 1."""
         for tag in self._tags:
-            drawn: dict[int, float] = {}
+            variances: dict[int, float] = {}
             for k, prompt in enumerate(self._last):
                 known = groups[k][~groups[k].isnan()]
                 if self._prompts[prompt].tag == tag and len(known) > 1:
-                    drawn[prompt] = min(float(known.var()), GREATEST)
-            low, high = min(drawn.values(), default=0.0), max(drawn.values(), default=0.0)
+                    variances[prompt] = min(float(known.var()), GREATEST)
+            low, high = min(variances.values(), default=0.0), max(variances.values(), default=0.0)
             for prompt in self._by_tag[tag]:
-                if prompt in drawn:
-                    now = max(LEAST, (drawn[prompt] - low) / (high - low)) if high > low else 0.5
+                if prompt in variances:
+                    now = max(LEAST, (variances[prompt] - low) / (high - low)) if high > low else 0.5
                 else:
-                    now = min(1.0, self._recent[prompt][-1] + len(drawn) / len(self._by_tag[tag]))
+                    now = min(1.0, self._recent[prompt][-1] + len(variances) / len(self._by_tag[tag]))
                 self._recent[prompt] = [*self._recent[prompt], now][-REMEMBERED:]

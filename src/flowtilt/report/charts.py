@@ -161,8 +161,8 @@ class Chart:
         return f'{several} data-read="{escape(json.dumps(points, ensure_ascii=False, separators=(",", ":")))}"'
 
 
-def _toned(curve: Curve, drawn: str) -> str:
-    return f'<g class="{curve.tone}">{drawn}</g>' if curve.tone and drawn else drawn
+def _toned(curve: Curve, svg: str) -> str:
+    return f'<g class="{curve.tone}">{svg}</g>' if curve.tone and svg else svg
 
 
 def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:

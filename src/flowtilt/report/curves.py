@@ -156,9 +156,9 @@ def small_curves(run: Run) -> str:
     figures = []
     for name in names:
         values = run.series(name)
-        drawn = _with_mean(steps, values, _reads(time, steps, values))
+        lines = _with_mean(steps, values, _reads(time, steps, values))
         axes = (time.axis(FEW), value_axis([values], 3))
-        chart = Chart(_spoken(name, steps, values), drawn, *axes, UNIT, _marks(run), height=96, points=160, clock="few")
+        chart = Chart(_spoken(name, steps, values), lines, *axes, UNIT, _marks(run), height=96, points=160, clock="few")
         figures.append(f'<figure class="small"><h3>{escape(name)}</h3>{chart.svg()}<figcaption>{meaning(name)}</figcaption></figure>')
     lines = f"<p>Faint lines are every step, strong ones running means over {_window(steps)}.</p>" if len(steps) >= 20 else ""
     shown = f'{lines}<div class="smalls">{"".join(figures)}</div>' if figures else ""

@@ -40,15 +40,15 @@ def verdict(run: Run) -> Verdict:
     scored = [Score(int(r["step"]), e) for r, e in zip(run.evaluations, run.estimates, strict=True) if e.known]
     before = scored[0] if scored and scored[0].step == 0 else None
     after = scored[-1] if scored and scored[-1].step > 0 else None
-    told = run.summary.get("score")
-    if run.finished and isinstance(told, dict):
-        before = before or _told(told, "before", 0)
-        after = after or _told(told, "after", run.step)
+    summary = run.summary.get("score")
+    if run.finished and isinstance(summary, dict):
+        before = before or _summary_score(summary, "before", 0)
+        after = after or _summary_score(summary, "after", run.step)
     return Verdict(before, after)
 
 
-def _told(told: Record, key: str, step: int) -> Score | None:
-    value = number(told, key)
+def _summary_score(summary: Record, key: str, step: int) -> Score | None:
+    value = number(summary, key)
     return Score(step, Estimate(value)) if math.isfinite(value) else None
 
 
@@ -148,8 +148,8 @@ def _big(name: str, score: Score | None, decimals: int) -> str:
         more = [f"step {score.step:,}"] if name == "so far" else []
         more += [extent(score.of), interval(score.of, decimals)]
     look = "big newest" if score and name != "before" else "big"
-    below = "".join(f"<span>{part}</span>" for part in more if part)
-    return f'<div class="{look}"><span>{name}</span><strong>{value}</strong>{below}</div>'
+    details = "".join(f"<span>{part}</span>" for part in more if part)
+    return f'<div class="{look}"><span>{name}</span><strong>{value}</strong>{details}</div>'
 
 
 def extent(estimate: Estimate) -> str:
@@ -161,5 +161,5 @@ def _protocol(run: Run) -> str:
     rewards = next((list(r["rewards"]) for r in run.evaluations if isinstance(r.get("rewards"), dict) and r["rewards"]), [])
     judged = next((r["column"] for r in run.evaluations if r.get("column")), rewards[0] if rewards else None)
     what = f"Score: <b>{escape(str(judged))}</b>. " if judged else ""
-    told = run.summary.get("protocol")
-    return what + (f"Protocol: {escape(str(told))}." if told else "The protocol is written down when the run ends.")
+    protocol = run.summary.get("protocol")
+    return what + (f"Protocol: {escape(str(protocol))}." if protocol else "The protocol is written down when the run ends.")

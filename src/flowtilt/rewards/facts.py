@@ -12,7 +12,7 @@ from functools import cache, partial
 from typing import Any
 
 from flowtilt.errors import UserError
-from flowtilt.io.user_errors import HINT, is_fault, told
+from flowtilt.io.user_errors import HINT, describe_error, is_fault
 from flowtilt.rewards.about import Bounds, BuiltIn, Facts, built_in
 
 
@@ -76,7 +76,7 @@ def _attribute(name: str, reward: Any, key: str) -> Any:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"reward {name}: its attribute {key} failed: {told(error)} ({HINT})") from error
+        raise UserError(f"reward {name}: its attribute {key} failed: {describe_error(error)} ({HINT})") from error
 
 
 def _check(name: str, facts: Facts) -> None:

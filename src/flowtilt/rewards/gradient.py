@@ -10,7 +10,7 @@ from torch import Tensor
 from flowtilt.errors import UserError
 from flowtilt.io import user_code as sources
 from flowtilt.io.containment import contained
-from flowtilt.io.user_errors import hint, is_fault, told
+from flowtilt.io.user_errors import describe_error, hint, is_fault
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies
 from flowtilt.rewards.about import built_in
@@ -122,7 +122,7 @@ def _of_one(name: str, reward: Differentiable, images: Tensor, prompts: list[Pro
         if not is_fault(error):
             raise
         more = "; ".join(part for part in (f'prompts from "{prompts[0].text}" on', hint(error)) if part)
-        raise UserError(f"reward {name} failed: {told(error)} ({more})") from error
+        raise UserError(f"reward {name} failed: {describe_error(error)} ({more})") from error
     if not ours and not torch.equal(leaf.detach(), images.detach()):
         raise UserError(f"reward {name}: changes the images in place, so its gradient belongs to other images; work on a copy")
     if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowtilt.device.placement import visiting
+from flowtilt.device.placement import on_device
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, modules_of, score
 
@@ -36,7 +36,7 @@ def judge(
     found: dict[str, Tensor] = {}
     notes = [""] * len(prompts)
     for name, reward in rewards.items():
-        with visiting(modules_of(reward), device):
+        with on_device(modules_of(reward), device):
             parts = [
                 score({name: reward}, images[start : start + PART].to(device), prompts[start : start + PART])
                 for start in range(0, len(prompts), PART)

@@ -15,7 +15,7 @@ from flowtilt.config.given import OBJECT
 from flowtilt.errors import UserError
 from flowtilt.io import user_code as sources
 from flowtilt.io.containment import contained
-from flowtilt.io.user_errors import HINT, is_fault, told
+from flowtilt.io.user_errors import HINT, describe_error, is_fault
 from flowtilt.rewards.about import built_in
 from flowtilt.rewards.scoring import Reward
 
@@ -27,7 +27,7 @@ def load_reward(
     source: str | Reward | type,
     *,
     device: torch.device | str = "cpu",
-    home: torch.device | str | None = None,
+    storage_device: torch.device | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Reward:
     """A reward that can be called, from its name or from itself.
@@ -55,7 +55,12 @@ def load_reward(
     built: Reward
     if inspect.isclass(found):
         built = _built(
-            name, source if isinstance(source, str) else found.__name__, found, device if home is None else home, device, options
+            name,
+            source if isinstance(source, str) else found.__name__,
+            found,
+            device if storage_device is None else storage_device,
+            device,
+            options,
         )
     else:
         built = partial(function, **options) if options else function
@@ -63,10 +68,12 @@ def load_reward(
     return built
 
 
-def _built(name: str, what: str, found: type, home: torch.device | str, device: torch.device | str, options: Mapping[str, Any]) -> Reward:
+def _built(
+    name: str, what: str, found: type, storage_device: torch.device | str, device: torch.device | str, options: Mapping[str, Any]
+) -> Reward:
     """An instance of a class; it is given the device where it takes one."""
     build = cast(Callable[..., Reward], found)
-    place = {"device": torch.device(home if _names_modules(found) else device)} if _takes_device(found) else {}
+    place = {"device": torch.device(storage_device if _names_modules(found) else device)} if _takes_device(found) else {}
     try:
         with contained(f"rewards.{name}", path=sources.search_path(found), slow=f"rewards.{name} to be built"):
             return build(**place, **options)
@@ -75,7 +82,7 @@ def _built(name: str, what: str, found: type, home: torch.device | str, device: 
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"rewards.{name}: building {what} failed: {told(error)} ({HINT})") from error
+        raise UserError(f"rewards.{name}: building {what} failed: {describe_error(error)} ({HINT})") from error
 
 
 def _takes_device(found: type) -> bool:
@@ -125,9 +132,9 @@ def find_reward(name: str, source: str) -> Any:
             f"Trainer(resume=RUN, rewards={{{name!r}: ...}}), or name other rewards"
         )
     if source.startswith(("http://", "https://")):
-        from flowtilt.rewards.serving.client import Served
+        from flowtilt.rewards.serving.client import RemoteReward
 
-        return Served
+        return RemoteReward
     if source in built_in():
         place, _, function = built_in()[source].source.partition(":")
         return getattr(import_module(place), function)

@@ -62,7 +62,7 @@ def with_compat(named: Named) -> Named:
 
 
 def load_named(
-    named: Sequence[Named], *, device: torch.device | str = "cpu", home: torch.device | str | None = None
+    named: Sequence[Named], *, device: torch.device | str = "cpu", storage_device: torch.device | str | None = None
 ) -> tuple[dict[str, Reward], dict[str, str]]:
     """Rewards by name, and why each optional one that can't run here is left out.
 
@@ -73,7 +73,7 @@ def load_named(
     left_out: dict[str, str] = {}
     for one in named:
         try:
-            found[one.name] = load_reward(one.name, one.source, device=device, home=home, options=one.options)
+            found[one.name] = load_reward(one.name, one.source, device=device, storage_device=storage_device, options=one.options)
         except UserError as error:
             if not one.optional:
                 raise

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowtilt.errors import UserError
 from flowtilt.io import user_code as sources
 from flowtilt.io.containment import contained
-from flowtilt.io.user_errors import HINT, hint, is_fault, told
+from flowtilt.io.user_errors import HINT, describe_error, hint, is_fault
 from flowtilt.prompts import Prompt
 from flowtilt.rewards.serving.answers import checked, details_of, notes_of, seed_of
 
@@ -47,7 +47,7 @@ def modules_of(reward: Reward) -> tuple[nn.Module, ...]:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"{whose} failed: {told(error)} ({HINT})") from error
+        raise UserError(f"{whose} failed: {describe_error(error)} ({HINT})") from error
     if not all(isinstance(one, nn.Module) for one in found):
         raise UserError(f"{whose}: must be a tuple of torch.nn.Module, has {', '.join(type(one).__name__ for one in found)}")
     return found
@@ -74,7 +74,7 @@ def applies(reward: Reward, prompt: Prompt) -> str:
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f'{whose} failed: {told(error)} (prompt "{prompt.text}"; {HINT})') from error
+        raise UserError(f'{whose} failed: {describe_error(error)} (prompt "{prompt.text}"; {HINT})') from error
     if not isinstance(why, str):
         raise UserError(f'{whose}: returned {why!r}, want why a prompt can\'t be judged, "" where it can (prompt "{prompt.text}")')
     return why
@@ -123,7 +123,7 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
             if not is_fault(error):
                 raise
             more = "; ".join(part for part in (f'prompts from "{prompts[0].text}" on', hint(error)) if part)
-            raise UserError(f"reward {name} failed: {told(error)} ({more}); nothing was scored") from error
+            raise UserError(f"reward {name} failed: {describe_error(error)} ({more}); nothing was scored") from error
         output = _output(name, output)
         for column, values in {name: output.scores, **details_of(name, output.details)}.items():
             scores[column] = checked(column, values, prompts).masked_fill(broken, torch.nan)

@@ -12,7 +12,7 @@ from flowtilt.rewards.judging import judge
 from flowtilt.seeding import generator
 
 
-def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, side: int, device: torch.device | str, seed: int) -> None:
+def preflight(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, side: int, device: torch.device | str, seed: int) -> None:
     """Calls each reward once with two images of noise and the first two prompts that it applies to.
 
     Left out are those that apply to no prompt, and those with a true `off_device`: a server has proved itself

@@ -81,7 +81,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     revision = f", revision={m.revision!r}" if m.revision else ""
     device, dtype = ("cpu", "float32") if m.dtype == "float32" else ("cuda", "bfloat16" if m.dtype == "auto" else m.dtype)
     playground = m.path == "playground"
-    beneath = kept(run)
+    base_loras = kept(run)
     e = recipe.evaluate
     cps = e.solver == "cps"
     call = {"num_inference_steps": repr(e.steps)} | ({} if cps or m.levels == "stock" else {"sigmas": "sigmas"})
@@ -101,8 +101,10 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         after=after,
         protocol=recipe.protocol(),
         load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
-        on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in beneath)) if beneath else "",
-        add=REPLACED.format(folder=_quoted(RunFolder(run).network)) if recipe.train == "full" else _added([*beneath, RunFolder(run).lora]),
+        on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in base_loras)) if base_loras else "",
+        add=REPLACED.format(folder=_quoted(RunFolder(run).network))
+        if recipe.train == "full"
+        else _added([*base_loras, RunFolder(run).lora]),
         recipe=BESIDE,
         prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
         sampling=CPS.format(eta=e.eta) if cps else "" if m.levels == "stock" else LEVELS.format(steps=e.steps),

@@ -121,7 +121,7 @@ def of_job(recipe: Recipe, world: distributed.World) -> Path | None:
         ours = [place for place in made if place.read_text(encoding="utf-8") == distributed.job()]
         return str(max(ours, key=lambda place: place.stat().st_mtime).parent) if ours else None
 
-    found = world.first(find)
+    found = world.on_rank0(find)
     return Path(found) if found else None
 
 

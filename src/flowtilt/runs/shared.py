@@ -34,7 +34,9 @@ class HeldRun:
     def resume_at(self, step: int) -> None:
         """Holds the same folder once more; raises UserError where it is no longer at `step`."""
         self.resume(self.path)
-        saved = self._world.first(lambda: max((number for number, _ in checkpoint.numbered(RunFolder(self.path).checkpoints)), default=0))
+        saved = self._world.on_rank0(
+            lambda: max((number for number, _ in checkpoint.numbered(RunFolder(self.path).checkpoints)), default=0)
+        )
         if saved != step:
             self.close()
             raise UserError(f"{self.path}: is at rollout {saved} by now, not {step}; {self.again()}")
@@ -44,7 +46,7 @@ class HeldRun:
             self._hold = hold()
             return str(self._hold.folder)
 
-        self.path = Path(self._world.first(take))
+        self.path = Path(self._world.on_rank0(take))
         self.closed = False
 
     def close(self) -> None:
@@ -65,7 +67,7 @@ class HeldRun:
                 inputs.check(recipe, self.path, self.begun())
             return inputs.changes(recipe, self.path, self.begun())
 
-        return self._world.first(compare)
+        return self._world.on_rank0(compare)
 
     def begun(self) -> bool:
         """Whether there is a checkpoint, damaged ones included."""
@@ -79,5 +81,5 @@ class HeldRun:
             first.append(checkpoint.newest(self.path))
             return first[0].step if first[0] else None
 
-        step = self._world.first(choose)
+        step = self._world.on_rank0(choose)
         return None if step is None else first[0] if first else checkpoint.at(self.path, step)

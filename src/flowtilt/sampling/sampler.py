@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
 from flowtilt.solvers import Velocity, solve, solve_cps
@@ -39,7 +39,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(
-        self, drawing: Drawing, role: str, noise: Tensor, conditioning: Conditioning, micro_batch: int, fresh: Fresh | None = None
+        self, drawing: RoleModel, role: str, noise: Tensor, conditioning: Conditioning, micro_batch: int, fresh: Fresh | None = None
     ) -> Tensor:
         """Latents [N, ...] fp32 from noise [N, ...] and the conditioning of N captions, `micro_batch` images at a time.
 
@@ -65,12 +65,12 @@ class Sampler:
             raise ValueError("fresh: cps draws new noise in its steps; give a function of rows and step, as seeding.step_noise makes")
         return solve_cps(velocity, x, sigmas, lambda j: fresh(rows, j).to(x.device), self.eta)
 
-    def empty(self, drawing: Drawing) -> Conditioning | None:
+    def empty(self, drawing: RoleModel) -> Conditioning | None:
         """The negative caption, which guidance leads away from; none without guidance."""
         return drawing.model.encode_negative() if self.guidance != 1 else None
 
 
 @torch.no_grad()
-def decode(drawing: Drawing, latents: Tensor, micro_batch: int) -> Tensor:
+def decode(drawing: RoleModel, latents: Tensor, micro_batch: int) -> Tensor:
     """Images [N, 3, H, W] in [0, 1], on the CPU, of latents [N, ...]."""
     return torch.cat([drawing.model.decode(part).cpu() for part in latents.split(micro_batch)])

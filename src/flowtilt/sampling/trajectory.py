@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import guided
 from flowtilt.sampling.sampler import Fresh, Sampler
@@ -62,7 +62,7 @@ class PathSampler:
     @torch.no_grad()
     def __call__(
         self,
-        drawing: Drawing,
+        drawing: RoleModel,
         role: str,
         start: Tensor,
         conditioning: Conditioning,

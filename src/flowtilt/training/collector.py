@@ -6,18 +6,18 @@ from torch import Tensor
 
 from flowtilt.build import sampler_of
 from flowtilt.config import RolloutSettings
-from flowtilt.models.base import Drawing
+from flowtilt.models.base import RoleModel
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.objectives import Collecting
+from flowtilt.objectives import RolloutSpec
 from flowtilt.sampling.sampler import Sampler
 from flowtilt.sampling.trajectory import PathSampler, Trajectory
 from flowtilt.seeding import step_noise
 
-Collect = Callable[[Drawing, Tensor, Conditioning, Sequence[tuple[int, int, int]], int], tuple[Tensor, Trajectory | None]]
+Collect = Callable[[RoleModel, Tensor, Conditioning, Sequence[tuple[int, int, int]], int], tuple[Tensor, Trajectory | None]]
 """Latents [N, ...], and their ways, of noise [N, ...], N captions, the images' (rollout, prompt, copy), and a micro-batch."""
 
 
-def collector(settings: RolloutSettings, seed: int, rollout: int, objective: Collecting | None = None, role: str = "old") -> Collect:
+def collector(settings: RolloutSettings, seed: int, rollout: int, objective: RolloutSpec | None = None, role: str = "old") -> Collect:
     """How rollout number `rollout`, from 1, samples its images with the policy's `role`.
 
     Args:
@@ -32,7 +32,7 @@ def collector(settings: RolloutSettings, seed: int, rollout: int, objective: Col
         paths, shared = PathSampler(between, kept), kept.shared
 
     def collect(
-        drawing: Drawing, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int
+        drawing: RoleModel, start: Tensor, given: Conditioning, where: Sequence[tuple[int, int, int]], size: int
     ) -> tuple[Tensor, Trajectory | None]:
         own = step_noise(seed, "sde", where, drawing.model.latent_shape)
         of_prompt = step_noise(seed, "shared", [place[:2] for place in where], drawing.model.latent_shape)

@@ -31,8 +31,8 @@ class Display:
         longest = " ".join(f"{name} {seconds:.2f}s" for name, seconds in sorted(phases.items(), key=lambda item: -item[1])[:3])
         judged = "" if self._score is None else f"{self._score_name} {self._score:.3f} · "
         metric, name = self._progress
-        told = f"{name} {metrics.get(metric, float('nan')):.3f}"
-        text = f"{told} · {judged}{metrics['images_per_second']:.0f} img/s · {longest}"
+        score_text = f"{name} {metrics.get(metric, float('nan')):.3f}"
+        text = f"{score_text} · {judged}{metrics['images_per_second']:.0f} img/s · {longest}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()

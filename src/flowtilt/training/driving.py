@@ -186,7 +186,7 @@ class Driver:
             self.save()
         # checkpoints come before the evaluation that is due with them, which a kill may have kept from being made
         if self._evaluation_due():
-            if record := self.world.first(self._evaluated):
+            if record := self.world.on_rank0(self._evaluated):
                 self._remember(record)
             else:
                 self._evaluate(self._display)

@@ -15,9 +15,9 @@ from flowtilt.objectives.batches import Pairs, Transitions
 from flowtilt.objectives.checking import checked_loss
 from flowtilt.policy.roles import Policy
 from flowtilt.seeding import generator
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.rows import RowMaker
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
 
@@ -29,7 +29,7 @@ class Learner:
         rollout: how the rollouts are sampled; their noise levels are the training times, or their steps are trained.
         seed: of the images' order, times and noise.
         ema: greatest decay of the average.
-        save_memory: see `MicroBatch.fit`.
+        save_memory: see `MicroBatch.run_with_backoff`.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Learner:
         self.policy, self.objective, self.micro_batch = policy, objective, micro_batch
         self._updates, self._seed, self._ema, self._save_memory = optimizer.steps_per_rollout, seed, ema, save_memory
         self.sampled_by(rollout)
-        self.update = Update(policy, "current", policy.parameters, optimizer, world)
+        self.update = RoleOptimizer(policy, "current", policy.parameters, optimizer, world)
 
     def sampled_by(self, rollout: RolloutSettings) -> None:
         """The rollouts to come are sampled by these settings."""
         self._maker = RowMaker(self.policy, self.objective, rollout, self._seed)
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return {"current": self.update}
 
-    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+    def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
         means: dict[str, float] = {}
         skipped = empty = 0
@@ -72,7 +72,7 @@ class Learner:
             if whole:
                 own = self._completed(own, rollout, chunk)
             number_of_rows = len(chunk) * self._maker.per_image
-            sums = self.micro_batch.fit(
+            sums = self.micro_batch.run_with_backoff(
                 "train",
                 lambda size, own=own, of=number_of_rows: self._gradients(own, of, size),
                 self._save_memory,
@@ -87,14 +87,14 @@ class Learner:
         means = {name: value / made for name, value in means.items()}
         return {**means, "skipped_updates": skipped + empty, "lr": self.update.rate()}
 
-    def rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
+    def rows(self, step: int, rollout: ScoredRollout, own: list[int]) -> Pairs | Transitions:
         """What is trained of this rank's images `own` of rollout number `step`, from 1."""
         return self._maker.rows(step, rollout, own)
 
-    def _completed(self, own: Any, rollout: Scored, chunk: list[int]) -> Pairs:
+    def _completed(self, own: Any, rollout: ScoredRollout, chunk: list[int]) -> Pairs:
         """The rows with what the method makes of the measures of whole groups, of all ranks."""
         objective: Any = self.objective
-        measured = self.micro_batch.fit("train", lambda size: self._measured(own, size), self._save_memory, self.policy)
+        measured = self.micro_batch.run_with_backoff("train", lambda size: self._measured(own, size), self._save_memory, self.policy)
         place = {image: k for k, image in enumerate(chunk)}
         rows = torch.tensor([place[rollout.indices.start + i] for i in own.image.tolist()], dtype=torch.long)
         column = torch.arange(len(rows)) % self._maker.per_image
@@ -125,7 +125,7 @@ class Learner:
         return sums
 
 
-def shares(number: int, seed: int, step: int, rollout: Scored, whole_groups: bool = False) -> list[list[int]]:
+def shares(number: int, seed: int, step: int, rollout: ScoredRollout, whole_groups: bool = False) -> list[list[int]]:
     """The images of each of a rollout's `number` updates, in random order, the same on every rank; some are empty where few are kept.
 
     Args:
@@ -142,10 +142,10 @@ def shares(number: int, seed: int, step: int, rollout: Scored, whole_groups: boo
     return [order[len(order) * k // number : len(order) * (k + 1) // number] for k in range(number)]
 
 
-def averaged_update(update: Update, policy: Policy, ema: float, sums: Mapping[str, Tensor], phases: Phases) -> float:
+def averaged_update(update: RoleOptimizer, policy: Policy, ema: float, sums: Mapping[str, Tensor], phases: Phases) -> float:
     """An update of the current policy, which its average then follows; returns the gradient's norm."""
     before = update.count
-    norm = update.make(sums, phases)
+    norm = update.step(sums, phases)
     if update.count > before:
         policy.average("ema", ema_decay(before, ema))
     return norm

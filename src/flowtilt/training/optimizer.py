@@ -13,7 +13,7 @@ from flowtilt.runs import checkpoint
 from flowtilt.training.timing import Phases
 
 
-class Update:
+class RoleOptimizer:
     """Updates of one role; `count` is how many were made.
 
     Args:
@@ -33,7 +33,7 @@ class Update:
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
 
-    def make(self, sums: Mapping[str, Tensor], phases: Phases) -> float:
+    def step(self, sums: Mapping[str, Tensor], phases: Phases) -> float:
         """Joins gradients and `sums` over the ranks in one message, clips, steps; returns the norm before clipping.
 
         A gradient that is not finite is left out: it would end in every weight.

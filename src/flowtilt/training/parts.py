@@ -12,7 +12,7 @@ from flowtilt.lora import Lora
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import PromptWalk
 from flowtilt.rewards import Reward
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.preview import Preview
 from flowtilt.training.timing import Phases
 
@@ -45,7 +45,7 @@ class Training(Protocol):
         ...
 
     @property
-    def updates(self) -> Mapping[str, Update]:
+    def updates(self) -> Mapping[str, RoleOptimizer]:
         """By the role whose weights they move; "current" is one of them."""
         ...
 

@@ -5,13 +5,13 @@ from typing import Any, Protocol
 
 from flowtilt.build import build_objective
 from flowtilt.lora import Lora
-from flowtilt.objectives import Collecting
+from flowtilt.objectives import RolloutSpec
 from flowtilt.prompts.teaching import TeachingPrompts
 from flowtilt.training.learner import Learner, memory_saver
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.rollouts import Rollouts
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
 
@@ -19,16 +19,16 @@ class RolloutLearner(Protocol):
     """What learns from scored rollouts."""
 
     @property
-    def objective(self) -> Collecting:
+    def objective(self) -> RolloutSpec:
         """What the rollouts are for."""
         ...
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         ...
 
-    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+    def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout; returns mean metrics."""
         ...
 
@@ -69,15 +69,15 @@ class Reinforcement:
         self.rollouts = Rollouts(parts.recipe, parts.policy, learner.objective, parts.rewards, parts.world, parts.micro_batch, parts.show)
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return self.learner.updates
 
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Rollout number `step`, from 1, and its updates; returns metrics."""
         number, teaching = self._prompts, self._teaching
-        drawn = teaching.draw(step, number) if teaching else self._walk.draw((step - 1) * number, number)
-        rollout, metrics = self.rollouts.draw(step, drawn, phases)
+        prompts = teaching.take(step, number) if teaching else self._walk.take((step - 1) * number, number)
+        rollout, metrics = self.rollouts.sample(step, prompts, phases)
         if teaching and rollout.rewards is not None:
             teaching.learn(rollout.rewards)
         with phases("train"):

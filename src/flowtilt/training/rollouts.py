@@ -10,7 +10,7 @@ from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
-from flowtilt.objectives import Collecting
+from flowtilt.objectives import RolloutSpec
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
@@ -21,7 +21,7 @@ from flowtilt.seeding import noise
 from flowtilt.training.collector import collector
 from flowtilt.training.image_metrics import image_features, image_metrics
 from flowtilt.training.preview import IMAGES, Preview
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
 
@@ -37,7 +37,7 @@ class Rollouts:
         self,
         recipe: Recipe,
         policy: Policy,
-        objective: Collecting,
+        objective: RolloutSpec,
         rewards: Mapping[str, Reward],
         world: World,
         micro_batch: MicroBatch,
@@ -47,7 +47,7 @@ class Rollouts:
         self.world, self.micro_batch, self.show = world, micro_batch, show
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
 
-    def draw(self, step: int, drawn: list[Prompt], phases: Phases) -> tuple[Scored, dict[str, float]]:
+    def sample(self, step: int, prompts: list[Prompt], phases: Phases) -> tuple[ScoredRollout, dict[str, float]]:
         """Rollout number `step`, from 1, of the prompts `drawn`, with what there is to say of it.
 
         Raises:
@@ -56,7 +56,7 @@ class Rollouts:
         r, policy = self.recipe.rollout, self.policy
         number = r.images()
         mine = self.world.share(number)
-        own = [drawn[i // r.images_per_prompt] for i in mine]
+        own = [prompts[i // r.images_per_prompt] for i in mine]
         groups = torch.arange(number) // r.images_per_prompt
         positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
         with phases("sample"):
@@ -70,13 +70,13 @@ class Rollouts:
                 with phases("sample"):
                     where, given = [positions[k] for k in rows], conditioning.select(rows)
                     start = noise(self.recipe.seed, "rollout", where, policy.model.latent_shape).to(policy.model.device)
-                    x0, path = self.micro_batch.fit(
+                    x0, path = self.micro_batch.run_with_backoff(
                         "sample",
                         lambda size, start=start, given=given, where=where: collect(policy, start, given, where, size),
                         counter=policy,
                     )
                 with phases("decode"):
-                    images = self.micro_batch.fit("decode", lambda size, x0=x0: decode(policy, x0, size))
+                    images = self.micro_batch.run_with_backoff("decode", lambda size, x0=x0: decode(policy, x0, size))
                     features.append(image_features(images))
                     if self.show and sum(map(len, first)) < IMAGES:
                         first.append(images[:IMAGES].float().cpu())
@@ -113,8 +113,8 @@ class Rollouts:
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
         path = Trajectory.join(paths) if paths else None
-        scored = Scored(x0, own_advantages, conditioning, path, mine, kept, own, groups, advantages, total)
-        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
+        scored = ScoredRollout(x0, own_advantages, conditioning, path, mine, kept, own, groups, advantages, total)
+        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in prompts})}
 
 
 def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ from flowtilt.models.conditioning import Conditioning
 from flowtilt.objectives.batches import Guide, Pairs, Transitions, draw_times
 from flowtilt.policy.roles import Policy
 from flowtilt.seeding import generator
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 
 
 def row_counts(advantages: Tensor, number: int, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class RowMaker:
         self.per_image = objective.rows_per_image(rollout.steps)
         """Rows of an image in the mean of the loss."""
 
-    def rows(self, step: int, rollout: Scored, own: list[int]) -> Pairs | Transitions:
+    def rows(self, step: int, rollout: ScoredRollout, own: list[int]) -> Pairs | Transitions:
         """What is trained of this rank's images `own` in rollout number `step`, from 1."""
         if rollout.path is not None:
             return self._transitions(step, rollout, own)
@@ -70,7 +70,7 @@ class RowMaker:
             self._empty(guide is not None),
         )
 
-    def _counts(self, step: int, rollout: Scored) -> tuple[Tensor, Tensor | None]:
+    def _counts(self, step: int, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
         """Of this rank's images: rows, and their weight where not all rows are trained; [n] each."""
         share, here = getattr(self._objective, "row_share", 1.0), slice(rollout.indices.start, rollout.indices.stop)
         if share == 1:
@@ -78,7 +78,7 @@ class RowMaker:
         counts, weights = row_counts(rollout.all_advantages, self.per_image, share, generator(self._seed, "rows", step))
         return counts[here], weights[here]
 
-    def _times_and_noise(self, step: int, rollout: Scored, own: list[int], counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _times_and_noise(self, step: int, rollout: ScoredRollout, own: list[int], counts: Tensor) -> tuple[Tensor, Tensor]:
         """t [M] and eps [M, ...]; an image's come from its own generator, or from its prompt's where they are shared."""
         o, model = self._objective, self._policy.model
         sigmas, between = model.levels(self._rollout.steps), partial(model.levels.at, steps=self._rollout.steps)
@@ -97,7 +97,7 @@ class RowMaker:
             at += number
         return times, eps
 
-    def _guide(self, step: int, rollout: Scored, own: Sequence[int], counts: Tensor) -> Guide | None:
+    def _guide(self, step: int, rollout: ScoredRollout, own: Sequence[int], counts: Tensor) -> Guide | None:
         """Which rows carry the guide, from a generator of their image; none in a rollout without."""
         o = self._objective
         weight = o.guide_weight(step - 1) if hasattr(o, "guide_weight") else 0.0
@@ -110,7 +110,7 @@ class RowMaker:
         guided = guide or getattr(self._objective, "reference_guidance", 1.0) != 1
         return self._policy.model.encode_negative() if guided else None
 
-    def _transitions(self, step: int, rollout: Scored, own: list[int]) -> Transitions:
+    def _transitions(self, step: int, rollout: ScoredRollout, own: list[int]) -> Transitions:
         assert rollout.path is not None
         r, model = self._rollout, self._policy.model
         levels = model.levels(r.steps)

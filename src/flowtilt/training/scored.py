@@ -11,7 +11,7 @@ from flowtilt.sampling.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRollout:
     """This rank's share of a rollout of N images.
 
     Args:

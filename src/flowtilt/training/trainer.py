@@ -38,7 +38,7 @@ from flowtilt.policy.compiling import compile_blocks
 from flowtilt.policy.roles import ROLES
 from flowtilt.prompts import PromptWalk
 from flowtilt.report import write_report
-from flowtilt.rewards.trial import try_rewards
+from flowtilt.rewards.trial import preflight
 from flowtilt.runs import checkpoint, tracking
 from flowtilt.runs import folder as runs
 from flowtilt.runs.export import write_result, write_role
@@ -105,7 +105,7 @@ class Trainer(Driver):
         images = recipe.rollout.images()
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
-        self.rewards, self.judges = load_rewards(recipe, self.world.device, self._objects)
+        self.rewards, self.eval_rewards = load_rewards(recipe, self.world.device, self._objects)
         self.prompts = training_prompts(recipe)
         self.walk = PromptWalk(self.prompts, recipe.seed, {} if recipe.tags == "auto" else recipe.tags)
         weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
@@ -113,14 +113,14 @@ class Trainer(Driver):
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
         self.world.agree(digests({"prompts": self.prompts, "evaluate.prompts": self.test_prompts}))
-        self.below = self._beneath(resume)
-        self.parents = list(map(fingerprint, self.below))  # each reads through all of its weights
+        self.base_loras = self._read_base_loras(resume)
+        self.parents = list(map(fingerprint, self.base_loras))  # each reads through all of its weights
         # a checkpoint has the weights, whatever has become of what they began with
         opened = inputs.pinned(recipe, resume) if resume else recipe
-        self.policy = build_policy(opened, self.world, self.below, start=not (resume and self._folder.begun()))
+        self.policy = build_policy(opened, self.world, self.base_loras, start=not (resume and self._folder.begun()))
         notice_cut(self.policy.model, [*self.prompts, *self.test_prompts])
-        try_rewards(
-            self.rewards | self.judges,
+        preflight(
+            self.rewards | self.eval_rewards,
             [*self.prompts, *self.test_prompts],
             side=self.policy.model.resolution,
             device=self.world.device,
@@ -159,7 +159,7 @@ class Trainer(Driver):
         if why := compile_blocks(self.policy):
             say(f"not compiled, going on without ({why})")
 
-    def _beneath(self, resume: Path | None) -> list[Lora]:
+    def _read_base_loras(self, resume: Path | None) -> list[Lora]:
         """The LoRAs beneath the trained one; a run has copies of its own."""
         places = (kept(resume) if resume else []) or self.recipe.lora.on
         for place in places:
@@ -176,7 +176,7 @@ class Trainer(Driver):
             self._folder.create(self.recipe)
         main, folder = self.world.rank == 0, self._folder.path
         if found := self._folder.newest() if resume else None:
-            if not are_named(self.below, found.state["parents"]):
+            if not are_named(self.base_loras, found.state["parents"]):
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {RunFolder.base_loras}/ or in lora.on")
             self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method)
         if self.clock.step > self.recipe.steps:
@@ -186,8 +186,8 @@ class Trainer(Driver):
             checkpoint.prune(folder, self.recipe.checkpoint.keep)
             runs.write_recipe(folder, self.recipe)
         # a kill may have come before there were any
-        if main and (self.below or self.method.base_loras) and not RunFolder(folder).base_loras.is_dir():
-            keep(self.below, folder, **self.method.base_loras)
+        if main and (self.base_loras or self.method.base_loras) and not RunFolder(folder).base_loras.is_dir():
+            keep(self.base_loras, folder, **self.method.base_loras)
         if main:
             inputs.save(self.recipe, folder, self.clock.step if found else None, self._accepted)
             write_json(RunFolder(folder).environment, describe(self.world.size))
@@ -247,10 +247,10 @@ class Trainer(Driver):
             self.policy,
             "ema",
             self.test_prompts,
-            self.judges,
+            self.eval_rewards,
             sampler_of(e),
             images=e.images,
-            column=e.rewards[0] if e.rewards else next(iter(self.judges)),
+            column=e.rewards[0] if e.rewards else next(iter(self.eval_rewards)),
             seed=self.recipe.seed,
             samples=min(e.samples, e.images),
             micro_batch=self.micro_batch,

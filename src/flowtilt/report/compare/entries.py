@@ -58,8 +58,8 @@ class Entry:
         settings = recipe.reward_table().get(name)
         judge = settings.model_dump(exclude={"weight"}) if settings else {"source": name, "compat": False, "options": {}}
         judge["source"] = self._content(judge["source"] or name)
-        drawn = e.model_dump(include={"images", "solver", "eta", "steps", "guidance"})
-        evaluate = {"prompts": self._content(e.prompts or recipe.prompts), "rewards": judged, **drawn}
+        settings = e.model_dump(include={"images", "solver", "eta", "steps", "guidance"})
+        evaluate = {"prompts": self._content(e.prompts or recipe.prompts), "rewards": judged, **settings}
         model = recipe.model.model_dump(mode="json") | {"path": self._content(recipe.model.path)}
         return dict(flat({"model": model, "evaluate": evaluate, "judge": judge}))
 

@@ -96,8 +96,8 @@ def _names(groups: Sequence[Sequence[Entry]]) -> list[str]:
         return [_setting(one, keys[0]) for one in settings]
     changes = [[_setting(one, key) for key in keys if one.get(key) != settings[0].get(key)] for one in settings]
     short = [", ".join(found[:MOST]) + (f" and {len(found) - MOST} more" if len(found) > MOST else "") for found in changes]
-    told = short if len(set(short)) == len(short) else [", ".join(found) for found in changes]
-    return [groups[0][0].recipe.name, *told[1:]]
+    labels = short if len(set(short)) == len(short) else [", ".join(found) for found in changes]
+    return [groups[0][0].recipe.name, *labels[1:]]
 
 
 def telling(settings: Sequence[dict[str, str]]) -> list[str]:

@@ -71,8 +71,8 @@ def _ends(method: Method) -> list[float]:
 def _seeds(methods: Sequence[Method]) -> list[str]:
     if len({tuple(method.seeds) for method in methods}) == 1:
         return []
-    told = "; ".join(f"{method.label} has {', '.join(map(str, method.seeds))}" for method in methods)
-    return [f"Methods have different seeds, and a seed is also that of the noise that evaluations start from: {told}."]
+    seeds = "; ".join(f"{method.label} has {', '.join(map(str, method.seeds))}" for method in methods)
+    return [f"Methods have different seeds, and a seed is also that of the noise that evaluations start from: {seeds}."]
 
 
 def _machines(entries: Sequence[Entry]) -> list[str]:

@@ -65,8 +65,8 @@ def _tabs(comparison: Comparison) -> str:
         chosen = " checked" if cost == comparison.axes[0] else ""
         buttons.append(f'<input type="radio" name="axis" id="by-{cost}"{chosen}><label for="by-{cost}">{COSTS[cost].name}</label>')
         tables = by_cost(comparison, cost)
-        below = f"<p>{COSTS[cost].counted}</p>{_side_by_side(comparison, tables) if tables else ''}"
-        panels.append(f'<div class="panel by-{cost}">{score_chart(comparison, cost)}{below}</div>')
+        details = f"<p>{COSTS[cost].counted}</p>{_side_by_side(comparison, tables) if tables else ''}"
+        panels.append(f'<div class="panel by-{cost}">{score_chart(comparison, cost)}{details}</div>')
     # hidden panels follow the buttons, which is all that the style sheet needs to show one of them
     return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
 

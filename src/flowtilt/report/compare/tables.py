@@ -66,9 +66,9 @@ def _to_reach(comparison: Comparison, cost: str, target: float) -> Table:
     rows = []
     for method in comparison.methods:
         reach = comparison.reach(method, cost, target)
-        told = [Cell(f"{reach.runs} of {len(method.entries)}")] if _has_seeds(comparison) else []
+        seeds = [Cell(f"{reach.runs} of {len(method.entries)}")] if _has_seeds(comparison) else []
         against = [ratio_cell(reach.against)] if len(comparison.methods) > 1 else []
-        rows.append([reach_cell(reach, unit), *told, *against])
+        rows.append([reach_cell(reach, unit), *seeds, *against])
     head = [unit.name, *(["seeds"] if _has_seeds(comparison) else []), *(["of the first"] if len(comparison.methods) > 1 else [])]
     return Table(f"To reach {short(target)}", head, rows)
 

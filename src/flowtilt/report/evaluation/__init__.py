@@ -11,7 +11,7 @@ from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.report.document import document, section
 from flowtilt.report.evaluation import extremes, tables
 from flowtilt.report.evaluation.headline import headline, subject
-from flowtilt.report.evaluation.loading import Results, Scored, load
+from flowtilt.report.evaluation.loading import Results, ScoredImage, load
 from flowtilt.report.markup import flat_table, folded, none_yet
 
 
@@ -30,13 +30,13 @@ def write_evaluation_page(folder: Path) -> Path:
     return target
 
 
-def page(results: Results, images: Sequence[Scored]) -> str:
+def page(results: Results, images: Sequence[ScoredImage]) -> str:
     """The whole page as HTML."""
     body = f"{headline(results)}\n{_sections(results, images)}\n<footer>Written by flowtilt.</footer>"
     return document(f"{subject(results.protocol)}: evaluation", body, styles=("page.css", "evaluation.css"))
 
 
-def _sections(results: Results, images: Sequence[Scored]) -> str:
+def _sections(results: Results, images: Sequence[ScoredImage]) -> str:
     """Every section, each saying so in a sentence where it has nothing to show."""
     tags = "".join(tables.tags(one, results) for one in results.sets)
     chosen = "".join(extremes.extremes(one, images, results, unfolded=place == 0) for place, one in enumerate(results.sets))
@@ -53,7 +53,7 @@ def _sections(results: Results, images: Sequence[Scored]) -> str:
     return "\n".join(section(name, title, body) for name, title, body in parts if body)
 
 
-def _none_missing(results: Results, images: Sequence[Scored]) -> str:
+def _none_missing(results: Results, images: Sequence[ScoredImage]) -> str:
     if any(summary.overall.missing for one in results.sets for column in one.columns for summary in column.of.values()):
         return "Scores are missing, but scores.jsonl does not say of which images."
     return "Every image has every score." if images else "The folder's scores.jsonl lists no images."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from flowtilt.report.evaluation.estimates import column_decimals, written
-from flowtilt.report.evaluation.loading import Column, PromptSet, Results, Scored
+from flowtilt.report.evaluation.loading import Column, PromptSet, Results, ScoredImage
 from flowtilt.report.images import embed
 from flowtilt.report.markup import folded, none_yet
 from flowtilt.report.numbers import counted
@@ -18,15 +18,15 @@ LISTED = 500
 LONG = 240
 """Letters of a prompt, above which it scrolls."""
 
-Beside = dict[tuple[str, int, int, str], Scored]
+Beside = dict[tuple[str, int, int, str], ScoredImage]
 
 
-def beside(images: Sequence[Scored]) -> Beside:
+def beside(images: Sequence[ScoredImage]) -> Beside:
     """Each image by set, prompt, copy and variant."""
     return {(image.set, image.index, image.copy, image.variant): image for image in images}
 
 
-def ranked(images: Sequence[Scored], column: str) -> list[Scored]:
+def ranked(images: Sequence[ScoredImage], column: str) -> list[ScoredImage]:
     """Those with a score, the lowest first; equals in turn from all tags and, within a tag, from all prompts."""
     of_prompt: Counter[tuple[int, float]] = Counter()
     of_tag: Counter[tuple[str, int, float]] = Counter()
@@ -41,7 +41,7 @@ def ranked(images: Sequence[Scored], column: str) -> list[Scored]:
     return [known[i] for i in sorted(range(len(known)), key=lambda i: places[i])]
 
 
-def worst_and_best(images: Sequence[Scored], column: str) -> tuple[list[Scored], list[Scored]]:
+def worst_and_best(images: Sequence[ScoredImage], column: str) -> tuple[list[ScoredImage], list[ScoredImage]]:
     """The lowest and the highest scores, at most 12 of each, no image in both; no highest where all are alike."""
     rising = ranked(images, column)
     if rising and rising[0].score(column) == rising[-1].score(column):
@@ -52,13 +52,13 @@ def worst_and_best(images: Sequence[Scored], column: str) -> tuple[list[Scored],
     return worst, [image for image in falling if id(image) not in taken][:SHOWN]
 
 
-def lacking(image: Scored, one: PromptSet) -> list[str]:
+def lacking(image: ScoredImage, one: PromptSet) -> list[str]:
     """The scores that an image lacks; not "geneval/strict" where it lacks "geneval"."""
     names = [column.name for column in one.columns if not math.isfinite(image.score(column.name))]
     return [name for name in names if "/" not in name or name.split("/")[0] not in names]
 
 
-def extremes(one: PromptSet, images: Sequence[Scored], results: Results, unfolded: bool) -> str:
+def extremes(one: PromptSet, images: Sequence[ScoredImage], results: Results, unfolded: bool) -> str:
     """The worst and the best images of a set by its first score, with the base's beside them."""
     if not one.columns:
         return ""
@@ -82,7 +82,7 @@ def _title(one: PromptSet) -> str:
     return f'<h3 class="set-name">{escape(one.name)}</h3>'
 
 
-def _chosen(kind: str, chosen: Sequence[Scored], scores: Sequence[float], column: Column) -> str:
+def _chosen(kind: str, chosen: Sequence[ScoredImage], scores: Sequence[float], column: Column) -> str:
     edge = chosen[0].score(column.name)
     equal = sum(score == edge for score in scores)
     if equal > len(chosen):
@@ -92,11 +92,11 @@ def _chosen(kind: str, chosen: Sequence[Scored], scores: Sequence[float], column
     return f"The {len(chosen)} of {counted(len(scores), 'image')} that score {kind}."
 
 
-def _pair(image: Scored, others: Beside, results: Results) -> list[tuple[str, Scored | None]]:
+def _pair(image: ScoredImage, others: Beside, results: Results) -> list[tuple[str, ScoredImage | None]]:
     return [(variant, others.get((image.set, image.index, image.copy, variant))) for variant in results.variants]
 
 
-def _gallery(pairs: Sequence[list[tuple[str, Scored | None]]], column: Column, results: Results) -> str:
+def _gallery(pairs: Sequence[list[tuple[str, ScoredImage | None]]], column: Column, results: Results) -> str:
     cards = []
     for pair in pairs:
         image = next(image for _, image in reversed(pair) if image)
@@ -105,14 +105,14 @@ def _gallery(pairs: Sequence[list[tuple[str, Scored | None]]], column: Column, r
     return f'<div class="cards gallery" style="--columns:{len(results.variants)}">{"".join(cards)}</div>'
 
 
-def _card(image: Scored, shots: str) -> str:
+def _card(image: ScoredImage, shots: str) -> str:
     tag = f' <span class="chip">{escape(image.tag.replace("_", " "))}</span>' if image.tag else ""
     # what scrolls must be reachable by keyboard
     caption = '<figcaption class="long" tabindex="0">' if len(image.prompt) > LONG else "<figcaption>"
     return f'<figure class="card">{caption}{escape(image.prompt)}{tag}</figcaption><div class="strip">{shots}</div></figure>'
 
 
-def _shot(variant: str, image: Scored | None, column: Column, results: Results) -> str:
+def _shot(variant: str, image: ScoredImage | None, column: Column, results: Results) -> str:
     when = f'<span class="when">{variant}</span> ' if results.compares else ""
     if image is None:
         return f'<div class="shot"><div class="missing">no image</div><p>{when}</p></div>'
@@ -123,7 +123,7 @@ def _shot(variant: str, image: Scored | None, column: Column, results: Results) 
     return f'<div class="shot">{_picture(image, alt)}<p>{when}<b class="value">{said}</b>{note}</p></div>'
 
 
-def _picture(image: Scored, alt: str) -> str:
+def _picture(image: ScoredImage, alt: str) -> str:
     embedded = embed(image.picture) if image.picture else None
     if embedded is None:
         return '<div class="missing">no picture</div>'
@@ -131,7 +131,7 @@ def _picture(image: Scored, alt: str) -> str:
     return f'<img class="{look}" src="{embedded.url}" width="{embedded.width}" height="{embedded.height}" alt="{escape(alt)}">'
 
 
-def unscored(one: PromptSet, images: Sequence[Scored], results: Results) -> str:
+def unscored(one: PromptSet, images: Sequence[ScoredImage], results: Results) -> str:
     """The images of a set that lack a score: pictures of the first, all others by name; "" where there are none."""
     mine = [image for image in images if image.set == one.name and image.variant in results.variants]
     found = [(image, names) for image in mine if (names := lacking(image, one))]
@@ -154,16 +154,16 @@ def _unnamed(number: int) -> str:
     return f"<p>And {number - LISTED:,} more, which scores.jsonl names.</p>" if number > LISTED else ""
 
 
-def _whose(image: Scored, results: Results) -> str:
+def _whose(image: ScoredImage, results: Results) -> str:
     variant = f"{escape(image.variant)}, " if results.compares else ""
     return f"{variant}prompt {image.index:,}, copy {image.copy}"
 
 
-def _why(image: Scored, names: Sequence[str]) -> str:
+def _why(image: ScoredImage, names: Sequence[str]) -> str:
     note = f": {escape(image.note)}" if image.note else ""
     return f'<span class="note">no {escape(", ".join(names))}{note}</span>'
 
 
-def _unscored_card(image: Scored, names: Sequence[str], results: Results) -> str:
+def _unscored_card(image: ScoredImage, names: Sequence[str], results: Results) -> str:
     picture = _picture(image, f"{image.prompt}, no {', '.join(names)}")
     return _card(image, f'<div class="shot">{picture}<p><span class="when">{_whose(image, results)}</span>{_why(image, names)}</p></div>')

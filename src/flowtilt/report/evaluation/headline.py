@@ -88,10 +88,10 @@ def _lora_name(lora: object, model: str) -> str:
 def one_line(protocol: Record) -> str:
     """euler, 40 steps, guidance 1, 512 px …; only what is known."""
     said = [str(protocol["solver"])] if isinstance(protocol.get("solver"), str) else []
-    told = {key: protocol[key] for key in FORMS if isinstance(protocol.get(key), int | float | str)}
-    if isinstance(images := told.get("images_per_prompt"), int):
-        told["images_per_prompt"] = counted(images, "image")
-    return ", ".join(said + [FORMS[key].format(f"{value:g}" if isinstance(value, float) else value) for key, value in told.items()])
+    shown = {key: protocol[key] for key in FORMS if isinstance(protocol.get(key), int | float | str)}
+    if isinstance(images := shown.get("images_per_prompt"), int):
+        shown["images_per_prompt"] = counted(images, "image")
+    return ", ".join(said + [FORMS[key].format(f"{value:g}" if isinstance(value, float) else value) for key, value in shown.items()])
 
 
 def _first_score(results: Results) -> str:

@@ -78,7 +78,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredImage:
     """One image and its scores; `picture` lies in the evaluation's folder."""
 
     set: str
@@ -96,7 +96,7 @@ class Scored:
         return number(self.scores, column)
 
 
-def load(folder: Path) -> tuple[Results, list[Scored]]:
+def load(folder: Path) -> tuple[Results, list[ScoredImage]]:
     """The results and the images of an evaluation's folder."""
     reader = Reader(folder)
     results, images = parse(reader.object(EvaluationFolder.results)), _images(reader)
@@ -140,7 +140,7 @@ def _objects(value: Any) -> list[Record]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
-def _images(reader: Reader) -> list[Scored]:
+def _images(reader: Reader) -> list[ScoredImage]:
     """The images of scores.jsonl that say which prompt they are of, in the file's order; of a repeated one the last line holds."""
     inside, records = reader.folder.resolve(), reader.lines(EvaluationFolder.scores)
     found = [record for record in records if abs(number(record, "index")) < 2**53]
@@ -153,9 +153,9 @@ def _images(reader: Reader) -> list[Scored]:
     return list({(image.set, image.index, image.copy, image.variant): image for image in images}.values())
 
 
-def _scored(folder: Path, record: Record) -> Scored:
+def _scored(folder: Path, record: Record) -> ScoredImage:
     texts = {key: str(record.get(key) or "") for key in ("set", "prompt", "tag", "note")}
-    return Scored(
+    return ScoredImage(
         **texts,
         index=int(number(record, "index")),
         copy=count(record, "copy"),

@@ -18,11 +18,11 @@ from flowtilt.rewards.about import Facts, built_in
 from flowtilt.rewards.serving.wire import KEY, KEY_HOST, key_for, key_from_environment, most_bytes, read_answer, request
 
 log = logging.getLogger("flowtilt")
-FIRST = 10.0
+FIRST_ANSWER_SECONDS = 10.0
 """Seconds for which a server may be missing when a run starts."""
 
 
-class Served:
+class RemoteReward:
     """Sends images as PNG, which rounds them to 8 bits, and returns what the server's reward says.
 
     Args:
@@ -81,7 +81,9 @@ class Served:
         """Asks for no scores, which proves the server, the key and the reward's name."""
         body = request(self.reward, torch.empty(0), [])
         try:
-            said = post_json(f"{self.url}/score", body, key=self._key, timeout=FIRST, patience=FIRST, most=most_bytes(0))
+            said = post_json(
+                f"{self.url}/score", body, key=self._key, timeout=FIRST_ANSWER_SECONDS, patience=FIRST_ANSWER_SECONDS, most=most_bytes(0)
+            )
             _, self.version = read_answer(said, 0)
         except Refused as error:
             unsent = error.status == 401 and not self._key and key_from_environment()

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import flowtilt
 from flowtilt.errors import UserError
-from flowtilt.io.user_errors import told
+from flowtilt.io.user_errors import describe_error
 from flowtilt.rewards import Reward, RewardOutput
 from flowtilt.rewards.serving.batching import Batcher
 from flowtilt.rewards.serving.prometheus import Metrics
@@ -84,8 +84,8 @@ class _Service:
     def __init__(self, rewards: Mapping[str, Reward], key: str | None, max_batch: int, linger: float, limits: Limits):
         self.rewards, self.key, self.limits = rewards, key, limits
         self.max_batch, self.linger = max_batch, linger
-        told = versions_of(rewards)
-        self.versions = {name: {"flowtilt": flowtilt.__version__, "reward": name, **told[name]} for name in rewards}
+        versions = versions_of(rewards)
+        self.versions = {name: {"flowtilt": flowtilt.__version__, "reward": name, **versions[name]} for name in rewards}
         self.metrics = Metrics(rewards)
         self.images = self.pixels = self.held = 0
 
@@ -229,7 +229,7 @@ async def _unless_gone(request: Request, future: Future[RewardOutput]) -> Reward
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error  # `score` names a reward and a prompt
-        raise Refusal(422, told(cause)) from None
+        raise Refusal(422, describe_error(cause)) from None
     finally:
         gone.cancel()
         future.cancel()

@@ -44,7 +44,7 @@ def make(
     """
     number = images // per_prompt
     walk = PromptWalk(load_prompts(prompts, "train"), seed)
-    asked = walk.draw(0, number)
+    asked = walk.take(0, number)
     sampler, judge, before = sampler_of(load_recipe("playground").rollout), Playground(), policy.evaluations
     pairs = 0
     with whole_folder(folder) as place:
@@ -110,5 +110,5 @@ def of_playground(parts: Parts) -> Path:
             parts.policy.evaluations = before  # what a run cost is what it trained
         return True
 
-    parts.world.first(ready)
+    parts.world.on_rank0(ready)
     return folder

@@ -16,7 +16,7 @@ from flowtilt.seeding import generator
 from flowtilt.training.dpo.latents import Latents
 from flowtilt.training.dpo.made import evaluations_of, of_playground
 from flowtilt.training.dpo.pairs import Compared, PairLearner
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.timing import Phases
 
@@ -69,7 +69,7 @@ class Offline:
         world.agree({"pairs": len(found.pairs), "first prompt of pairs": first.prompt, "last prompt of pairs": last.prompt})
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return self.learner.updates
 
@@ -83,14 +83,14 @@ class Offline:
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Step number `step`, from 1; returns metrics."""
         number, updates = self._recipe.rollout.prompts, self._recipe.optimizer.steps_per_rollout
-        drawn = order(self._recipe.seed, (step - 1) * number, number, len(self._pairs))
+        places_of_pairs = order(self._recipe.seed, (step - 1) * number, number, len(self._pairs))
         batches: list[tuple[Compared, int]] = []
         for k in range(updates):
             places = range(number * k // updates, number * (k + 1) // updates)
             mine = self._world.share(len(places))
             own = [places[i] for i in mine]
             with phases("sample"):
-                batches.append((self._read(step, own, [self._pairs[drawn[i]] for i in own]), len(places)))
+                batches.append((self._read(step, own, [self._pairs[places_of_pairs[i]] for i in own]), len(places)))
         with phases("train"):
             return self.learner.learn(batches, phases) | {"epoch": step * number / len(self._pairs)}
 

@@ -10,10 +10,10 @@ from flowtilt.config import RolloutSettings
 from flowtilt.methods.dpo import OnlineDPOSettings
 from flowtilt.seeding import generator
 from flowtilt.training.dpo.pairs import Compared, PairLearner
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
 
@@ -63,11 +63,11 @@ class BestAndWorst:
         self._recipe, self._world = recipe, parts.world
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return self.pairs.updates
 
-    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+    def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout; the next is sampled by the trained policy."""
         seed, updates = self._recipe.seed, self._recipe.optimizer.steps_per_rollout
         chosen = best_and_worst(rollout.all_advantages.where(rollout.kept, torch.nan), self._recipe.rollout.images_per_prompt)
@@ -79,7 +79,7 @@ class BestAndWorst:
         self.pairs.policy.average("old", 0.0)
         return {**metrics, "pairs": float(len(chosen))}
 
-    def _everywhere(self, rollout: Scored, images: Tensor) -> Tensor:
+    def _everywhere(self, rollout: ScoredRollout, images: Tensor) -> Tensor:
         """Latents [P, ...] of those images on every rank: a sum to which one rank gives an image and the others zeros."""
         found = rollout.x0.new_zeros(len(images), *rollout.x0.shape[1:])
         for k, image in enumerate(images.tolist()):
@@ -89,7 +89,7 @@ class BestAndWorst:
             self._world.sum_([found])
         return found
 
-    def _own(self, step: int, rollout: Scored, chosen: Tensor, worst: Tensor, share: Tensor) -> Compared:
+    def _own(self, step: int, rollout: ScoredRollout, chosen: Tensor, worst: Tensor, share: Tensor) -> Compared:
         """Of an update's pairs `share`, those whose best image is this rank's."""
         own = torch.tensor([k for k in share.tolist() if int(chosen[k, 0]) in rollout.indices], dtype=torch.long)
         image = chosen[own, 0] - rollout.indices.start

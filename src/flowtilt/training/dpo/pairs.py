@@ -17,7 +17,7 @@ from flowtilt.objectives.dpo import METRICS, NoisedPairs, pair_loss
 from flowtilt.policy.roles import Policy
 from flowtilt.seeding import generator
 from flowtilt.training.learner import averaged_update, memory_saver
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.timing import Phases
 
 
@@ -45,10 +45,10 @@ class PairLearner:
     def __init__(self, recipe: Recipe, settings: PairSettings, policy: Policy, world: World, micro_batch: MicroBatch):
         self.recipe, self.settings, self.policy, self.micro_batch = recipe, settings, policy, micro_batch
         self.world = world
-        self.update = Update(policy, "current", policy.parameters, recipe.optimizer, world)
+        self.update = RoleOptimizer(policy, "current", policy.parameters, recipe.optimizer, world)
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return {"current": self.update}
 
@@ -63,7 +63,7 @@ class PairLearner:
             if not number:
                 continue
             rows, of = self._noised(own), number * self.settings.times_per_pair
-            sums = self.micro_batch.fit(
+            sums = self.micro_batch.run_with_backoff(
                 "train", lambda size, rows=rows, of=of: self._gradients(rows, of, size), memory_saver(self.recipe, self.policy), self.policy
             )
             norm = averaged_update(self.update, self.policy, self.recipe.ema, sums, phases)

@@ -65,9 +65,9 @@ def missing(seen: Seen) -> str | None:
     lost = {name.removeprefix("missing/"): value for name, value in seen.metrics.items() if name.startswith("missing/") and value > 0}
     if not lost:
         return None
-    told = "; ".join(f"{name} gave no score to {value:.0f} of this rollout's images" for name, value in lost.items())
+    reasons = "; ".join(f"{name} gave no score to {value:.0f} of this rollout's images" for name, value in lost.items())
     return (
-        f"{told}. They were left out of their groups, which is no zero. metrics.jsonl goes on counting them as missing/<reward>; "
+        f"{reasons}. They were left out of their groups, which is no zero. metrics.jsonl goes on counting them as missing/<reward>; "
         f"many of them mean that {' and '.join(f'rewards.{name}' for name in lost)} or its server needs a look"
     )
 
@@ -129,7 +129,7 @@ def clipped(seen: Seen) -> str | None:
         return None
     return (
         "after a rollout's first update nearly every likelihood ratio lies beyond objective.clip_range "
-        f"(|ratio - 1| is {seen.metrics['ratio_off']:.1g} on average), so the later updates hardly teach. "
+        f"(|ratio - 1| is {seen.metrics['ratio_deviation']:.1g} on average), so the later updates hardly teach. "
         "Lower optimizer.lr or optimizer.steps_per_rollout, or raise objective.clip_range"
     )
 
@@ -231,15 +231,15 @@ def falling(history: History, name: str) -> Fall | None:
 
 def held_out_falls(falls: Mapping[str, Fall | None], history: History, recipe: Recipe) -> str | None:
     """What is said of those that fell while the trained reward rose."""
-    told = [
+    reasons = [
         f"{name} fell from {fall.best.value:.3g} to {fall.now.value:.3g}"
         for name, fall in falls.items()
         if fall and history.trained_rose(fall)
     ]
-    if not told:
+    if not reasons:
         return None
     return (
-        f"{' and '.join(told)}, not trained on, while the trained reward rose: it is likely hacked. Look at the report's pictures; "
+        f"{' and '.join(reasons)}, not trained on, while the trained reward rose: it is likely hacked. Look at the report's pictures; "
         f"{_hold(recipe)}, or give what fell a weight in rewards"
     )
 

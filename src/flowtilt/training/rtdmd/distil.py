@@ -26,7 +26,7 @@ from flowtilt.prompts import Prompt, PromptWalk
 from flowtilt.seeding import generator, noise, step_noise
 from flowtilt.solvers import sde_step
 from flowtilt.training.learner import averaged_update, memory_saver
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.rtdmd.fake_score import FakeScore, Samples
 from flowtilt.training.timing import Phases
@@ -68,13 +68,13 @@ def simulate(
     return Stopped(before, levels[ends - 1], after, levels[ends])
 
 
-def begin(parts: Parts) -> "Distillation":
+def begin(parts: Parts) -> "ACDMDLearner":
     """The first stage of RTDMD on a recipe."""
     settings = cast(ACDMDSettings, parts.recipe.objective)
-    return Distillation(parts.recipe, settings, parts.policy, parts.walk, parts.world, parts.micro_batch)
+    return ACDMDLearner(parts.recipe, settings, parts.policy, parts.walk, parts.world, parts.micro_batch)
 
 
-class Distillation:
+class ACDMDLearner:
     """A student of few steps that comes to draw what its teacher draws with guidance in many.
 
     Raises:
@@ -95,10 +95,10 @@ class Distillation:
         self.base_loras: dict[str, Lora] = {}
         """None: student and fake score begin on the base itself."""
         self.fake = FakeScore(recipe, settings, policy, world, micro_batch)
-        self.student = Update(policy, "current", policy.parameters, recipe.optimizer, world)
+        self.student = RoleOptimizer(policy, "current", policy.parameters, recipe.optimizer, world)
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return {"current": self.student, "fake": self.fake.update}
 
@@ -107,21 +107,21 @@ class Distillation:
         means: dict[str, float] = {}
         skipped = 0.0
         updates, prompts, number = self.settings.fake_updates, self.recipe.rollout.prompts, self.recipe.rollout.images()
-        drawn: list[Prompt] = []
+        captions: list[Prompt] = []
         for k in range(updates):
-            drawn = self.walk.draw(((step - 1) * updates + k) * prompts, prompts)
+            captions = self.walk.take(((step - 1) * updates + k) * prompts, prompts)
             with phases("sample"):
-                _, samples = self._simulated(step, k, drawn)
+                _, samples = self._simulated(step, k, captions)
             with phases("train"):
-                told = self.fake.learn(samples, number, phases)
-            skipped += told.pop("skipped_updates")
-            for name, value in told.items():
+                logged = self.fake.learn(samples, number, phases)
+            skipped += logged.pop("skipped_updates")
+            for name, value in logged.items():
                 means[name] = means.get(name, 0.0) + value / updates
         with phases("sample"):
-            stopped, samples = self._simulated(step, updates, drawn)
+            stopped, samples = self._simulated(step, updates, captions)
         with phases("train"):
-            told = self._learn(stopped, samples, number, phases)
-        return means | told | {"skipped_updates": skipped + told["skipped_updates"]}
+            logged = self._learn(stopped, samples, number, phases)
+        return means | logged | {"skipped_updates": skipped + logged["skipped_updates"]}
 
     def state(self) -> dict[str, Any]:
         """Nothing beside weights and optimizers."""
@@ -130,12 +130,12 @@ class Distillation:
     def load(self, state: Mapping[str, Any]) -> None:
         """Nothing to go on with."""
 
-    def _simulated(self, step: int, draw: int, drawn: list[Prompt]) -> tuple[Stopped, Samples]:
+    def _simulated(self, step: int, draw: int, captions: list[Prompt]) -> tuple[Stopped, Samples]:
         """This rank's share of a batch of the student's samples."""
         r, policy, seed = self.recipe.rollout, self.policy, self.recipe.seed
         mine = self.world.share(r.images())
         positions = [(step, draw, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
-        given = policy.model.encode([drawn[i // r.images_per_prompt].text for i in mine])
+        given = policy.model.encode([captions[i // r.images_per_prompt].text for i in mine])
         sigmas = policy.model.levels(r.steps)
         # every level equally often, whichever samples have it
         order = torch.randperm(r.images(), generator=generator(seed, "stops", step, draw))
@@ -153,7 +153,7 @@ class Distillation:
             ]  # fmt: skip
             return Stopped(*(torch.cat([getattr(part, name) for part in found]) for name in ("before", "sigma", "x_s", "s")))
 
-        stopped = self.micro_batch.fit("sample", run, counter=policy)
+        stopped = self.micro_batch.run_with_backoff("sample", run, counter=policy)
         return stopped, Samples(stopped.x_s, stopped.s, given, positions)
 
     def _learn(self, stopped: Stopped, samples: Samples, number: int, phases: Phases) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Distillation:
                 v = self.policy.velocity("current", stopped.before[there], stopped.sigma[there], samples.conditioning.select(rows))
                 (surrogate(v, cotangent[there]).sum() / number).backward()
 
-        self.micro_batch.fit("train", gradients, memory_saver(self.recipe, self.policy), self.policy)
+        self.micro_batch.run_with_backoff("train", gradients, memory_saver(self.recipe, self.policy), self.policy)
         norm = averaged_update(self.student, self.policy, self.recipe.ema, sums, phases)
-        told = {name: float(value) / number for name, value in sums.items()}
-        return {**told, "grad_norm": norm, "skipped_updates": float(not norm < float("inf")), "lr": self.student.rate()}
+        logged = {name: float(value) / number for name, value in sums.items()}
+        return {**logged, "grad_norm": norm, "skipped_updates": float(not norm < float("inf")), "lr": self.student.rate()}

@@ -29,7 +29,7 @@ from flowtilt.policy.roles import Policy
 from flowtilt.seeding import generator
 from flowtilt.solvers import sde_step
 from flowtilt.training.learner import memory_saver
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.timing import Phases
 
 ROLE = "fake"
@@ -67,21 +67,27 @@ class FakeScore:
     """
 
     def __init__(
-        self, recipe: Recipe, settings: MatchingSettings, policy: Policy, world: World, micro_batch: MicroBatch, below: Sequence[Lora] = ()
+        self,
+        recipe: Recipe,
+        settings: MatchingSettings,
+        policy: Policy,
+        world: World,
+        micro_batch: MicroBatch,
+        base_loras: Sequence[Lora] = (),
     ):
         self._recipe, self._settings, self._policy, self._micro_batch = recipe, settings, policy, micro_batch
-        weights = policy.add_role(ROLE, recipe.seed, below)
+        weights = policy.add_role(ROLE, recipe.seed, base_loras)
         optimizer = recipe.optimizer.model_copy(update={"lr": settings.fake_lr, "half_life": None, "warmup": 0, "weight_decay": 0.0})
-        self.update = Update(policy, ROLE, weights, optimizer, world)
+        self.update = RoleOptimizer(policy, ROLE, weights, optimizer, world)
 
     def learn(self, samples: Samples, number: int, phases: Phases) -> dict[str, float]:
         """One update on the samples of all ranks, `number` in sum; returns mean metrics."""
-        sums = self._micro_batch.fit(
+        sums = self._micro_batch.run_with_backoff(
             "fake", lambda size: self._gradients(samples, number, size), memory_saver(self._recipe, self._policy), self._policy
         )
-        norm = self.update.make(sums, phases)
-        told = {name: float(value) / number for name, value in sums.items()}
-        return {**told, "fake_grad_norm": norm, "skipped_updates": float(not norm < float("inf"))}
+        norm = self.update.step(sums, phases)
+        logged = {name: float(value) / number for name, value in sums.items()}
+        return {**logged, "fake_grad_norm": norm, "skipped_updates": float(not norm < float("inf"))}
 
     def _gradients(self, samples: Samples, number: int, size: int) -> dict[str, Tensor]:
         self.update.clear()
@@ -117,7 +123,7 @@ class FakeScore:
     def gradient(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """g [n, ...], along which -x_s comes nearer to the teacher's distribution, and metrics [n]."""
         empty = self._policy.model.encode_negative() if self._settings.teacher_guidance != 1 else None
-        found = self._micro_batch.fit(
+        found = self._micro_batch.run_with_backoff(
             "match",
             lambda size: [self._gradient(samples.select(rows), empty) for rows in parts(len(samples), size)],
             counter=self._policy,

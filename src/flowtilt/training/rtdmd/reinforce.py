@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowtilt.config import Recipe, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch, parts
-from flowtilt.device.placement import visiting
+from flowtilt.device.placement import on_device
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.flow import predict_x0
@@ -36,11 +36,11 @@ from flowtilt.rewards.gradient import differentiable, reward_gradient
 from flowtilt.sampling.trajectory import KeptSteps, Trajectory
 from flowtilt.solvers import sde_step
 from flowtilt.training.learner import averaged_update, memory_saver, shares
-from flowtilt.training.optimizer import Update
+from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement
 from flowtilt.training.rtdmd.fake_score import ROLE, FakeScore, Samples
-from flowtilt.training.scored import Scored
+from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
 
@@ -90,10 +90,10 @@ def _fake_base(recipe: Recipe, resume: Path | None) -> Lora | None:
         fake = read_lora(where)
         if not fake.parents:
             return fake
-        below = read_lora(_kept_fake(run_of(where) or Path(where)))
-        if not are_named([below], fake.parents):
-            raise UserError(f"lora {below.source}: is not what {fake.source} was trained on top of")
-        return join([below, fake])
+        base_fake = read_lora(_kept_fake(run_of(where) or Path(where)))
+        if not are_named([base_fake], fake.parents):
+            raise UserError(f"lora {base_fake.source}: is not what {fake.source} was trained on top of")
+        return join([base_fake, fake])
     except UserError as error:
         raise UserError(f"objective.fake: {error}; name the fake/ of a distillation's run, or set objective.matching = 0") from None
 
@@ -108,11 +108,11 @@ def begin(parts: Parts) -> Reinforcement:
     base = _fake_base(parts.recipe, parts.resume)
     if base:
         check(base, shapes_of(parts.policy.model.network))
-    learner = Hybrid(parts.recipe, settings, parts.policy, parts.rewards, base, parts.world, parts.micro_batch)
+    learner = RTDMDLearner(parts.recipe, settings, parts.policy, parts.rewards, base, parts.world, parts.micro_batch)
     return Reinforcement(parts, learner, {ROLE: base} if base else {})
 
 
-class Hybrid:
+class RTDMDLearner:
     """The learner. Advantages come with the rollout; differentiable rewards are asked here.
 
     Args:
@@ -125,23 +125,23 @@ class Hybrid:
         settings: RTDMDSettings,
         policy: Policy,
         rewards: Mapping[str, Reward],
-        beneath: Lora | None,
+        base_fake: Lora | None,
         world: World,
         micro_batch: MicroBatch,
     ):
         self.recipe, self.settings, self.policy, self.world, self.micro_batch = recipe, settings, policy, world, micro_batch
         self.objective = SubGRPO(settings.trained_steps)
-        self.update = Update(policy, "current", policy.parameters, recipe.optimizer, world)
-        self.fake = FakeScore(recipe, settings, policy, world, micro_batch, [beneath] if beneath else []) if settings.matching else None
+        self.update = RoleOptimizer(policy, "current", policy.parameters, recipe.optimizer, world)
+        self.fake = FakeScore(recipe, settings, policy, world, micro_batch, [base_fake] if base_fake else []) if settings.matching else None
         self._rewards = {name: rewards[name] for name in settings.backprop}
         self._differentiable = {name: differentiable(name, reward) for name, reward in self._rewards.items()}
 
     @property
-    def updates(self) -> dict[str, Update]:
+    def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return {"current": self.update, **({"fake": self.fake.update} if self.fake else {})}
 
-    def learn(self, step: int, rollout: Scored, phases: Phases) -> dict[str, float]:
+    def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """The fake score's update, then the student's; returns mean metrics."""
         assert rollout.path is not None
         r, o = self.recipe.rollout, self.settings
@@ -155,14 +155,14 @@ class Hybrid:
             if not chunk:
                 continue
             own = torch.tensor(rollout.own(chunk), dtype=torch.long)
-            cotangent, told = self._last_step(rollout, rollout.path, finished, own)
-            sums = self.micro_batch.fit(
+            cotangent, logged = self._last_step(rollout, rollout.path, finished, own)
+            sums = self.micro_batch.run_with_backoff(
                 "train",
                 lambda size, own=own, cotangent=cotangent, chunk=chunk: self._gradients(rollout, own, trained, cotangent, len(chunk), size),
                 memory_saver(self.recipe, self.policy),
                 self.policy,
             )
-            sums |= {name: value.sum() for name, value in told.items()}
+            sums |= {name: value.sum() for name, value in logged.items()}
             norm = averaged_update(self.update, self.policy, self.recipe.ema, sums, phases)
             skipped += not norm < float("inf")
             made += 1
@@ -173,14 +173,14 @@ class Hybrid:
         skipped += self.recipe.optimizer.steps_per_rollout - made
         return metrics | means | {"skipped_updates": skipped, "lr": self.update.rate()}
 
-    def _last_step(self, rollout: Scored, path: Trajectory, finished: Samples, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _last_step(self, rollout: ScoredRollout, path: Trajectory, finished: Samples, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """dL / dv [n, ...] of the last step of the images `own`, and metrics [n]; x0_hat = x - sigma v, so it is -sigma dL / dx0_hat."""
         o = self.settings
         device = rollout.x0.device
         sigma = self._sigmas()[-2].to(device)
         there = own.to(device)
         x0 = rollout.x0[there]
-        if len(own) and not self.policy.equal("old", "current"):
+        if len(own) and not self.policy.same_version("old", "current"):
             x0 = self._finished(path.states[own, -1].to(device), sigma, rollout, own)
         pull, metrics = torch.zeros_like(x0), {}
         if self.fake:
@@ -192,7 +192,7 @@ class Hybrid:
         return -sigma * pull, metrics
 
     @torch.no_grad()
-    def _finished(self, x: Tensor, sigma: Tensor, rollout: Scored, own: Tensor) -> Tensor:
+    def _finished(self, x: Tensor, sigma: Tensor, rollout: ScoredRollout, own: Tensor) -> Tensor:
         """x0_hat of the present weights, which earlier updates of this rollout have moved."""
         given = rollout.conditioning.select(own)
 
@@ -200,14 +200,14 @@ class Hybrid:
             v = [self.policy.velocity("current", x[rows.to(x.device)], sigma, given.select(rows)) for rows in parts(len(own), size)]
             return predict_x0(x, torch.cat(v), sigma)
 
-        return self.micro_batch.fit("sample", run, counter=self.policy)
+        return self.micro_batch.run_with_backoff("sample", run, counter=self.policy)
 
     def _reward_gradient(self, x0: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         o = self.settings
-        with ExitStack() as guests:
+        with ExitStack() as stack:
             for reward in self._rewards.values():
-                guests.enter_context(visiting(modules_of(reward), self.world.device))
-            return self.micro_batch.fit(
+                stack.enter_context(on_device(modules_of(reward), self.world.device))
+            return self.micro_batch.run_with_backoff(
                 "backprop",
                 lambda size: reward_gradient(
                     self._differentiable, o.backprop, self.policy.model.decode, x0, prompts, margin=o.margin, chunk=size
@@ -218,7 +218,7 @@ class Hybrid:
         return self.policy.model.levels(self.recipe.rollout.steps)
 
     def _gradients(
-        self, rollout: Scored, own: Tensor, trained: Sequence[int], cotangent: Tensor, number: int, size: int
+        self, rollout: ScoredRollout, own: Tensor, trained: Sequence[int], cotangent: Tensor, number: int, size: int
     ) -> dict[str, Tensor]:
         """Puts this rank's part of the gradient of the mean over the rows of `number` images into .grad; returns sums of metrics."""
         assert rollout.path is not None
@@ -239,7 +239,9 @@ class Hybrid:
             (surrogate(v, cotangent[rows.to(device)]).sum() / of).backward()
         return sums
 
-    def _policy_gradient(self, rollout: Scored, path: Trajectory, image: Tensor, step: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    def _policy_gradient(
+        self, rollout: ScoredRollout, path: Trajectory, image: Tensor, step: Tensor, sigmas: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """SubGRPO's loss [n] at stored steps, and |ratio - 1| [n]; log p is -mean (x' - mu)^2, without its 1 / (2 std^2)."""
         o, device = self.settings, rollout.x0.device
         x, x_next = path.states[image, step].to(device), path.states[image, step + 1].to(device)
@@ -248,7 +250,7 @@ class Hybrid:
         _, mean, _ = sde_step(x, v, s, s_next, torch.zeros_like(x), "cps", self.recipe.rollout.cps_eta())
         new = _log_prob(x_next, mean)
         # as stored it went through other batches: with equal weights the ratio is 1, not nearly 1
-        old = new.detach() if self.policy.equal("old", "current") else _log_prob(x_next, path.means[image, step].to(device))
+        old = new.detach() if self.policy.same_version("old", "current") else _log_prob(x_next, path.means[image, step].to(device))
         advantages = rollout.advantages[image.to(device)].clamp(-o.advantage_clip, o.advantage_clip)
         return grpo_loss(new, old, advantages, o.clip_range), ((new - old).detach().exp() - 1).abs()
 
