@@ -4,7 +4,7 @@ BIN := .venv/bin
 # a process for each of two cores; what is imported is compiled once, whatever the shell says
 TESTING := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
-.PHONY: train test check clean
+.PHONY: train test check docs clean
 
 train: .venv/installed  ## the first run: train the playground and write its report
 	$(BIN)/flowtilt train playground-fast
@@ -20,6 +20,13 @@ check: .venv/installed  ## lint, format and types
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+docs: .venv/docs-installed  ## the site, in build/site; it opens from disk
+	$(BIN)/python docs/tools/site.py
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:
