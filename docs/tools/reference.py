@@ -157,7 +157,7 @@ def _recipes() -> str:
 def _commands() -> str:
     top = parser()
     parts = [
-        "# Command line\n\nEvery command and option, generated from the program. Exit status: 0 is success, 2 bad input, 3 a guard that"
+        "# Command line\n\nEvery command and option, generated from the program. Exit status: 0 success, 2 bad input, 3 a guard that"
         " stopped the run, 130 an interrupt.\n\nOptions before the command: `--version`, `--debug` (show the traceback of an error)."
     ]
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
@@ -188,7 +188,7 @@ def _sentence(text: str) -> str:
 
 def _api() -> str:
     parts = [
-        "# Python API\n\n`import flowtilt as ft`. The names of the first three sections are `ft.NAME`, as is each method with its loss "
+        "# Python API\n\n`import flowtilt as ft`. Names of the first three sections are `ft.NAME`, and so is each method with its loss "
         "(`ft.NFT`, `ft.GRPO`, …). How to use them: [the library](../guides/library.md)."
     ]
     for title, names in API.items():
