@@ -62,6 +62,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "global", eps
 def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str = "sum", groups: Tensor | None = None) -> Tensor:
     """One reward [N] from several: the weighted sum, of raw scores ("sum", the papers') or of each one normalised.
 
+    "marble" is the sum, too: what is reported; its advantages are found elsewhere (`advantages_by_reward`, training/balance.py).
+
     "group" is GDPO's (arXiv 2601.05242): each reward less its group's mean, over the group's std; 0 in a group where it is flat.
 
     "normalized" subtracts a reward's mean over the rollout and divides by its std, so that the reward of
@@ -77,8 +79,8 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
     Raises:
         ValueError: no reward has a weight, one is infinite, no image has a total, or an unknown `how`.
     """
-    if how not in ("sum", "normalized", "group"):
-        raise ValueError(f"how {how!r} is not 'sum', 'normalized' or 'group'")
+    if how not in ("sum", "normalized", "group", "marble"):
+        raise ValueError(f"how {how!r} is not 'sum', 'normalized', 'group' or 'marble'")
     trained = [name for name, weight in weights.items() if weight]
     if not trained:
         raise ValueError("no reward has a weight other than 0")
@@ -102,6 +104,20 @@ def combine(scores: Mapping[str, Tensor], weights: Mapping[str, float], how: str
     if total.isnan().all():
         raise ValueError("no reward gives any image a score")
     return total.float()
+
+
+def advantages_by_reward(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], total: Tensor, groups: Tensor, scale: str = "global"
+) -> Tensor:
+    """Advantages of each trained reward by itself, [N, K] fp32, as `group_advantages`; those of a negative weight with the other sign.
+
+    0 where a reward applies to none of a prompt's images; NaN, for all rewards, where an image has no `total`.
+    """
+    columns = []
+    for name in (name for name, weight in weights.items() if weight):
+        own = group_advantages(scores[name], groups, scale) * (1 if weights[name] > 0 else -1)
+        columns.append(own.masked_fill(group_means(scores[name], groups).isnan(), 0.0))
+    return torch.stack(columns, 1).masked_fill(total.isnan()[:, None], torch.nan)
 
 
 def widest(rewards: Tensor, groups: Tensor, keep: int) -> Tensor:

@@ -195,8 +195,8 @@ class Recipe(Table):
     """Which prompts of a tag come next: each once per pass, or more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
     rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
-    combine: Literal["sum", "normalized", "group"] = "sum"
-    """Several rewards: weighted sum of raw scores (the papers'), or each normalised first, over the rollout or its group (GDPO)."""
+    combine: Literal["sum", "normalized", "group", "marble"] = "sum"
+    """Several rewards: weighted sum of raw scores (the papers'), of normalised ones, over the rollout or its group (GDPO), or MARBLE."""
     advantage: Literal["global", "group", "none"] = "global"
     """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group, or nobody's."""
     objective: Objective = NFTSettings()
@@ -253,6 +253,8 @@ class Recipe(Table):
             if table.eta is not None and table.solver != "cps":
                 raise ValueError(f"{name}.eta: belongs to {name}.solver = 'cps', not {table.solver!r}")
         self.objective.check(self)
+        if self.combine == "marble":
+            self._check_marble()
         if self.train == "full":
             self._check_full()
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
@@ -270,6 +272,18 @@ class Recipe(Table):
             if "/" in name or name == "total" or re.fullmatch(r"top_\d+|.*_std", name):
                 raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")
         return self
+
+    def _check_marble(self) -> None:
+        """Raises ValueError where the rewards can't be weighed by their gradients."""
+        weights = {name: reward.weight for name, reward in self.reward_table().items() if reward.weight}
+        if len(weights) < 2:
+            raise ValueError('combine: "marble" weighs rewards against each other, and only one has a weight; set combine = "sum"')
+        if odd := [name for name, weight in weights.items() if abs(weight) != 1]:
+            raise ValueError(f'rewards.{odd[0]}: combine = "marble" finds the weights itself; set 1, -1 to lower it, or 0 to measure it')
+        if not self.objective.affine:
+            raise ValueError(f'combine: "marble" does not go with {self.objective.type}, whose loss can\'t be split by rewards')
+        if self.train == "full":
+            raise ValueError('combine: "marble" keeps a gradient for each reward, of LoRAs alone; set train = "lora"')
 
     def _check_full(self) -> None:
         """Raises ValueError where something belongs to LoRAs or to a frozen base."""

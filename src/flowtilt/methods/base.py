@@ -23,6 +23,8 @@ LEVELS = 10_000
 """Bound of steps of a sampler, and of what is counted beside them."""
 ROLLOUTS = 1_000_000_000
 """Bound of rollouts, and of what counts them."""
+BALANCED_EVERY = 10
+"""Updates from one weighing of the rewards by their gradients to the next, as MARBLE published it."""
 Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT)]
 
 
@@ -110,6 +112,8 @@ class Method(Table):
     """Whether the metric "kl" is mean (v - v_ref)^2, which the guard "kl" has a threshold for."""
     guided_training: ClassVar[bool] = False
     """Whether a rollout's guidance is part of training, too: each row then passes the network twice."""
+    affine: ClassVar[bool] = False
+    """Whether the gradient of the loss is affine in the advantages, so that `combine = "marble"` can mix the rewards' gradients."""
     memory_known: ClassVar[bool] = True
     """Whether `flowtilt plan` can count the memory."""
 

@@ -1,6 +1,6 @@
 """What the methods on the forward process share: clean samples, each trained at several noise levels."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -102,3 +102,5 @@ class AdvantageSettings(ForwardSettings):
     """Weight of mean (v - v_ref)^2; 0 saves the reference's forward pass."""
     consistency: float = Field(default=0.0, ge=0, le=WEIGHT)
     """Added to every advantage, in its unit: flow matching on the policy's own images, which keeps it from drifting."""
+
+    affine: ClassVar[bool] = True

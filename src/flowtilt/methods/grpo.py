@@ -32,3 +32,4 @@ class GRPOSettings(StepSettings):
             raise ValueError("objective.trust: Flow-DPPO has no ratio to guard; set guard = false, or leave trust out")
 
     objective: ClassVar[str] = "flowtilt.objectives.grpo:GRPO"
+    affine: ClassVar[bool] = True

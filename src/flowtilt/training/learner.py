@@ -15,6 +15,7 @@ from flowtilt.objectives.batches import Pairs, Transitions
 from flowtilt.objectives.checking import checked_loss
 from flowtilt.policy.roles import Policy
 from flowtilt.seeding import generator
+from flowtilt.training.balance import Balance
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.rows import RowMaker
 from flowtilt.training.scored import ScoredRollout
@@ -30,6 +31,7 @@ class Learner:
         seed: of the images' order, times and noise.
         ema: greatest decay of the average.
         save_memory: see `MicroBatch.run_with_backoff`.
+        balance: weighs the rewards by their gradients; none leaves the advantages as they come.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Learner:
         world: World,
         micro_batch: MicroBatch,
         save_memory: Callable[[], bool],
+        balance: Balance | None = None,
     ):
-        self.policy, self.objective, self.micro_batch = policy, objective, micro_batch
+        self.policy, self.objective, self.micro_batch, self._balance = policy, objective, micro_batch, balance
         self._updates, self._seed, self._ema, self._save_memory = optimizer.steps_per_rollout, seed, ema, save_memory
         self.sampled_by(rollout)
         self.update = RoleOptimizer(policy, "current", policy.parameters, optimizer, world)
@@ -64,6 +67,8 @@ class Learner:
         means: dict[str, float] = {}
         skipped = empty = 0
         whole = getattr(self.objective, "whole_groups", False)
+        if self._balance:
+            rollout = self._balanced(self._balance, step, rollout)
         for chunk in shares(self._updates, self._seed, step, rollout, whole):
             if not chunk:  # the optimizer would still decay weights and follow its averages
                 empty += 1
@@ -85,11 +90,36 @@ class Learner:
         self.objective.after_rollout(self.policy, self.update.count)
         made = self._updates - empty
         means = {name: value / made for name, value in means.items()}
-        return {**means, "skipped_updates": skipped + empty, "lr": self.update.rate()}
+        balance = self._balance.metrics() if self._balance else {}
+        return {**means, **balance, "skipped_updates": skipped + empty, "lr": self.update.rate()}
 
     def rows(self, step: int, rollout: ScoredRollout, own: list[int]) -> Pairs | Transitions:
         """What is trained of this rank's images `own` of rollout number `step`, from 1."""
         return self._maker.rows(step, rollout, own)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside weights and the optimizer, as JSON."""
+        return {"balance": self._balance.state()} if self._balance else {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint's `state`."""
+        if self._balance and "balance" in state:
+            self._balance.load(state["balance"])
+
+    def _balanced(self, balance: Balance, step: int, rollout: ScoredRollout) -> ScoredRollout:
+        """The rollout with advantages that mix the rewards; their weights are found anew, where due, from its first update's images."""
+        filled = (chunk for chunk in shares(self._updates, self._seed, step, rollout) if chunk)
+        first = next(filled, None) if balance.due(self.update.count) else None
+        if first:
+            own, number = self.rows(step, balance.mixed(rollout, balance.weights()), rollout.own(first)), len(first) * self._maker.per_image
+
+            def gradient(weights: Tensor | None) -> list[Tensor]:
+                of = replace(own, advantages=balance.mixed(rollout, weights).advantages)
+                self.micro_batch.run_with_backoff("train", lambda size: self._gradients(of, number, size), self._save_memory, self.policy)
+                return self.update.gradient()
+
+            balance.solve(self.update.count, gradient)
+        return balance.mixed(rollout, balance.weights())
 
     def _completed(self, own: Any, rollout: ScoredRollout, chunk: list[int]) -> Pairs:
         """The rows with what the method makes of the measures of whole groups, of all ranks."""

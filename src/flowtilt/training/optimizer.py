@@ -33,6 +33,12 @@ class RoleOptimizer:
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
 
+    def gradient(self) -> list[Tensor]:
+        """The gradient that was put into .grad, joined over the ranks; a copy."""
+        gradients = [weight.grad.clone() for weight in self.weights if weight.grad is not None]
+        self.world.sum_(gradients)
+        return gradients
+
     def step(self, sums: Mapping[str, Tensor], phases: Phases) -> float:
         """Joins gradients and `sums` over the ranks in one message, clips, steps; returns the norm before clipping.
 

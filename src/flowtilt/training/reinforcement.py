@@ -5,8 +5,10 @@ from typing import Any, Protocol
 
 from flowtilt.build import build_objective
 from flowtilt.lora import Lora
-from flowtilt.objectives import RolloutSpec
+from flowtilt.methods.base import trained_rewards
+from flowtilt.objectives import Collecting
 from flowtilt.prompts.teaching import TeachingPrompts
+from flowtilt.training.balance import Balance
 from flowtilt.training.learner import Learner, memory_saver
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
@@ -32,6 +34,14 @@ class RolloutLearner(Protocol):
         """All optimizer steps of one rollout; returns mean metrics."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside weights and optimizers, as JSON."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint's `state`."""
+        ...
+
 
 def by_objective(parts: Parts) -> "Reinforcement":
     """The method of a recipe whose `[objective]` has a loss."""
@@ -46,6 +56,7 @@ def by_objective(parts: Parts) -> "Reinforcement":
         world=parts.world,
         micro_batch=parts.micro_batch,
         save_memory=memory_saver(recipe, parts.policy),
+        balance=Balance(trained_rewards(recipe)) if recipe.combine == "marble" else None,
     )
     return Reinforcement(parts, learner)
 
@@ -84,10 +95,11 @@ class Reinforcement:
             return metrics | self.learner.learn(step, rollout, phases)
 
     def state(self) -> dict[str, Any]:
-        """What the choice of prompts has learnt."""
-        return {"prompts": self._teaching.state()} if self._teaching else {}
+        """What the choice of prompts and the weighing of rewards have learnt."""
+        return self.learner.state() | ({"prompts": self._teaching.state()} if self._teaching else {})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's `state`."""
+        self.learner.load(state)
         if self._teaching and "prompts" in state:
             self._teaching.load(state["prompts"])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from flowtilt.advantages import combine, flat_groups, group_advantages, widest
+from flowtilt.advantages import advantages_by_reward, combine, flat_groups, group_advantages, widest
 from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
@@ -113,8 +113,12 @@ class Rollouts:
         paths = [path for _, path in parts if path]
         own_advantages = advantages[mine.start : mine.stop].to(x0.device)
         path = Trajectory.join(paths) if paths else None
-        scored = ScoredRollout(x0, own_advantages, conditioning, path, mine, kept, own, groups, advantages, total)
-        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in prompts})}
+        by_reward = None
+        if self.recipe.combine == "marble":
+            each = advantages_by_reward(scores, self.weights, total, groups, self.recipe.advantage)
+            by_reward = torch.stack([self.objective.prepare(own, groups) for own in each.T], 1)
+        scored = ScoredRollout(x0, own_advantages, conditioning, path, mine, kept, own, groups, advantages, total, by_reward)
+        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
 
 
 def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:

@@ -22,6 +22,7 @@ class ScoredRollout:
         prompts: of its n images.
         groups: equal for the images of a prompt, counted from 0; [N] on the CPU.
         all_advantages: those of every rank; [N] on the CPU.
+        by_reward: advantages of each of K rewards by itself, of every rank, [N, K] on the CPU; there where gradients weigh the rewards.
         rewards: the total reward of every rank's images, NaN where one is missing; [N] on the CPU.
     """
 
@@ -35,6 +36,7 @@ class ScoredRollout:
     groups: Tensor
     all_advantages: Tensor
     rewards: Tensor | None = None
+    by_reward: Tensor | None = None
 
     def own(self, images: Sequence[int]) -> list[int]:
         """Which of this rank's n images are among those."""

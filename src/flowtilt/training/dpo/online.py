@@ -1,7 +1,8 @@
 """Online DPO: the best against the worst image of each prompt of a rollout, ties left out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +67,13 @@ class BestAndWorst:
     def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return self.pairs.updates
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: weights and optimizers are all there is."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
 
     def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout; the next is sampled by the trained policy."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -140,6 +140,13 @@ class RTDMDLearner:
     def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return {"current": self.update, **({"fake": self.fake.update} if self.fake else {})}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: weights and optimizers are all there is."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
 
     def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """The fake score's update, then the student's; returns mean metrics."""
