@@ -212,7 +212,7 @@ def test_what_cannot_be_combined_is_refused(how):
 
 
 def test_an_unknown_way_to_combine_is_refused():
-    with pytest.raises(ValueError, match="'normalised' is not 'sum', 'normalized' or 'group'"):
+    with pytest.raises(ValueError, match="'normalised' is not 'sum', 'normalized', 'group' or 'marble'"):
         combine(SCORES, {"a": 1.0}, "normalised")
 
 
