@@ -57,6 +57,7 @@ def logged(kind, folder):
     settings = [f"objective.type={kind}", "rewards.mine=" + str(folder / "mine.py") + ":mine"]
     with_reference = [] if kind == "ram" else ["objective.kl=0.1"]
     size = [] if kind == "grpo" else ["objective.times_per_image=1"]
+    size += ["combine=marble"] if kind == "nft" else []
     quick = [setting for setting in QUICK if not setting.startswith("objective.")]
     recipe = load_recipe(
         "playground", [*quick, *TINY, two_blocks(), *settings, "objective.guide=0.1", *with_reference, *size, f"run={folder / kind}"]
@@ -99,7 +100,7 @@ def found(tmp_path_factory):
 
 def as_on_the_page(name):
     """`reward/mine/red_std` is `reward/<name>/<detail>` there."""
-    name = re.sub(r"^(reward|missing)/(mine|playground_smooth|playground)", r"\1/<name>", name)
+    name = re.sub(r"^(reward|missing|marble/alpha|marble/norm)/(mine|playground_smooth|playground)", r"\1/<name>", name)
     return re.sub(r"/<name>/red(_std)?$", "/<name>/<detail>", name)
 
 
