@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from flowtilt.build import build_objective
 from flowtilt.lora import Lora
 from flowtilt.methods.base import trained_rewards
-from flowtilt.objectives import Collecting
+from flowtilt.objectives import RolloutSpec
 from flowtilt.prompts.teaching import TeachingPrompts
 from flowtilt.training.balance import Balance
 from flowtilt.training.learner import Learner, memory_saver

@@ -118,7 +118,7 @@ class Rollouts:
             each = advantages_by_reward(scores, self.weights, total, groups, self.recipe.advantage)
             by_reward = torch.stack([self.objective.prepare(own, groups) for own in each.T], 1)
         scored = ScoredRollout(x0, own_advantages, conditioning, path, mine, kept, own, groups, advantages, total, by_reward)
-        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in drawn})}
+        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in prompts})}
 
 
 def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:
