@@ -68,7 +68,7 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
         model = _adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
     if settings.levels == "stock":
         model.levels = model.levels.stock()
-        model.protocol = {**model.protocol, **model.levels.describe_error()}
+        model.protocol = {**model.protocol, **model.levels.protocol()}
     if settings.attention:
         try:
             model.network.set_attention_backend(settings.attention)
