@@ -75,7 +75,7 @@ class LinearPolicy:
         self.asked.append(role)
         return self.weights[role] * x + t.view(-1, 1, 1, 1)
 
-    def equal(self, a: str, b: str) -> bool:
+    def same_version(self, a: str, b: str) -> bool:
         return torch.equal(self.weights[a], self.weights[b])
 
     def average(self, role: str, decay: float) -> None:

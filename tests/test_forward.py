@@ -1,10 +1,11 @@
 """What the forward-process objectives share: the hinge on the velocity's norm, the pull, the roles that are asked, and a run of each."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, quick
 from forward_cases import N, along, draw, gradient, policy_and_batch, slopes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from torch import Tensor
 from flowtilt import Trainer
 from flowtilt.build import build_objective
 from flowtilt.config import load_recipe
+from flowtilt.errors import UserError
 from flowtilt.flow import add_noise, predict_x0
 from flowtilt.io.files import read_lines
 from flowtilt.methods import built_in
@@ -21,6 +23,8 @@ from flowtilt.methods.forward import ForwardSettings
 from flowtilt.methods.groups import GroupSettings
 from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.forward import norm_hinge, norm_ratio, velocity_kl, x0_error
+from flowtilt.objectives.nft import NFT
+from flowtilt.plan.passes import passes_of
 
 FEW = settings(deadline=None, max_examples=25)
 STEPS = "rollout.steps=9"
@@ -165,3 +169,40 @@ def test_each_playground_recipe_trains(kind, tmp_path):
     # the old policy lags but for RAM, which draws from the trained one
     assert all(torch.equal(current[name], old[name]) for name in current) == (kind == "ram")
     assert not (tmp_path / "run" / "guards.jsonl").exists()
+
+
+# the reference on a part of the rows
+
+
+@pytest.mark.parametrize("rows", [(0,), (1, 3), (0, 1, 2, 3), ()])
+def test_the_pull_of_some_rows_is_theirs_over_the_share_and_that_of_the_others_nothing(rows):
+    policy, batch = policy_and_batch(current=0.7, old=0.7, reference=0.2)
+    whole = NFT(kl=0.3, norm_guard=0.2)
+    part = whole.model_copy(update={"reference_share": 0.25})
+    none = whole.model_copy(update={"kl": 0.0, "norm_guard": 0.0})
+    asked = torch.tensor([row in rows for row in range(len(batch))])
+    own = none.loss(policy, batch)[0]
+    loss, metrics = part.loss(policy, replace(batch, referenced=asked))
+    everywhere, theirs = whole.loss(policy, batch)
+    torch.testing.assert_close(loss - own, torch.where(asked, 4 * (everywhere - own), 0.0))
+    for name in ("kl", "norm_ratio"):
+        torch.testing.assert_close(metrics[name], torch.where(asked, 4 * theirs[name], 0.0))
+
+
+def test_a_method_that_reads_the_reference_itself_asks_it_for_every_row():
+    with pytest.raises(UserError, match="reference_share: ram compares every row with the reference"):
+        load_recipe("playground-ram", ["objective.reference_share=0.5"])
+
+
+def test_a_run_asks_the_reference_for_about_its_share_whatever_the_micro_batch(tmp_path):
+    losses = []
+    for size in ("5", "12"):
+        recipe = quick(
+            tmp_path / size, "objective.kl=0.1", "objective.reference_share=0.25", f"micro_batch={size}", "steps=1", "evaluate.every=0"
+        )
+        Trainer(recipe).run()
+        (line,) = read_lines(tmp_path / size / "metrics.jsonl")
+        losses.append(line["kl"])
+        saved = passes_of(quick(tmp_path / "all", "objective.kl=0.1"), 1).evaluations - line["network_evaluations"]
+        assert 12 <= saved <= 24  # of 24 rows, 18 in expectation
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

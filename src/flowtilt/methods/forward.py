@@ -53,8 +53,13 @@ class ForwardSettings(GuideSettings):
     """Part of (0, 1] that stratified times fill, before the shift."""
     shared: Literal["none", "noise", "time", "both"] = "none"
     """What the images of a prompt have in common in training: nothing, the noise, the noise levels, or both (V-GRPO, arXiv 2604.23380)."""
+    reference_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the rows on which the reference is evaluated, with the inverse as their weight; 0.25 saves three quarters of its passes."""
     row_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the pairs of image and time that are trained, sampled in proportion to |A| + 0.3 rms(A) and weighted by the inverse."""
+
+    reads_reference: ClassVar[bool] = False
+    """Whether the method's own loss reads the reference's velocity, of every row."""
 
     @property
     def reference(self) -> bool:
@@ -69,6 +74,8 @@ class ForwardSettings(GuideSettings):
                 f"objective.times_per_image: a rollout of {steps} steps has no {self.times_per_image} noise levels; "
                 'lower it or set times = "stratified"'
             )
+        if self.reference_share < 1 and self.reads_reference:
+            raise ValueError(f"objective.reference_share: {self.type} compares every row with the reference; set it to 1")
         low, high = self.times_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"objective.times_range: {low:g} to {high:g} must increase within 0 to 1")

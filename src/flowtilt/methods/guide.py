@@ -36,7 +36,7 @@ class GuideSettings(Method):
 
     def reference_passes(self, pairs: int, step: int) -> int:
         """Forward passes of the reference in rollout `step`, from 1, of so many trained rows, on average over even noise levels."""
-        pull = pairs * (2 if self.reference_guidance != 1 else 1) if self.reference else 0
+        pull = round(pairs * getattr(self, "reference_share", 1.0)) * (2 if self.reference_guidance != 1 else 1) if self.reference else 0
         guide = round(pairs * self.guide_share * (1 - self.guide_from)) if self.guide_weight(step - 1) else 0
         guide *= 2 if self.guide_of == "reference" else 1
         return pull + guide

@@ -19,6 +19,8 @@ class RAMSettings(ForwardSettings):
     objective: ClassVar[str] = "flowtilt.objectives.ram:RAM"
     hold: ClassVar[str] = "lower objective.multiplier"
 
+    reads_reference: ClassVar[bool] = True
+
     @property
     def reference(self) -> bool:
         """Always: it is in the target."""

@@ -43,6 +43,7 @@ class TrainingBatch:
 
     Args:
         weight: [n], of each row's loss in the mean; none is 1.
+        referenced: [n] bool, the rows on which the reference is evaluated; none is all.
         guide: none for a rollout without.
         empty: the caption without words, of one row; there where a guide or a guided reference needs it.
         given: constants [n] by name, which `complete` of a method on whole groups has found.
@@ -57,6 +58,7 @@ class TrainingBatch:
     guide: Guide | None = None
     empty: Conditioning | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    referenced: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -71,7 +73,7 @@ class Pairs:
         image: which of the n each row is, [M] on the CPU.
         t: [M] on the CPU.
         eps: [M, ...] on the CPU, where a whole rollout's noise has room.
-        weight, given: [M] on the CPU, see `TrainingBatch`; so for `guide` and `empty`.
+        weight, given, referenced: [M] on the CPU, see `TrainingBatch`; so for `guide` and `empty`.
     """
 
     x0: Tensor
@@ -84,6 +86,7 @@ class Pairs:
     guide: Guide | None = None
     empty: Conditioning | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    referenced: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -107,6 +110,7 @@ class Pairs:
                 self.guide and self.guide.part(rows),
                 self.empty,
                 {name: value[rows].to(device) for name, value in self.given.items()},
+                None if self.referenced is None else self.referenced[rows].to(device),
             )
 
 

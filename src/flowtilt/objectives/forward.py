@@ -107,13 +107,20 @@ class ForwardProcess(ForwardSettings):
             pull = guide_pull(self, policy, batch, x_t, batch.t, at.v, at.v_old if self.needs_old else None)
             metrics |= {"guide": pull.detach()}
             loss = loss + pull
-        if at.v_ref is not None:
-            pull = velocity_kl(at.v, at.v_ref)
-            metrics |= {"kl": pull, "norm_ratio": norm_ratio(at.v.detach(), at.v_ref)}
+        if self.reference:
+            rows = torch.arange(len(batch), device=x_t.device) if batch.referenced is None else batch.referenced.nonzero()[:, 0]
+            v, v_ref = at.v[rows], self._reference(policy, batch, x_t, rows) if at.v_ref is None else at.v_ref
+
+            def spread(values: Tensor) -> Tensor:
+                """[n] of the rows that ask the reference as [N], whose mean is in expectation that over all rows."""
+                return torch.zeros_like(batch.t).index_add(0, rows, values / self.reference_share)
+
+            pull = spread(velocity_kl(v, v_ref))
+            metrics |= {"kl": pull, "norm_ratio": spread(norm_ratio(v.detach(), v_ref))}
             if self.pull:
                 loss = loss + self.pull_weight(batch) * pull
             if self.norm_guard:
-                loss = loss + self.norm_guard * norm_hinge(at.v, at.v_ref)
+                loss = loss + self.norm_guard * spread(norm_hinge(v, v_ref))
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
 
     def _velocities(self, policy: "Policy", batch: "TrainingBatch", x_t: Tensor) -> Velocities:
@@ -121,11 +128,16 @@ class ForwardProcess(ForwardSettings):
         with torch.no_grad():
             same = policy.same_version("old", "current") or not self.needs_old
             v_old = v.detach() if same else policy.velocity("old", x_t, batch.t, batch.conditioning)
-            v_ref = None
-            if self.reference:
-                given, scale = batch.conditioning, self.reference_guidance
-                v_ref = guided(policy, "reference", given, batch.empty if scale != 1 else None, scale)(x_t, batch.t)
+        v_ref = self._reference(policy, batch, x_t, None) if self.reference and batch.referenced is None else None
         return Velocities(v, v_old, v_ref, velocity_target(batch.x0, batch.eps))
+
+    @torch.no_grad()
+    def _reference(self, policy: "Policy", batch: "TrainingBatch", x_t: Tensor, rows: Tensor | None) -> Tensor:
+        """The reference's velocity of those rows, or of all."""
+        given, scale, t = batch.conditioning, self.reference_guidance, batch.t
+        if rows is not None:
+            x_t, t, given = x_t[rows], t[rows], given.select(rows.cpu())
+        return guided(policy, "reference", given, batch.empty if scale != 1 else None, scale)(x_t, t)
 
     def pull_weight(self, batch: "TrainingBatch") -> Tensor | float:
         """Weight of the pull to the reference: a number, or one per row, [N]."""

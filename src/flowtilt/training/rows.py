@@ -68,6 +68,7 @@ class RowMaker:
             None if weights is None else weights[image],
             guide,
             self._empty(guide is not None),
+            referenced=self._referenced(step, rollout, own, counts),
         )
 
     def _counts(self, step: int, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
@@ -103,8 +104,17 @@ class RowMaker:
         weight = o.guide_weight(step - 1) if hasattr(o, "guide_weight") else 0.0
         if not weight:
             return None
-        chosen = [torch.rand(int(counts[i]), generator=generator(self._seed, "guide", step, rollout.indices.start + i)) for i in own]
-        return Guide(torch.cat([*chosen, torch.empty(0)]) < o.guide_share, weight / o.guide_share, o.guide_from)
+        return Guide(self._drawn("guide", step, rollout, own, counts) < o.guide_share, weight / o.guide_share, o.guide_from)
+
+    def _referenced(self, step: int, rollout: ScoredRollout, own: Sequence[int], counts: Tensor) -> Tensor | None:
+        """Which rows ask the reference, [M] bool; none where all do."""
+        share = getattr(self._objective, "reference_share", 1.0)
+        return None if share == 1 else self._drawn("reference", step, rollout, own, counts) < share
+
+    def _drawn(self, purpose: str, step: int, rollout: ScoredRollout, own: Sequence[int], counts: Tensor) -> Tensor:
+        """A number in [0, 1) for each row, [M], from a generator of its image."""
+        of = [torch.rand(int(counts[i]), generator=generator(self._seed, purpose, step, rollout.indices.start + i)) for i in own]
+        return torch.cat([*of, torch.empty(0)])
 
     def _empty(self, guide: bool) -> Conditioning | None:
         guided = guide or getattr(self._objective, "reference_guidance", 1.0) != 1
