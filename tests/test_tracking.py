@@ -205,7 +205,7 @@ def test_wandb_without_a_login_is_told_before_a_run_and_logs_offline(tmp_path, h
 def test_a_tracker_that_is_missing_is_told_before_a_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"trackio is not installed; pip install 'flowtilt\[track\]'"):
+    with pytest.raises(UserError, match=r"trackio is not installed; pip install trackio"):
         tracking.check(["trackio"])
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 wait_asleep()  # while torch is not loaded yet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AWM",
     "EPG",

@@ -251,7 +251,7 @@ def test_without_the_extra_only_the_target_is_asked_for(monkeypatch):
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch, package):
     pytest.importorskip("onnxruntime")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"pip install 'flowtilt\[rewards\]'"):
+    with pytest.raises(UserError, match=r"pip install rapidocr onnxruntime"):
         OCR(device="cpu")
 
 

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = Parser(
         prog="flowtilt",
-        description="Tilts a flow-matching image generator toward rewards.",
+        description="Online RL for flow-matching image models.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

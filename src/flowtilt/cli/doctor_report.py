@@ -48,9 +48,9 @@ def _tracker(name: str) -> str:
     """Whether what a recipe's `track` may name is there, and new enough."""
     found, floor = versions((name,))[name], floors().get(name)
     if importlib.util.find_spec(name) is None:
-        return f"note    tracker {name}: not installed - pip install 'flowtilt[track]'"
+        return f"note    tracker {name}: not installed - pip install {name}"
     if found and floor and is_older(found, floor):
-        return f"OLD     tracker {name}: {found}, but flowtilt needs {floor} or newer - pip install 'flowtilt[track]'"
+        return f"OLD     tracker {name}: {found}, but flowtilt needs {floor} or newer - pip install '{name}>={floor}'"
     return f"ok      tracker {name}"
 
 
@@ -58,7 +58,7 @@ def _reward(about: BuiltIn) -> str:
     """Whether a reward's weights, packages or server are there; nothing is loaded."""
     missing = [package for package in about.packages if importlib.util.find_spec(package) is None]
     if missing:
-        return f"note    reward {about.name}: {', '.join(missing)} not installed - pip install 'flowtilt[rewards]'"
+        return f"note    reward {about.name}: {', '.join(missing)} not installed - pip install {' '.join(missing)}"
     if about.variable and not os.environ.get(about.variable):
         return f"note    reward {about.name}: {about.variable} is not set"
     try:

@@ -67,7 +67,7 @@ def opened(file: Path) -> Any:
     try:
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError(f"pairs {file}: Parquet files are read with pyarrow; install it: pip install flowtilt[pairs]") from None
+        raise UserError(f"pairs {file}: Parquet files are read with pyarrow; install it: pip install pyarrow") from None
     try:
         return pq.ParquetFile(file)
     except Exception as error:

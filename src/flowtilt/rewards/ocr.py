@@ -105,7 +105,7 @@ class OCR:
             import onnxruntime  # noqa: F401 - rapidocr imports it only once it reads
             import rapidocr  # noqa: F401
         except ImportError as error:
-            raise UserError(f"the reward ocr needs rapidocr and onnxruntime ({error}): pip install 'flowtilt[rewards]'") from error
+            raise UserError(f"the reward ocr needs rapidocr and onnxruntime ({error}): pip install rapidocr onnxruntime") from error
         if type(side) is not int or side < 32:
             raise UserError(f"the reward ocr: side must be a whole number of pixels, 32 or more, not {side!r}")
         for file in (DETECTOR, RECOGNISER):

@@ -192,7 +192,7 @@ def check(names: Sequence[str], quiet: bool = False) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"track: {name} is not installed; pip install 'flowtilt[track]'")
+            raise UserError(f"track: {name} is not installed; pip install {name}")
     if "wandb" in names and not quiet:
         try:
             if not _may_log_in(importlib.import_module("wandb")):

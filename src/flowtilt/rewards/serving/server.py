@@ -21,7 +21,7 @@ try:
     from flowtilt.rewards.serving.listening import Server
     from flowtilt.rewards.serving.service import app
 except ModuleNotFoundError as error:
-    raise UserError(f"serve-rewards needs {error.name}: pip install 'flowtilt[serve]'") from error
+    raise UserError(f"serve-rewards needs {error.name}: pip install starlette uvicorn") from error
 
 log = logging.getLogger("flowtilt")
 
