@@ -134,7 +134,7 @@ def needed_operations(trainer: Trainer) -> dict[str, float]:
     recipe, dtype = trainer.recipe, str(trainer.policy.model.network.dtype)
     model = recipe.model.model_copy(update={"recompute": False, "dtype": dtype.removeprefix("torch.")})
     work = make_plan(recipe.model_copy(update={"model": model}), Machine()).work
-    return {phase: sum(work[phase].flops.values()) / recipe.steps for phase in ("sample", "train")}
+    return {phase: sum(work[phase].flops.values()) / recipe.rollouts for phase in ("sample", "train")}
 
 
 def peak_rate() -> float | None:

@@ -28,7 +28,7 @@ def main() -> None:
     entries = []
     for train, own in (("full", [f"optimizer.lr={args.lr}"]), ("lora", [])):
         with tempfile.TemporaryDirectory() as folder:
-            shared = [f"steps={args.rollouts}", f"seed={args.seed}", "checkpoint.every=100", f"run={folder}/run"]
+            shared = [f"rollouts={args.rollouts}", f"seed={args.seed}", "checkpoint.every=100", f"run={folder}/run"]
             trainer = Trainer(load_recipe("playground", [f"train={train}", *own, *shared]))
             summary = trainer.run()
             assert summary is not None

@@ -46,7 +46,7 @@ def train(folder: Path, steps: int) -> None:
     if (folder / "recipe.toml").exists():
         Trainer(open_run(folder, []), resume=folder).run()
     else:
-        Trainer(load_recipe("playground", [*QUICK, f"steps={steps}", f"run={folder}"])).run()
+        Trainer(load_recipe("playground", [*QUICK, f"rollouts={steps}", f"run={folder}"])).run()
 
 
 def contents(run: Path) -> tuple:

@@ -1,7 +1,7 @@
 """The playground recipe over seeds: score before and after, and the curve between.
 
     python benchmarks/playground.py --seeds 0 1 2 3 4
-    python benchmarks/playground.py --seeds 0 1 2 3 4 --name playground_long steps=180
+    python benchmarks/playground.py --seeds 0 1 2 3 4 --name playground_long rollouts=180
 
 Each run is the recipe as it ships, with the overrides given here. Every evaluation uses the test prompts,
 EMA weights and no guidance; a second evaluation at the end takes other noise, on which nothing was ever compared.

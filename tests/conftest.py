@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 gc.disable()  # until all is imported: among a million objects that stay, the collector finds nothing to free
 
 QUICK = [
-    "steps=2",
+    "rollouts=2",
     "rollout.prompts=3",
     "rollout.images_per_prompt=4",
     "rollout.steps=4",
@@ -33,7 +33,7 @@ QUICK = [
     "evaluate.samples=4",
     "checkpoint.every=1",
 ]
-LONGER = ["steps=4"]
+LONGER = ["rollouts=4"]
 """For tests that look at more than two rollouts; `finished` has as many."""
 
 TOGETHER = {

@@ -13,8 +13,8 @@ from flowtilt.runs.folder import open_run
 from flowtilt.training.optimizer import RoleOptimizer
 
 TINY = ["evaluate.every=0", "evaluate.images=2", "evaluate.samples=1", "checkpoint.every=1"]
-COLD = [*TINY, "steps=2", "rollout.prompts=5", "objective.consistency=0.01"]
-RL = [*TINY, "steps=2", "rollout.prompts=3", "rollout.images_per_prompt=4"]
+COLD = [*TINY, "rollouts=2", "rollout.prompts=5", "objective.consistency=0.01"]
+RL = [*TINY, "rollouts=2", "rollout.prompts=3", "rollout.images_per_prompt=4"]
 
 
 def cold(run, *overrides):
@@ -30,7 +30,7 @@ def rl(run, on, *overrides):
 def going_on(run, folder, *overrides):
     """A trainer that goes on with a copy of a run."""
     shutil.copytree(run, folder)
-    return Trainer(open_run(folder, ["steps=99", *overrides]), resume=folder)
+    return Trainer(open_run(folder, ["rollouts=99", *overrides]), resume=folder)
 
 
 def kept(run):

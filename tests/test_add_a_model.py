@@ -61,7 +61,7 @@ def test_a_mistake_is_found_and_named(place, capsys):
 
 def test_the_pages_command_trains_and_plain_diffusers_draws_the_result(place, monkeypatch):
     words = shlex.split(blocks(PAGE, "bash")[1])[1:]
-    assert main([*words, *QUICK, "steps=2", "lora.rank=4", "optimizer.lr=0.1", "ema=0", "model.resolution=16", "run=run"]) == 0
+    assert main([*words, *QUICK, "rollouts=2", "lora.rank=4", "optimizer.lr=0.1", "ema=0", "model.resolution=16", "run=run"]) == 0
     records = read_lines(Path("run/metrics.jsonl"))
     assert len(records) == 2 and records[1]["deviation"] > 0
 

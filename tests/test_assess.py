@@ -143,7 +143,7 @@ def test_a_run_of_half_precision_and_its_own_rewards_scores_what_it_said(tmp_pat
         "        return RewardOutput(images.mean((1, 2, 3)), details={'red': self.scale * images[:, 0].mean((1, 2))})\n"
     )
     mine = f'rewards.mine={{source="{tmp_path}/mine.py:Mine", options={{scale=3.0}}}}'
-    judged = ["rewards.playground=0", 'evaluate.rewards=["mine/red"]', "steps=2", "optimizer.lr=0.03"]
+    judged = ["rewards.playground=0", 'evaluate.rewards=["mine/red"]', "rollouts=2", "optimizer.lr=0.03"]
     judged += ["rollout.prompts=2", "rollout.images_per_prompt=2", "rollout.steps=2", "objective.times_per_image=1"]
     Trainer(quick(tmp_path / "run", "model.dtype=bfloat16", mine, *judged)).run()
     said = read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]

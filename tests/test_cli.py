@@ -36,7 +36,9 @@ def test_words_may_come_before_and_after_options():
     def read(*words):
         return vars(parser().parse_args(words))
 
-    assert read("plan", "playground", "--gpus", "2", "steps=3", "seed=1") == read("plan", "playground", "steps=3", "seed=1", "--gpus", "2")
+    assert read("plan", "playground", "--gpus", "2", "rollouts=3", "seed=1") == read(
+        "plan", "playground", "rollouts=3", "seed=1", "--gpus", "2"
+    )
     assert read("compare", "-o", "page.html", "a", "b") == read("compare", "a", "-o", "page.html", "b")
 
 
@@ -47,7 +49,7 @@ def test_words_may_come_before_and_after_options():
         (["train"], "which recipe"),
         (["train", "playground", "objective.bta=1"], "did you mean 'objective.beta'"),
         (["train", "playground", "rollout.solver=eulr"], "'euler', 'ddim', 'dpm1', 'dpm2', 'heun' or 'cps'"),
-        (["train", "playground", "steps=many"], "steps"),
+        (["train", "playground", "rollouts=many"], "rollouts"),
         (["train", "playground", "optimizer.lr=-1"], "greater than 0"),
         (["train", "playground", "rollout.images_per_prompt=1"], "it takes 2 at least"),
         (["train", "playground", "objective.type=ppo"], "objective.type"),
@@ -136,7 +138,7 @@ def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, learnt, 
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits(tmp_path):
-    command = typed("train", "playground", *QUICK, "steps=500", "evaluate.every=0", "run=run", cwd=tmp_path)
+    command = typed("train", "playground", *QUICK, "rollouts=500", "evaluate.every=0", "run=run", cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", command)
     command.interrupt()
     code, out, err = command.ended()

@@ -23,7 +23,7 @@ def make(folder: Path, *overrides: str, scores: tuple[float, ...] = SCORES, each
     """A finished run: an evaluation every 10 rollouts, `each` network evaluations, 2 s and 3 optimizer steps a rollout."""
     folder.mkdir(parents=True)
     last = 10 * (len(scores) - 1)
-    recipe = load_recipe("playground", [f"steps={last or 1}", *overrides])
+    recipe = load_recipe("playground", [f"rollouts={last or 1}", *overrides])
     (folder / "recipe.toml").write_text(to_toml(recipe))
     spent = [{"step": s, "network_evaluations": each * s, "optimizer_step": 3 * s, "seconds": 2.0 * s} for s in range(1, last + 1)]
     lines(folder / "metrics.jsonl", [record | {"loss": 0.5} for record in spent])
@@ -58,7 +58,16 @@ def test_runs_that_differ_only_in_the_seed_are_one_method_named_by_what_differs(
 
 def test_what_changes_no_result_makes_no_other_method(tmp_path):
     a = make(tmp_path / "a")
-    unlike = ["name=x", "micro_batch=4", "steps=99", "run=r", "guards=off", 'track=["wandb"]', "checkpoint.every=3", "evaluate.samples=1"]
+    unlike = [
+        "name=x",
+        "micro_batch=4",
+        "rollouts=99",
+        "run=r",
+        "guards=off",
+        'track=["wandb"]',
+        "checkpoint.every=3",
+        "evaluate.samples=1",
+    ]
     b = make(tmp_path / "b", "seed=1", *unlike, "rewards.playground={weight=1.0}")
     (method,) = compare([a, b]).methods
     assert method.seeds == [0, 1]
@@ -226,7 +235,7 @@ def test_a_run_whose_evaluation_was_changed_on_its_way_is_refused(tmp_path):
 
 def test_what_makes_a_comparison_less_sure_is_noted(tmp_path):
     a = make(tmp_path / "a")
-    b = make(tmp_path / "b", "ema=0.5", "seed=1", "steps=50")
+    b = make(tmp_path / "b", "ema=0.5", "seed=1", "rollouts=50")
     c = make(tmp_path / "c", "ema=0.5", scores=(0.3, 0.4))
     (a / "environment.json").write_text(json.dumps({"device": "A100", "processes": 8}))
     (b / "environment.json").write_text(json.dumps({"device": "H100"}))

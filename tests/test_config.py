@@ -23,6 +23,7 @@ from flowtilt.config import (
     to_toml,
     validate,
 )
+from flowtilt.config.given import given_recipe
 from flowtilt.errors import UserError
 from flowtilt.io.user_code import absolute
 from flowtilt.methods import built_in
@@ -112,7 +113,7 @@ def test_every_key_has_a_meaning_and_may_be_set_by_its_name():
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked():
     with pytest.raises(ValidationError, match="frozen"):
-        load_recipe("playground").steps = 3
+        load_recipe("playground").rollouts = 3
 
 
 def test_solvers_are_the_same_in_recipes_and_in_the_solvers_file():
@@ -122,7 +123,7 @@ def test_solvers_are_the_same_in_recipes_and_in_the_solvers_file():
 
 def test_reading_a_recipe_imports_no_torch():
     code = (
-        "import sys, flowtilt, flowtilt.config, flowtilt.cli; flowtilt.config.load_recipe('playground', ['steps=3']);"
+        "import sys, flowtilt, flowtilt.config, flowtilt.cli; flowtilt.config.load_recipe('playground', ['rollouts=3']);"
         "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -136,7 +137,7 @@ def test_overrides_are_parsed_as_toml_and_a_bare_word_is_a_string():
     recipe = load_recipe(
         "playground",
         [
-            "steps=7",
+            "rollouts=7",
             "optimizer.lr = 2e-4",
             "guards=stop",
             'name="x.y"',
@@ -146,7 +147,7 @@ def test_overrides_are_parsed_as_toml_and_a_bare_word_is_a_string():
             "lora.rank=0x10",
         ],
     )
-    assert (recipe.steps, recipe.optimizer.lr, recipe.guards, recipe.name) == (7, 2e-4, "stop", "x.y")
+    assert (recipe.rollouts, recipe.optimizer.lr, recipe.guards, recipe.name) == (7, 2e-4, "stop", "x.y")
     assert (recipe.track, recipe.run, recipe.rollout.solver, recipe.lora.rank) == (("wandb",), "runs/a b", "dpm2", 16)
 
 
@@ -158,7 +159,9 @@ def test_an_override_changes_only_its_key_and_the_last_one_holds():
 
 def test_a_run_may_be_named_by_a_date():
     assert load_recipe("playground", ["run=2026-01-31"]).run == "2026-01-31"
-    assert "steps: must be a valid integer, not '2026-01-31' [command line: steps=2026-01-31]" in refusal("playground", "steps=2026-01-31")
+    assert "rollouts: must be a valid integer, not '2026-01-31' [command line: rollouts=2026-01-31]" in refusal(
+        "playground", "rollouts=2026-01-31"
+    )
 
 
 def test_a_value_may_hold_the_equals_sign():
@@ -214,12 +217,12 @@ def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
 
 
 def test_a_base_may_be_a_file_beside_the_recipe_and_have_a_base_itself(tmp_path, monkeypatch):
-    file(tmp_path, 'base = "playground"\nsteps = 5\nseed = 1\n', "deep/first.toml")
+    file(tmp_path, 'base = "playground"\nrollouts = 5\nseed = 1\n', "deep/first.toml")
     file(tmp_path, 'base = "deep/first.toml"\nseed = 2\n', "second.toml")
     for source in (tmp_path / "second.toml", "second.toml"):
         monkeypatch.chdir(tmp_path)
         recipe = load_recipe(source, ["name=third"])
-        assert (recipe.name, recipe.steps, recipe.seed) == ("third", 5, 2)
+        assert (recipe.name, recipe.rollouts, recipe.seed) == ("third", 5, 2)
         assert recipe.rollout == load_recipe("playground").rollout
 
 
@@ -261,8 +264,8 @@ WRONG = [
     ("rewards.q={source='x', wieght=1}", "rewards.q.wieght: unknown key; did you mean 'rewards.q.weight'?"),
     ("qqq=1", "qqq: unknown key; `flowtilt keys` lists all"),
     ("steps=lots", "steps: must be a valid integer, not 'lots'"),
-    ("steps=1.5", "steps: must be a valid integer, not 1.5"),
-    ("steps=0", "steps: must be greater than or equal to 1, not 0"),
+    ("rollouts=1.5", "steps: must be a valid integer, not 1.5"),
+    ("rollouts=0", "steps: must be greater than or equal to 1, not 0"),
     ("seed=true", "seed: must be a valid integer, not True"),
     ("seed=-1", "seed: must be greater than or equal to 0, not -1"),
     ("optimizer.lr=nan", "optimizer.lr: must be a finite number, not nan"),
@@ -318,14 +321,14 @@ def test_a_wrong_value_is_one_line_that_names_the_key_where_it_was_set_and_what_
 
 
 def test_an_error_of_the_file_names_the_file_and_one_of_its_base_names_the_base(tmp_path):
-    base = file(tmp_path, 'base = "playground"\nseed = -1\nrollout = 3\nsteps = 1.5\n', "base.toml")
-    mine = file(tmp_path, 'base = "base.toml"\nname = ""\nsteps = 2.5\nmodel = ""\n')
+    base = file(tmp_path, 'base = "playground"\nseed = -1\nrollout = 3\nrollouts = 1.5\n', "base.toml")
+    mine = file(tmp_path, 'base = "base.toml"\nname = ""\nrollouts = 2.5\nmodel = ""\n')
     said = refusal(mine, "guards=loud")
     for key, origin in (
         ("seed", base),
         ("rollout", base),
         ("name", mine),
-        ("steps", mine),
+        ("rollouts", mine),
         ("model.path", mine),
         ("guards", "command line: guards=loud"),
     ):
@@ -342,7 +345,7 @@ def test_all_problems_are_said_at_once():
 
 
 def test_the_keys_that_a_recipe_must_have_are_all_named(tmp_path):
-    path = file(tmp_path, "steps = 3\n")
+    path = file(tmp_path, "rollouts = 3\n")
     assert refusal(path) == f"recipe {path}: " + "; ".join(f"{key}: is missing [{path}]" for key in ("model", "prompts", "rewards"))
 
 
@@ -411,7 +414,7 @@ LARGE = [
     ("rollout.images_per_prompt=9999999", "images in a rollout are too many; at most 10000000"),
     ("name=..", "name: String should match pattern"),
     (f"name={'n' * 300}", "name: String should have at most 100 characters"),
-    (f"steps={'[' * 3000}{']' * 3000}", ""),
+    (f"rollouts={'[' * 3000}{']' * 3000}", ""),
     (f"{'.'.join('a' * 3000)}=1", ""),
 ]
 
@@ -443,3 +446,14 @@ def test_a_file_beyond_all_reason_is_one_line(tmp_path, text):
 @pytest.mark.parametrize("source", ["n" * 300, "n/" * 3000, "a\0b", ""])
 def test_a_source_that_can_be_no_file_is_one_line(source):
     assert "no such recipe or file" in refusal(source)
+
+
+def test_the_name_of_a_key_in_the_version_before_is_read_with_a_hint(tmp_path, capsys):
+    path = file(tmp_path, 'base = "playground"\nsteps = 5\n')
+    assert load_recipe(path).rollouts == 5
+    assert "'steps' is called 'rollouts'" in capsys.readouterr().err
+    assert load_recipe(path, ["steps=7"]).rollouts == 7 and given_recipe("playground", keys={"steps": 8})[0].rollouts == 8
+    capsys.readouterr()
+    assert load_recipe(path, stored=True).rollouts == 5 and not capsys.readouterr().err  # a run of that version
+    with pytest.raises(UserError, match="steps: unknown key"):
+        load_recipe(file(tmp_path, 'base = "playground"\nsteps = 5\nrollouts = 5\n', "both.toml"))

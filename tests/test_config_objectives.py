@@ -118,7 +118,7 @@ def test_each_has_a_recipe_that_differs_in_the_objective_and_what_it_must_have(p
     ours, base = load_recipe(f"{place}-{kind}"), load_recipe("playground" if place == "playground" else "sd35m-geneval")
     assert ours.objective.type == kind
     differing = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(base, name)}
-    assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "steps"} | (
+    assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "rollouts"} | (
         {"evaluate"} if kind == "grpo" else set()
     )
     assert (

@@ -218,7 +218,7 @@ def test_an_evaluation_is_the_same_in_any_batch_and_tells_its_eta(tmp_path, monk
 
 
 def test_a_run_evaluates_with_it_and_its_lora_scores_the_same_again(tmp_path):
-    cps = ["evaluate.solver=cps", "evaluate.eta=0.8", "steps=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1"]
+    cps = ["evaluate.solver=cps", "evaluate.eta=0.8", "rollouts=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1"]
     Trainer(quick(tmp_path / "run", *cps, whole=True)).run()
     results = assess(tmp_path / "e", loras=[tmp_path / "run"])
     found = results["sets"]["playground"]["columns"]["playground_strict"]["tuned"]

@@ -68,8 +68,8 @@ def test_the_student_and_its_fake_score_are_loras_that_load(distilled):
 
 def test_interrupted_and_gone_on_with_it_is_the_unbroken_run_to_the_bit(distilled, tmp_path):
     folder = tmp_path / "run"
-    Trainer(cold(folder, "steps=1")).run()
-    again = Trainer(open_run(folder, ["steps=2"]), resume=folder)
+    Trainer(cold(folder, "rollouts=1")).run()
+    again = Trainer(open_run(folder, ["rollouts=2"]), resume=folder)
     assert again.clock.step == 1
     again.run()
     assert kept(folder) == kept(distilled)
@@ -249,7 +249,7 @@ def test_the_normaliser_without_noise_scales_gradients_and_no_more(trainer, simu
 
 
 def test_a_fake_score_that_is_not_finite_is_left_out_counted_and_told(tmp_path, monkeypatch):
-    trainer = Trainer(cold(tmp_path / "run", "steps=1"))
+    trainer = Trainer(cold(tmp_path / "run", "rollouts=1"))
     loss = trainer.method.fake._loss
 
     def broken(samples):
@@ -265,7 +265,7 @@ def test_a_fake_score_that_is_not_finite_is_left_out_counted_and_told(tmp_path, 
 
 
 def test_without_consistency_two_passes_in_three_are_saved(tmp_path):
-    recipe = cold(tmp_path / "run", "steps=1", "objective.consistency=0")
+    recipe = cold(tmp_path / "run", "rollouts=1", "objective.consistency=0")
     Trainer(recipe).run()
     [record] = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert "fake_consistency" not in record

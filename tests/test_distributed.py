@@ -37,7 +37,7 @@ def launched(tmp_path_factory):
     @cache
     def run_of(processes):
         run = tmp_path_factory.mktemp("launched") / "run"
-        done = launch(run, processes, "steps=2")
+        done = launch(run, processes, "rollouts=2")
         assert done.codes == [0] * processes, done.stderr[-2000:]
         return run
 
@@ -58,7 +58,7 @@ def test_one_and_several_processes_give_the_same_rewards_and_gradients(learnt, l
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(learnt, launched, tmp_path, processes):
     folder = shutil.copytree(launched(4), tmp_path / "run")
-    done = together(processes, main, ["train", "--resume", str(folder), "steps=4"], folder=tmp_path / "ranks")
+    done = together(processes, main, ["train", "--resume", str(folder), "rollouts=4"], folder=tmp_path / "ranks")
     assert done.codes == [0] * processes, done.stderr[-2000:]
     assert len(rewards(folder)) == 4
     check_the_same(folder, learnt, 4)
@@ -146,7 +146,7 @@ def test_a_detail_that_only_one_rank_has_holds_up_nobody(tmp_path):
         "    red = {'red': images[:, 0].mean((1, 2))} if os.environ['RANK'] == '1' else {}\n"
         "    return RewardOutput(images.mean((1, 2, 3)), details=red)\n"
     )
-    done = launch(tmp_path / "run", 2, f"rewards.mine={tmp_path}/mine.py:f", "steps=1", 'evaluate.rewards=["playground"]')
+    done = launch(tmp_path / "run", 2, f"rewards.mine={tmp_path}/mine.py:f", "rollouts=1", 'evaluate.rewards=["playground"]')
     assert done.codes == [0, 0], done.stderr[-2000:]
     record = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert 0 < record["reward/mine/red"] < 1 and record["missing/mine"] == 0
@@ -164,7 +164,7 @@ def test_a_refusal_of_the_first_rank_is_every_ranks(tmp_path):
 def test_ranks_end_together_where_another_process_holds_their_run(launched, tmp_path):
     folder = shutil.copytree(launched(2), tmp_path / "run")
     with held_by("a training run", folder) as pid:
-        done = together(2, main, ["train", "--resume", str(folder), "steps=3"], folder=tmp_path / "ranks")
+        done = together(2, main, ["train", "--resume", str(folder), "rollouts=3"], folder=tmp_path / "ranks")
     assert done.codes == [2, 2] and done.stderr.count("flowtilt:") == 1 and f"process {pid} on" in done.stderr
     assert len(read_lines(folder / "metrics.jsonl")) == 2
 

@@ -28,7 +28,7 @@ def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
     assert name
     Path(name[1]).write_text(code)
     words = shlex.split(command)[1:]
-    assert main([*words, *QUICK, "steps=1", "run=run"]) == 0
+    assert main([*words, *QUICK, "rollouts=1", "run=run"]) == 0
     record = read_lines(Path("run/metrics.jsonl"))[0]
     assert record["reward/total"] == pytest.approx(record["reward/mine"]) and "reward/playground" in record
 
@@ -42,7 +42,7 @@ def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch)
     assert name
     Path(name[1]).write_text(code)
     Path("mine.toml").write_text(f'base = "playground"\n{recipe}[evaluate]\nrewards = ["sharpness/contrast"]\n')
-    assert main(["train", "mine.toml", *QUICK, "steps=1", "run=run"]) == 0
+    assert main(["train", "mine.toml", *QUICK, "rollouts=1", "run=run"]) == 0
     record = read_lines(Path("run/metrics.jsonl"))[0]
     assert record["reward/total"] == pytest.approx(0.5 * record["reward/sharpness"]) and "reward/sharpness/contrast" in record
     assert read_lines(Path("run/evaluations.jsonl"))[0]["score"] == pytest.approx(

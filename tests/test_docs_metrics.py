@@ -23,7 +23,7 @@ def mine(images, prompts):
     return RewardOutput(images.mean((1, 2, 3)), details={"red": images[:, 0].mean((1, 2))})
 """
 TINY = [
-    "steps=1",
+    "rollouts=1",
     "rollout.prompts=2",
     "rollout.images_per_prompt=2",
     "evaluate.every=0",

@@ -102,9 +102,9 @@ def test_it_starts_at_log_2_and_the_second_update_moves_on(done):
 
 def test_a_gone_on_run_is_the_unbroken_one_to_the_bit(done, pairs, tmp_path):
     folder = tmp_path / "run"
-    make = offline(folder, pairs, "steps=1") if done.name == "offline" else online(folder, "steps=1")
+    make = offline(folder, pairs, "rollouts=1") if done.name == "offline" else online(folder, "rollouts=1")
     Trainer(make).run()
-    again = Trainer(open_run(folder, ["steps=2"]), resume=folder)
+    again = Trainer(open_run(folder, ["rollouts=2"]), resume=folder)
     assert again.clock.step == 1
     again.run()
     assert kept(folder) == kept(done)
@@ -204,10 +204,10 @@ def test_a_bad_row_ends_the_command_with_status_2_and_nothing_is_written(tmp_pat
 
 def test_a_run_does_not_go_on_with_another_pair_file(tmp_path):
     path = write_pairs(tmp_path / "p")
-    Trainer(offline(tmp_path / "run", path, "steps=1")).run()
+    Trainer(offline(tmp_path / "run", path, "rollouts=1")).run()
     path.write_text(path.read_text() + "\n" + path.read_text())
     with pytest.raises(UserError, match=r"objective\.pairs .*pairs\.jsonl has changed"):
-        Trainer(open_run(tmp_path / "run", ["steps=2"]), resume=tmp_path / "run")
+        Trainer(open_run(tmp_path / "run", ["rollouts=2"]), resume=tmp_path / "run")
 
 
 # pairs that the playground makes -----------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_a_run_samples_them_once_and_does_not_count_them(tmp_path, monkeypatch, 
 
     monkeypatch.setenv("FLOWTILT_PAIRS", str(tmp_path / "cache"))
     monkeypatch.setattr(made, "make", lambda *args, make=made.make, **given: make(*args, images=24, **given))
-    own = [*BRIEF, "steps=1", "rollout.prompts=2", "rollout.images_per_prompt=2", "optimizer.steps_per_rollout=1"]
+    own = [*BRIEF, "rollouts=1", "rollout.prompts=2", "rollout.images_per_prompt=2", "optimizer.steps_per_rollout=1"]
     found = []
     for name in ("a", "b"):
         Trainer(load_recipe("playground-dpo", [*own, f"run={tmp_path / name}"])).run()

@@ -290,7 +290,7 @@ def few_steps(tmp_path_factory):
     """A short run that is evaluated with four stochastic steps."""
     folder = tmp_path_factory.mktemp("runs") / "cps"
     cps = ["evaluate.solver=cps", "evaluate.eta=0.8", "evaluate.guidance=2.0", "evaluate.every=0", f"evaluate.steps={STEPS}"]
-    Trainer(quick(folder, "steps=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1", *cps, whole=True)).run()
+    Trainer(quick(folder, "rollouts=1", "rollout.prompts=2", "optimizer.steps_per_rollout=1", *cps, whole=True)).run()
     return folder
 
 

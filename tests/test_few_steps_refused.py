@@ -25,7 +25,7 @@ def parent(tmp_path_factory):
 
 def refusal(recipe, run, capsys, *overrides):
     """The line; the run's folder must not come to be."""
-    assert main(["train", recipe, *TINY, "steps=1", f"run={run}", *overrides]) == 2
+    assert main(["train", recipe, *TINY, "rollouts=1", f"run={run}", *overrides]) == 2
     said = capsys.readouterr().err.rstrip("\n")
     assert "\n" not in said.removeprefix("flowtilt: ") and said.startswith("flowtilt: ") and not run.exists()
     return said

@@ -217,7 +217,7 @@ def run(dev, tmp_path_factory):
         f"rewards.mine={place}/reward.py:reward",
         'evaluate.rewards=["mine"]',
         f"run={place}/run",
-        "steps=2",
+        "rollouts=2",
         "optimizer.lr=0.1",
         "ema=0",
     ]

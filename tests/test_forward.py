@@ -157,7 +157,7 @@ def test_after_a_rollout_the_old_policy_moves_by_the_methods_schedule(kind, deca
 @pytest.mark.parametrize("kind", FORWARD)
 def test_each_playground_recipe_trains(kind, tmp_path):
     name = "playground" if kind == "nft" else f"playground-{kind}"
-    tiny = ["steps=3", "rollout.prompts=2", "evaluate.every=0", "evaluate.images=1", "evaluate.steps=1", "evaluate.samples=0"]
+    tiny = ["rollouts=3", "rollout.prompts=2", "evaluate.every=0", "evaluate.images=1", "evaluate.steps=1", "evaluate.samples=0"]
     Trainer(load_recipe(name, [*QUICK, *tiny, "objective.norm_guard=0.1", f"run={tmp_path / 'run'}"])).run()
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert all(math.isfinite(record[key]) for record in records for key in ("loss", "grad_norm", "kl", "norm_ratio"))

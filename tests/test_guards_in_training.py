@@ -24,7 +24,7 @@ def test_a_reward_that_pays_for_light_instead_of_the_caption_is_found_out(tmp_pa
     (tmp_path / "mine.py").write_text(BRIGHT)
     run = tmp_path / "run"
     mine = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:bright", "evaluate.rewards=['playground_strict']"]
-    hacked = ["steps=8", "optimizer.lr=1e-2", "rollout.prompts=6", "rollout.images_per_prompt=6", "rollout.steps=3"]
+    hacked = ["rollouts=8", "optimizer.lr=1e-2", "rollout.prompts=6", "rollout.images_per_prompt=6", "rollout.steps=3"]
     hacked += ["objective.times_per_image=1", "evaluate.every=8", "evaluate.images=80", "evaluate.steps=4"]
     Trainer(quick(run, *mine, *hacked, "checkpoint.every=100", whole=True)).run()
     found, records, evaluations = fired(run), read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
@@ -42,7 +42,7 @@ def test_a_multiplier_that_is_too_large_is_seen_in_the_velocities_before_the_run
         "objective.multiplier=500",
         "optimizer.lr=0.01",
         "rollout.prompts=4",
-        "steps=8",
+        "rollouts=8",
         "guards=stop",
     ]
     trainer = Trainer(quick(run, *settings, "evaluate.every=0", "checkpoint.every=100", whole=True))
@@ -54,13 +54,13 @@ def test_a_multiplier_that_is_too_large_is_seen_in_the_velocities_before_the_run
 
 def test_updates_that_are_all_clipped_are_told(tmp_path):
     run = tmp_path / "run"
-    settings = ["objective.type=grpo", "objective.clip_range=1e-9", "objective.kl=0", "optimizer.lr=0.01", "steps=3", "evaluate.every=0"]
+    settings = ["objective.type=grpo", "objective.clip_range=1e-9", "objective.kl=0", "optimizer.lr=0.01", "rollouts=3", "evaluate.every=0"]
     Trainer(quick(run, *settings, whole=True)).run()
     assert list(fired(run)) == ["clipped"]
 
 
 def test_a_held_out_reward_that_falls_in_an_evaluation_can_stop_the_run(tmp_path, monkeypatch):
-    trainer = Trainer(quick(tmp_path / "run", "steps=8", "evaluate.rewards=['playground_strict']", "guards=stop", whole=True))
+    trainer = Trainer(quick(tmp_path / "run", "rollouts=8", "evaluate.rewards=['playground_strict']", "guards=stop", whole=True))
     monkeypatch.setattr(
         trainer.guards, "check_evaluation", lambda means, stds, images: {"held_out": "fell"} if trainer.clock.step == 4 else {}
     )
@@ -70,7 +70,7 @@ def test_a_held_out_reward_that_falls_in_an_evaluation_can_stop_the_run(tmp_path
 
 def test_guards_that_are_off_look_at_nothing(tmp_path):
     run = tmp_path / "run"
-    settings = ["objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0", "steps=3", "guards=off"]
+    settings = ["objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0", "rollouts=3", "guards=off"]
     trainer = Trainer(quick(run, *settings, whole=True))
     assert trainer.run() is not None
     assert not (run / "guards.jsonl").exists() and trainer.guards.state == type(trainer.guards)(trainer.recipe).state
@@ -78,7 +78,7 @@ def test_guards_that_are_off_look_at_nothing(tmp_path):
 
 def test_the_images_that_are_measured_are_those_of_the_rollout(tmp_path):
     """Drawn anew by hand, they give the logged figures."""
-    recipe = quick(tmp_path / "run", "steps=1", "evaluate.every=0", whole=True)
+    recipe = quick(tmp_path / "run", "rollouts=1", "evaluate.every=0", whole=True)
     trainer = Trainer(recipe)
     prompts = trainer.walk.take(0, recipe.rollout.prompts)
     each, number = recipe.rollout.images_per_prompt, recipe.rollout.prompts * recipe.rollout.images_per_prompt
@@ -96,7 +96,7 @@ def test_guards_go_on_where_a_run_was_interrupted(tmp_path):
     """Two rollouts without contrast before the interruption and one after it make three."""
     run = tmp_path / "run"
     settings = ["objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0"]
-    Trainer(quick(run, *settings, "steps=2", whole=True)).run()
+    Trainer(quick(run, *settings, "rollouts=2", whole=True)).run()
     assert not fired(run)
-    Trainer(quick(run, *settings, "steps=3", whole=True), resume=run).run()
+    Trainer(quick(run, *settings, "rollouts=3", whole=True), resume=run).run()
     assert fired(run)["no_contrast"]["step"] == 3

@@ -41,7 +41,7 @@ def test_a_schedule_that_makes_no_sense_is_one_line(points):
 
 
 def test_the_learning_rate_follows_its_schedule(tmp_path):
-    recipe = quick(tmp_path / "run", "optimizer.schedule=[[0,1.0],[2,0.5],[4,0]]", "optimizer.half_life=1000000", "steps=2", whole=True)
+    recipe = quick(tmp_path / "run", "optimizer.schedule=[[0,1.0],[2,0.5],[4,0]]", "optimizer.half_life=1000000", "rollouts=2", whole=True)
     Trainer(recipe).run()
     rates = [line["lr"] / recipe.optimizer.lr for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert rates == pytest.approx([0.5, 0.0], abs=1e-4)  # that of the update to come, after two and four

@@ -130,7 +130,7 @@ def test_diversity_is_the_distance_of_pairs_within_a_prompt():
 def finished(folder: Path, scores: list[float], seed: int = 0) -> Job:
     """A run's folder as training leaves it, with these scores after every 1,000 network evaluations."""
     folder.mkdir(parents=True)
-    recipe = load_recipe("playground", [f"seed={seed}", f"steps={len(scores) - 1}"])
+    recipe = load_recipe("playground", [f"seed={seed}", f"rollouts={len(scores) - 1}"])
     (folder / "recipe.toml").write_text(to_toml(recipe))
     for step, score in enumerate(scores):
         if step:
@@ -144,7 +144,7 @@ def finished(folder: Path, scores: list[float], seed: int = 0) -> Job:
 def test_the_cost_of_a_score_lies_on_the_line_between_evaluations(tmp_path):
     entry = entry_of(finished(tmp_path / "run", [0.3, 0.8, 1.0, 0.95]), method="nft")
     assert entry["evaluations_to_0.9"] == 1500 and entry["final_score"] == 0.95 and entry["network_evaluations"] == 3000
-    assert not entry["collapsed"] and entry["command"].endswith("steps=3")
+    assert not entry["collapsed"] and entry["command"].endswith("rollouts=3")
 
 
 def test_what_was_never_reached_is_none_and_what_fell_has_collapsed(tmp_path):

@@ -104,7 +104,7 @@ def test_it_costs_what_the_plan_says_and_its_ratio_is_1(distilled, run):
 
 
 def test_with_several_updates_later_ones_look_anew_at_what_they_have_moved(distilled, tmp_path):
-    recipe = rl(tmp_path / "run", distilled, "steps=1", "optimizer.steps_per_rollout=3", "objective.consistency=0.01", "micro_batch=5")
+    recipe = rl(tmp_path / "run", distilled, "rollouts=1", "optimizer.steps_per_rollout=3", "objective.consistency=0.01", "micro_batch=5")
     Trainer(recipe).run()
     [record] = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert record["network_evaluations"] == passes_in_all(recipe).evaluations == N * (4 + 3 * 3 + 3 * 3 + 1 + 2) + 8
@@ -113,7 +113,7 @@ def test_with_several_updates_later_ones_look_anew_at_what_they_have_moved(disti
 
 def test_matching_of_0_leaves_the_fake_score_out(distilled, tmp_path):
     folder = tmp_path / "run"
-    recipe = rl(folder, distilled, "steps=1", "objective.matching=0")
+    recipe = rl(folder, distilled, "rollouts=1", "objective.matching=0")
     trainer = Trainer(recipe)
     trainer.run()
     [record] = read_lines(folder / "metrics.jsonl")
@@ -126,17 +126,17 @@ def test_matching_of_0_leaves_the_fake_score_out(distilled, tmp_path):
 def test_it_goes_on_to_the_bit_though_the_distillation_went_on_in_the_meantime(distilled, run, tmp_path):
     moving, folder = tmp_path / "cold", tmp_path / "run"
     shutil.copytree(distilled, moving)
-    Trainer(rl(folder, moving, "steps=1"))
+    Trainer(rl(folder, moving, "rollouts=1"))
     shutil.rmtree(folder / "on")  # as if killed before there were copies
     Trainer(open_run(folder, []), resume=folder).run()
-    Trainer(open_run(moving, ["steps=3"]), resume=moving).run()
+    Trainer(open_run(moving, ["rollouts=3"]), resume=moving).run()
     assert fingerprint(read_lora(moving)) != fingerprint(read_lora(distilled))
-    Trainer(open_run(folder, ["steps=2"]), resume=folder).run()
+    Trainer(open_run(folder, ["rollouts=2"]), resume=folder).run()
     assert kept(folder) == kept(run)
     assert [fingerprint(lora) for lora in read_stack([folder])] == [fingerprint(lora) for lora in read_stack([run])]
     shutil.rmtree(folder / "on")
     with pytest.raises(UserError, match="was trained on top of other LoRAs than those now in its on/"):
-        Trainer(open_run(folder, ["steps=3"]), resume=folder)
+        Trainer(open_run(folder, ["rollouts=3"]), resume=folder)
 
 
 def test_what_it_draws_anywhere_is_what_its_average_draws_here(run, distilled, trainer):

@@ -140,19 +140,19 @@ def test_a_resumed_run_needs_leave_to_go_on_with_other_prompts(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "one")
     shutil.copytree(finished / "lora", tmp_path / "lora")
     files = ["prompts=p.txt", "evaluate.prompts=p.txt", f"lora.init={tmp_path / 'lora'}", "evaluate.every=0"]
-    Trainer(quick(tmp_path / "run", "steps=1", *files)).run()
+    Trainer(quick(tmp_path / "run", "rollouts=1", *files)).run()
     shutil.rmtree(tmp_path / "lora")
     monkeypatch.chdir(tmp_path / "two")
     (tmp_path / "one" / "p.txt").write_text("a green circle\na green square\na green cross\n")
     capsys.readouterr()
-    assert main(["train", "--resume", str(tmp_path / "run"), "steps=2"]) == 2
+    assert main(["train", "--resume", str(tmp_path / "run"), "rollouts=2"]) == 2
     said = capsys.readouterr().err
     assert "prompts" in said and "has changed" in said and said.count("\n") == 1
-    assert main(["train", "--resume", str(tmp_path / "run"), "steps=2", "--changed"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "rollouts=2", "--changed"]) == 0
     kept = json.loads((tmp_path / "run" / "sources.json").read_text())
     assert kept["changed"][0]["step"] == 1 and len(kept["changed"][0]["what"]) == 2
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
-    trainer = Trainer(runs.open_run(tmp_path / "run", ["steps=3"]), resume=tmp_path / "run")
+    trainer = Trainer(runs.open_run(tmp_path / "run", ["rollouts=3"]), resume=tmp_path / "run")
     assert {prompt.text for prompt in trainer.prompts} == {"a green circle", "a green square", "a green cross"}
     trainer.close()
 

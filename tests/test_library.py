@@ -163,7 +163,7 @@ def test_rewards_are_callables_and_the_callback_sees_metrics_and_images(small, t
 def test_a_function_of_a_file_is_named_by_its_file_and_resumes_anywhere(small, tmp_path, capsys):
     ft.Trainer("playground", rewards=red, **small | {"steps": 1}).run()
     assert f'red = "{Path(__file__)}:red"' in (tmp_path / "run" / "recipe.toml").read_text()
-    assert main(["train", "--resume", small["run"], "steps=2"]) == 0
+    assert main(["train", "--resume", small["run"], "rollouts=2"]) == 0
     assert "only in Python" not in capsys.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_a_loop_that_is_left_saves_and_the_run_goes_on_with_its_object(small, tm
     with pytest.raises(ft.UserError, match=r"rewards\.rde: the run has no such reward; did you mean 'red'"):
         ft.Trainer(resume=small["run"], rewards={"rde": red})
     assert "trained with a Python object" in complaint(main, "evaluate", "--lora", small["run"], "--images", "2")
-    trainer = ft.Trainer(resume=small["run"], rewards=rewards, steps=4)
+    trainer = ft.Trainer(resume=small["run"], rewards=rewards, rollouts=4)
     assert trainer.clock.step == 2 and trainer.run()["steps"] == 4
 
 

@@ -157,7 +157,7 @@ def worker(folder, words):
 
 def test_torchrun_starts_a_job_anew_and_it_goes_on_with_the_run_it_made(finished, tmp_path):
     once = f"(Path({str(tmp_path)!r}) / 'killed').exists() or (Path({str(tmp_path)!r}) / 'killed').touch() or os.kill(os.getpid(), 9)"
-    given = words(tmp_path, once, "rewards.mine.weight=0", "steps=3")
+    given = words(tmp_path, once, "rewards.mine.weight=0", "rollouts=3")
     # torchrun's own agent, whose workers are forked here
     how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "17", "max_restarts": 1, "start_method": "forkserver"}
     elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **how), worker)(tmp_path, given)

@@ -219,7 +219,7 @@ def test_only_a_checkpoints_own_files_take_the_runs_alpha(shapes, learnt, tmp_pa
 
 
 def test_a_stack_draws_the_bits_that_training_drew(tmp_path):
-    trainer = Trainer(quick(tmp_path / "run", "steps=1", "optimizer.lr=0.05", whole=True))
+    trainer = Trainer(quick(tmp_path / "run", "rollouts=1", "optimizer.lr=0.05", whole=True))
     trainer.run()
     read = read_lora(tmp_path / "run")
     assert torch.equal(drawn(TunedModel(model(), [read]), "tuned"), drawn(trainer.policy, "ema"))

@@ -52,15 +52,15 @@ def test_the_pages_command_trains_and_its_run_is_read_without_its_file(place, ca
     assert main(["compare", "runs/mine", "-o", "comparison.html"]) == 0
     assert main(["sample", "a red circle", "--lora", "runs/mine", "-o", "sample.png", "--steps", "2"]) == 0
     assert main(["export", "runs/mine", "-o", "exported"]) == 0
-    assert main(["train", "--resume", "runs/mine", "steps=3"]) == 2
+    assert main(["train", "--resume", "runs/mine", "rollouts=3"]) == 2
     assert "no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [["objective.type=mine.py:Exponential", *TIMES], STEPS], ids=["clean samples", "kept steps"])
 def test_it_resumes_to_the_bit(place, settings):
-    Trainer(recipe(*settings, "steps=2", run="whole")).run()
-    Trainer(recipe(*settings, "steps=1", run="broken")).run()
-    Trainer(open_run(Path("broken"), ["steps=2"]), Path("broken")).run()
+    Trainer(recipe(*settings, "rollouts=2", run="whole")).run()
+    Trainer(recipe(*settings, "rollouts=1", run="broken")).run()
+    Trainer(open_run(Path("broken"), ["rollouts=2"]), Path("broken")).run()
     whole, broken = weights("whole"), weights("broken")
     assert whole.keys() == broken.keys() and all(bool((whole[key] == broken[key]).all()) for key in whole)
     assert read_lines(Path("whole/metrics.jsonl"))[1]["loss"] == read_lines(Path("broken/metrics.jsonl"))[1]["loss"]
@@ -88,7 +88,7 @@ def test_it_is_planned_with_the_passes_that_it_declares(place, capsys):
 def test_its_own_guard_fires_once_after_its_patience(place):
     source = Path("mine.py").read_text().replace('m["weight"] > 10', 'm["weight"] > 0').replace("Guard(3,", "Guard(2,")
     Path("mine.py").write_text(source)
-    Trainer(recipe("objective.type=mine.py:Exponential", *TIMES, "steps=3")).run()
+    Trainer(recipe("objective.type=mine.py:Exponential", *TIMES, "rollouts=3")).run()
     fired = [record for record in read_lines(Path("run/guards.jsonl")) if record["guard"] == "objective/weights"]
     assert [record["step"] for record in fired] == [2]
 

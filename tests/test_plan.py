@@ -55,13 +55,13 @@ def test_network_evaluations_are_those_that_a_run_logs(tmp_path, overrides):
     logged = [trainer._step()["network_evaluations"] for _ in range(3)]
     planned = [passes_of(recipe, step).evaluations for step in (1, 2, 3)]
     assert logged == [sum(planned[: k + 1]) for k in range(3)]
-    work = make_plan(recipe.model_copy(update={"steps": 3}), Machine()).work
+    work = make_plan(recipe.model_copy(update={"rollouts": 3}), Machine()).work
     assert sum(effort.evaluations for name, effort in work.items() if name != "evaluate") == logged[-1]
 
 
 def test_operations_are_those_of_a_real_run_on_a_cpu(unread, tmp_path):
     overrides = ["objective.kl=0.1", "objective.times_per_image=2", "optimizer.steps_per_rollout=1", "rollout.images_per_prompt=2"]
-    recipe = quick(tmp_path / "run", "model.dtype=float32", "model.recompute=true", "micro_batch=12", "steps=2", *overrides)
+    recipe = quick(tmp_path / "run", "model.dtype=float32", "model.recompute=true", "micro_batch=12", "rollouts=2", *overrides)
     trainer = Trainer(recipe)
     steps = [measure(trainer._step) for _ in range(2)]
     found = make_plan(recipe, Machine())
@@ -75,7 +75,7 @@ def test_operations_are_those_of_a_real_run_on_a_cpu(unread, tmp_path):
 def test_evaluations_are_those_of_a_run(tmp_path, finished):
     recipe = load_recipe(finished / "recipe.toml")
     assert evaluations_in_all(recipe) == len((finished / "evaluations.jsonl").read_text().splitlines()) == 3
-    assert evaluations_in_all(recipe.model_copy(update={"steps": 5})) == 4  # 0, 2, 4 and the last
+    assert evaluations_in_all(recipe.model_copy(update={"rollouts": 5})) == 4  # 0, 2, 4 and the last
     never = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"every": 0})})
     assert evaluations_in_all(never) == 2
 
@@ -89,9 +89,9 @@ def test_hours_are_linear_and_a_step_is_diffusionnfts():
     assert make_plan(load_recipe("sd35m-geneval"), Machine(utilisation=one.machine.utilisation / 2)).hours == pytest.approx(2 * one.hours)
     # DiffusionNFT's step: 1152 images x (10 + 9 x (3 forwards and a backward)), about four fifths of it training
     forward = sum(one.costs.forward.each.flops.values())
-    a_step = sum(sum(one.work[name].flops.values()) for name in ("sample", "train")) / one.recipe.steps
+    a_step = sum(sum(one.work[name].flops.values()) for name in ("sample", "train")) / one.recipe.rollouts
     assert 46 <= a_step / forward / 1152 <= 55
-    assert 0.75 < sum(one.work["train"].flops.values()) / one.recipe.steps / a_step < 0.85
+    assert 0.75 < sum(one.work["train"].flops.values()) / one.recipe.rollouts / a_step < 0.85
 
 
 def test_hours_are_operations_at_the_peak_of_their_precision():
@@ -143,13 +143,13 @@ def test_rewards_that_are_not_counted_are_named():
 
 
 def test_the_playground_is_planned_for_a_gpu_only_where_one_is_named(capsys):
-    said = typed(capsys, "playground", "steps=3")
+    said = typed(capsys, "playground", "rollouts=3")
     assert said.count("\n") == 1 and "needs no GPU" in said and "h100 at" not in said
-    assert typed(capsys, "playground", "steps=3", "--gpu", "h100").startswith("playground on 1 x h100")
+    assert typed(capsys, "playground", "rollouts=3", "--gpu", "h100").startswith("playground on 1 x h100")
 
 
 def test_the_command_prints_a_table_or_json(capsys):
-    said = typed(capsys, "playground", "steps=3", "--gpus", "2", "--gpu", "4090")
+    said = typed(capsys, "playground", "rollouts=3", "--gpus", "2", "--gpu", "4090")
     assert said.startswith("playground on 2 x 4090 of 24 GiB") and "playground: 3 rollouts of 18 x 8 images = " in said
     told = json.loads(typed(capsys, "playground", "--json", "--gpu-memory", "10"))
     assert told["figures"] == "computed, not measured" and told["machine"]["memory"] == 10 * GIB

@@ -171,6 +171,6 @@ def test_host_memory_is_what_waits_there():
     }
     assert f"host memory about {sum(small.host.values()) / GIB:.0f} GiB for each GPU's process" in table(small)
     assert set(large.host) == {"process", "captions", "the pipeline while it is loaded"}
-    many = make_plan(load_recipe("sd35m-geneval", ["objective.times=stratified", "objective.times_per_image=100", "steps=1"]), Machine())
+    many = make_plan(load_recipe("sd35m-geneval", ["objective.times=stratified", "objective.times_per_image=100", "rollouts=1"]), Machine())
     assert many.host["noise of the training pairs"] == 1152 * 100 * 16 * 64 * 64 * 4
     assert many.host["captions"] == 48 * many.costs.caption

@@ -79,9 +79,9 @@ def test_values_of_a_sweep(text, found):
 
 
 def test_a_sweep_is_every_combination(capsys):
-    found = sweep.runs_of(["objective.beta=0.5,1", "seed=0..2", "steps=4"])
+    found = sweep.runs_of(["objective.beta=0.5,1", "seed=0..2", "rollouts=4"])
     assert list(found) == [f"beta={beta},seed={seed}" for beta in ("0.5", "1") for seed in range(3)]
-    assert found["beta=1,seed=2"] == ["objective.beta=1", "seed=2", "steps=4"]
+    assert found["beta=1,seed=2"] == ["objective.beta=1", "seed=2", "rollouts=4"]
     assert next(iter(sweep.runs_of(["rollout.steps=4,5", "evaluate.steps=4,5"]))) == "rollout.steps=4,evaluate.steps=4"
 
 
@@ -92,7 +92,7 @@ def test_a_sweep_is_every_combination(capsys):
         (["seed=1,2", "seed=3"], "seed is given twice"),
         (["seed"], "not key=value"),
         (["seed=3..1"], "must rise"),
-        (["seed=0..999", "steps=1,2"], "2000 runs are too many"),
+        (["seed=0..999", "rollouts=1,2"], "2000 runs are too many"),
         (["sead=0..1"], "did you mean 'seed'"),
         (["prompts=a/b,a+b,a?b"], "same name"),
     ],
@@ -131,12 +131,12 @@ def test_a_sweep_trains_compares_skips_and_resumes(trained, tmp_path, capsys):
     assert (tmp_path / "beta" / "compare.html").is_file() and json.loads((tmp_path / "beta" / "compare.json").read_text())
     trained.clear()
     (tmp_path / "beta" / "beta=1" / "summary.json").unlink()  # as if it had been interrupted
-    assert main(words) == 0 and trained == [["train", "--resume", "beta/beta=1", "steps=2", *_may_change()]]
+    assert main(words) == 0 and trained == [["train", "--resume", "beta/beta=1", "rollouts=2", *_may_change()]]
     trained.clear()
     assert main(words) == 0 and trained == [] and "finished already" in capsys.readouterr().err
     assert "another recipe (optimizer differ)" in complaint(capsys, *words, "optimizer.lr=1e-3")
     # longer: both go on
-    assert main([word if word != "steps=2" else "steps=3" for word in words]) == 0
+    assert main([word if word != "rollouts=2" else "rollouts=3" for word in words]) == 0
     assert [len(read_lines(tmp_path / "beta" / name / "metrics.jsonl")) for name in ("beta=0.5", "beta=1")] == [3, 3]
 
 

@@ -65,8 +65,8 @@ def test_killed_at_random_instants_a_run_ends_in_the_same_bits(finished, tmp_pat
 
 def test_going_on_in_another_process_is_going_on(finished, tmp_path):
     folder = tmp_path / "run"
-    Trainer(quick(folder, "steps=2")).run()
-    trainer = Trainer(open_run(folder, ["steps=4"]), resume=folder)
+    Trainer(quick(folder, "rollouts=2")).run()
+    trainer = Trainer(open_run(folder, ["rollouts=4"]), resume=folder)
     assert trainer.clock.step == 2
     trainer.run()
     assert contents(folder)[2:] == contents(finished)[2:]
@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(finished, tmp_path, mon
 
 def test_every_role_and_clock_comes_back(finished, tmp_path):
     finished = shutil.copytree(finished, tmp_path / "run")
-    trainer = Trainer(open_run(finished, ["steps=5"]), resume=finished)
+    trainer = Trainer(open_run(finished, ["rollouts=5"]), resume=finished)
     saved = checkpoint.newest(finished)
     assert saved is not None
     for role in ROLES:
@@ -143,7 +143,7 @@ def test_every_role_and_clock_comes_back(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [(["optimizer.lr=1"], "can't change"), (["steps=0"], "steps")],
+    [(["optimizer.lr=1"], "can't change"), (["rollouts=0"], "steps")],
 )
 def test_a_resumed_run_refuses_what_would_make_it_another(finished, overrides, said):
     with pytest.raises(UserError, match=said):
@@ -174,9 +174,9 @@ def test_without_one_readable_checkpoint_nothing_is_taken_back(finished, tmp_pat
 def test_a_resumed_run_remembers_its_new_length_and_refuses_to_go_back(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(UserError, match="already at rollout 4"):
-        Trainer(open_run(folder, ["steps=3"]), resume=folder)
-    Trainer(open_run(folder, ["steps=6"]), resume=folder)
-    assert open_run(folder, []).steps == 6
+        Trainer(open_run(folder, ["rollouts=3"]), resume=folder)
+    Trainer(open_run(folder, ["rollouts=6"]), resume=folder)
+    assert open_run(folder, []).rollouts == 6
 
 
 def test_a_kill_in_the_midst_of_a_write_is_put_right(finished, tmp_path):

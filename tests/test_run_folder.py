@@ -344,7 +344,7 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
 def test_a_trainer_holds_its_run_until_it_has_ended_and_may_go_on(finished, tmp_path):
     folder = tmp_path / "run"
-    trainer = Trainer(quick(folder, "steps=3", "evaluate.every=0"))
+    trainer = Trainer(quick(folder, "rollouts=3", "evaluate.every=0"))
     log = trainer._log
 
     def log_and_press_ctrl_c(*args):
@@ -360,7 +360,7 @@ def test_a_trainer_holds_its_run_until_it_has_ended_and_may_go_on(finished, tmp_
     assert trainer.run()["steps"] == 3
     assert [record["step"] for record in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
     # whoever went on in the meantime has another state
-    other = Trainer(runs.open_run(folder, ["steps=4"]), resume=str(folder))
+    other = Trainer(runs.open_run(folder, ["rollouts=4"]), resume=str(folder))
     refused(trainer.run, match="held by")
     other.run()
     refused(trainer.run, match="is at rollout 4 by now, not 3")
@@ -369,7 +369,7 @@ def test_a_trainer_holds_its_run_until_it_has_ended_and_may_go_on(finished, tmp_
 def test_a_trainer_that_can_not_be_made_holds_nothing(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(UserError, match="already at rollout 4") as kept:
-        Trainer(runs.open_run(folder, ["steps=3"]), resume=folder)
+        Trainer(runs.open_run(folder, ["rollouts=3"]), resume=folder)
     Trainer(runs.open_run(folder, []), resume=folder).close()
     assert kept.tb
 
@@ -383,7 +383,7 @@ def test_what_a_kill_kept_from_being_pruned_is_pruned(finished, tmp_path):
 
 
 def test_a_run_in_another_thread_gets_no_signals_and_runs(tmp_path):
-    trainer, found = Trainer(quick(tmp_path / "run", "steps=1", "evaluate.every=0")), []
+    trainer, found = Trainer(quick(tmp_path / "run", "rollouts=1", "evaluate.every=0")), []
     thread = threading.Thread(target=lambda: found.append(trainer.run()))
     thread.start()
     thread.join()

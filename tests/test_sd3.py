@@ -25,7 +25,7 @@ def test_the_whole_loop_runs_on_another_pipeline(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(f"a picture of {thing}" for thing in ("cat", "dog", "fox", "owl", "bee", "ant")))
     (tmp_path / "reward.py").write_text("def reward(images, prompts):\n    return images.mean((1, 2, 3))\n")
     overrides = [f"model={folder}", "model.resolution=16", "model.dtype=float32", f"prompts={tmp_path}/prompts.txt"]
-    overrides += [f"rewards.mine={tmp_path}/reward.py:reward", f"run={tmp_path}/run", "lora.rank=4", "steps=2"]
+    overrides += [f"rewards.mine={tmp_path}/reward.py:reward", f"run={tmp_path}/run", "lora.rank=4", "rollouts=2"]
     Trainer(load_recipe("sd35m", [*QUICK, *overrides])).run()
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 2 and records[1]["deviation"] > 0

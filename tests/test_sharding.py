@@ -28,9 +28,9 @@ UNEVEN = [
     "rollout.steps=2",
     "optimizer.steps_per_rollout=3",
 ]
-FEWER = ["steps=1", "rollout.prompts=3", "evaluate.images=2"]
+FEWER = ["rollouts=1", "rollout.prompts=3", "evaluate.images=2"]
 CASES = {
-    "plain": ["steps=2"],
+    "plain": ["rollouts=2"],
     "recomputed": [*FEWER, "model.recompute=true", "objective.type=grpo", "rollout.solver=euler"],
     "guided": [*FEWER, "rollout.guidance=2", "model.dtype=bfloat16"],
 }
@@ -43,7 +43,7 @@ def train_all(folder):
         trainer.policy.merge = False
         trainer.policy._adapt(True)
         trainer.run()
-        first = ["steps=1"] if name == "plain" else []
+        first = ["rollouts=1"] if name == "plain" else []
         trainer = Trainer(quick(folder / f"{name}-sharded", *UNEVEN, *overrides, *first, "shard=base"))
         network = trainer.policy.model.network
         parts = [x for x in network.parameters() if isinstance(x, DTensor)]
@@ -51,7 +51,7 @@ def train_all(folder):
         assert {id(x) for x in network.parameters()} == {id(x) for x in (*parts, *trainer.policy.parameters)}
         trainer.run()
     folder = folder / "plain-sharded"
-    Trainer(open_run(folder, ["steps=2"]), resume=folder).run()
+    Trainer(open_run(folder, ["rollouts=2"]), resume=folder).run()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_lora_is_written_whole_and_the_run_goes_on_without_sharding(trained,
     folder = shutil.copytree(trained / "plain-sharded", tmp_path / "run")
     lora = [load_file(trained / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("plain-sharded", "plain")]
     assert lora[0].keys() == lora[1].keys() and all(torch.equal(value, lora[1][name]) for name, value in lora[0].items())
-    Trainer(open_run(folder, ["steps=3", "shard=none"]), resume=folder).run()
+    Trainer(open_run(folder, ["rollouts=3", "shard=none"]), resume=folder).run()
     assert len(rewards(folder)) == 3
 
 

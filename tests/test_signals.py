@@ -32,7 +32,7 @@ def wait_until(true, within=120):
 def test_two_ranks_stop_at_one_rollout_whoever_is_signalled_and_the_run_goes_on_to_the_same_bits(tmp_path):
     """Each start of a job gets the next signal at a random instant: one rank, the other, or both of them twice."""
     rng, run, whole = random.Random(1), tmp_path / "run", tmp_path / "whole"
-    words = ["playground", *QUICK, two_blocks(), *LIGHT, "steps=16", "evaluate.every=3", "checkpoint.every=50"]
+    words = ["playground", *QUICK, two_blocks(), *LIGHT, "rollouts=16", "evaluate.every=3", "checkpoint.every=50"]
 
     def job(name, *given):
         return start(2, main, ["train", *given], folder=tmp_path / name), tmp_path / name

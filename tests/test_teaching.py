@@ -79,11 +79,11 @@ def test_a_resumed_run_chooses_what_one_that_was_not_interrupted_does(tmp_path, 
         "    return images.mean((1, 2, 3))\n"
     )
     mine = [f"rewards.mine='{tmp_path}/reward.py:reward'", key, "evaluate.every=0", "evaluate.images=4"]
-    Trainer(quick(tmp_path / "whole", *mine, "steps=3")).run()
+    Trainer(quick(tmp_path / "whole", *mine, "rollouts=3")).run()
     whole = [json.loads(line) for line in log.read_text().splitlines()]
-    Trainer(quick(tmp_path / "parts", *mine, "steps=2")).run()
+    Trainer(quick(tmp_path / "parts", *mine, "rollouts=2")).run()
     log.unlink()
-    Trainer(quick(tmp_path / "parts", *mine, "steps=3"), resume=tmp_path / "parts").run()
+    Trainer(quick(tmp_path / "parts", *mine, "rollouts=3"), resume=tmp_path / "parts").run()
     last = [json.loads(line) for line in log.read_text().splitlines()]
     third = [prompts for prompts in last if len(prompts) == 12]
     assert third and third[-1] in whole

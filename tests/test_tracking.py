@@ -98,7 +98,7 @@ def trackers(folder, names, step=0, **recipe):
 def test_a_run_sends_metrics_scores_samples_and_its_summary_and_goes_on_as_the_same_run(tmp_path, hosted):
     run, names = tmp_path / "run", ("wandb", "trackio")
     Trainer(quick(run, 'track=["wandb","trackio"]')).run()
-    Trainer(open_run(run, ["steps=3"]), run).run()
+    Trainer(open_run(run, ["rollouts=3"]), run).run()
     for name in names:
         calls = hosted(name).calls
         first, second = (options for what, options, *_ in (call for call in calls if call[0] == "init"))
@@ -157,7 +157,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, h
 def test_a_run_ends_well_whatever_its_trackers_do(tmp_path, hosted, capsys):
     (tmp_path / "modules" / "trackio.py").write_text("raise SystemExit('no such project')")
     hosted("wandb").broken = "log"
-    assert Trainer(quick(tmp_path / "run", "steps=1", 'track=["wandb","trackio"]')).run()
+    assert Trainer(quick(tmp_path / "run", "rollouts=1", 'track=["wandb","trackio"]')).run()
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("track:")]
     assert len(told) == 2 and "trackio failed" in told[0] and "wandb failed" in told[1]
 

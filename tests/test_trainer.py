@@ -69,7 +69,7 @@ def test_training_moves_the_policy_and_the_old_one_lags(finished):
 
 def test_plain_diffusers_loads_the_lora_and_draws_what_our_sampler_draws(tmp_path):
     # a trained LoRA of a few steps is small: enlarged, its alpha can't be lost unnoticed
-    trainer = Trainer(quick(tmp_path / "run", "steps=1", whole=True))
+    trainer = Trainer(quick(tmp_path / "run", "rollouts=1", whole=True))
     with torch.no_grad():
         for name, weight in trainer.policy._weights["ema"].items():
             if "lora_B" in name:
@@ -132,7 +132,7 @@ def test_the_micro_batch_is_a_matter_of_memory_only(tmp_path):
 
 def test_seeds_differ_and_equal_seeds_repeat_to_the_bit(finished, tmp_path):
     Trainer(quick(tmp_path / "again", *LONGER)).run()
-    Trainer(quick(tmp_path / "other", "seed=1", "steps=1")).run()
+    Trainer(quick(tmp_path / "other", "seed=1", "rollouts=1")).run()
     assert rewards(tmp_path / "again") == rewards(finished)
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "again").items())
     assert rewards(tmp_path / "other")[0] != rewards(finished)[0]
@@ -144,7 +144,7 @@ def test_a_users_reward_and_prompts(tmp_path):
     Trainer(
         quick(
             tmp_path / "run",
-            "steps=1",
+            "rollouts=1",
             "rollout.prompts=2",
             f"prompts={tmp_path}/prompts.txt",
             f"rewards.mine={tmp_path}/mine.py:brightness",
@@ -177,7 +177,7 @@ def test_a_failing_reward_ends_the_run_and_is_never_a_zero(tmp_path, body, said)
 
 def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
     (tmp_path / "mine.py").write_text("import torch\ndef f(images, prompts):\n    return torch.ones(len(images))\n")
-    base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "steps=7", "evaluate.every=0", "checkpoint.every=100"]
+    base = ["rewards.playground=0", f"rewards.mine={tmp_path}/mine.py:f", "rollouts=7", "evaluate.every=0", "checkpoint.every=100"]
     base += ["rollout.prompts=2", "rollout.images_per_prompt=2", "optimizer.steps_per_rollout=1"]
     Trainer(quick(tmp_path / "warned", *base, whole=True)).run()
     fired = read_lines(tmp_path / "warned" / "guards.jsonl")
@@ -188,13 +188,13 @@ def test_the_guards_warn_once_and_stop_with_a_checkpoint(tmp_path):
 
 
 def test_no_contrast_is_noticed(tmp_path):
-    settings = ["steps=4", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0"]
+    settings = ["rollouts=4", "objective.old_policy=copy", "optimizer.steps_per_rollout=1", "evaluate.every=0"]
     Trainer(quick(tmp_path / "run", *settings, whole=True)).run()
     assert [record["guard"] for record in read_lines(tmp_path / "run" / "guards.jsonl")] == ["no_contrast"]
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch):
-    trainer = Trainer(quick(tmp_path / "run", "steps=1"))
+    trainer = Trainer(quick(tmp_path / "run", "rollouts=1"))
     loss = type(trainer.method.learner.objective).loss
 
     def broken(self, policy, batch):
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monke
 
 
 def test_a_run_can_start_from_another_runs_lora(finished, tmp_path):
-    Trainer(quick(tmp_path / "run", "steps=1", f"lora.init={finished}")).run()
+    Trainer(quick(tmp_path / "run", "rollouts=1", f"lora.init={finished}")).run()
     began = read_lines(tmp_path / "run" / "evaluations.jsonl")[0]
     ended = read_lines(finished / "evaluations.jsonl")[-1]
     assert began["score"] == ended["score"] and began["by_tag"] == ended["by_tag"]
@@ -243,7 +243,7 @@ class Mine:
 
 def mine(folder, *overrides, remote=False):
     (folder / f"mine_{remote}.py").write_text(REWARD.format(remote=remote))
-    base = ["rewards.playground=0", "steps=2", "evaluate.every=0", "evaluate.rewards=['mine/red','mine']", "guards=warn"]
+    base = ["rewards.playground=0", "rollouts=2", "evaluate.every=0", "evaluate.rewards=['mine/red','mine']", "guards=warn"]
     options = ", ".join(overrides)
     source = f"{folder}/mine_{remote}.py:Mine"
     return [*base, f'rewards.mine={{source="{source}", weight=1.0, options={{{options}}}}}']

@@ -24,7 +24,7 @@ def grpo(run, *overrides):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    return Trainer(grpo(tmp_path_factory.mktemp("grpo") / "run", "steps=1"))
+    return Trainer(grpo(tmp_path_factory.mktemp("grpo") / "run", "rollouts=1"))
 
 
 def drawn(trainer, sampler, stochastic, rows=5, size=8, sde="flow", eta=0.7):
@@ -119,7 +119,7 @@ def test_groups_without_a_difference_are_left_out(tmp_path):
 
 def test_where_nothing_is_left_no_weight_moves(tmp_path):
     (tmp_path / "reward.py").write_text("import torch\ndef reward(images, prompts):\n    return torch.ones(len(images))\n")
-    trainer = Trainer(grpo(tmp_path / "run", "steps=1", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
+    trainer = Trainer(grpo(tmp_path / "run", "rollouts=1", f"rewards={{mine='{tmp_path}/reward.py:reward'}}", "evaluate.rewards=[]"))
     before = trainer.policy.state("current")
     trainer.run()
     assert all(torch.equal(before[name], value) for name, value in trainer.policy.state("current").items())
@@ -135,7 +135,7 @@ def test_a_run_learns_counts_its_cost_and_resumes_to_the_bit(tmp_path):
     # 12 images: 4 steps of the sampler, and 2 trained steps with backward and reference
     if all(r["groups/without_variance"] == 0 for r in records):
         assert records[0]["network_evaluations"] == 12 * 4 + 12 * 2 * 4
-    first = Trainer(grpo(tmp_path / "parts", *window, "steps=2"))
+    first = Trainer(grpo(tmp_path / "parts", *window, "rollouts=2"))
     first.run()
     recipe = grpo(tmp_path / "parts", *LONGER, *window)
     second = Trainer(recipe, resume=tmp_path / "parts")

@@ -203,14 +203,14 @@ def test_an_export_of_ones_own_run_is_ones_own(own, downloaded, tmp_path):
 def test_resuming_a_run_from_elsewhere_runs_its_code_only_with_the_flag(downloaded, tmp_path, capsys):
     run = downloaded / "run"
     run.mkdir()
-    overrides = [two_blocks(), f"rewards.x={downloaded}/evil.py:score", "steps=1"]
+    overrides = [two_blocks(), f"rewards.x={downloaded}/evil.py:score", "rollouts=1"]
     (run / "recipe.toml").write_text(to_toml(load_recipe("playground", [*QUICK, *overrides])))
     assert main(["train", "--resume", str(run)]) == 2
     said = capsys.readouterr().err
     assert "rewards.x" in said and "--trust" in said and said.count("\n") == 1 and not ran(downloaded)
     # an evaluation's reward may be code as well
     (run / "recipe.toml").write_text(to_toml(load_recipe("playground", [*QUICK, 'evaluate.rewards=["evil.py:score"]'])))
-    assert main(["train", "--resume", str(run), "steps=3"]) == 2
+    assert main(["train", "--resume", str(run), "rollouts=3"]) == 2
     assert "--trust" in capsys.readouterr().err and not ran(downloaded)
 
 

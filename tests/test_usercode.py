@@ -304,7 +304,7 @@ def test_a_run_is_the_same_bits_beside_a_reward_that_changes_everything(tmp_path
     (tmp_path / "wild.py").write_text(text + CALL.format(change))
     runs = {}
     for name, more in {"plain": [], "wild": [f'rewards.wild={{source="{tmp_path}/wild.py:reward",weight=0}}']}.items():
-        Trainer(quick(tmp_path / name, "steps=1", "rollout.prompts=2", *more)).run()
+        Trainer(quick(tmp_path / name, "rollouts=1", "rollout.prompts=2", *more)).run()
         (line,) = read_lines(tmp_path / name / "metrics.jsonl")
         runs[name] = {key: value for key, value in line.items() if "time" not in key and "second" not in key and "wild" not in key}
     assert runs["plain"] == runs["wild"]
@@ -406,7 +406,7 @@ def test_an_answer_of_another_kind_is_one_line_that_says_what_came(answer, said)
 
 def test_a_trained_reward_that_is_nan_everywhere_ends_the_run_though_another_one_is_there(tmp_path):
     (tmp_path / "nan.py").write_text("import torch\ndef nan(images, prompts):\n    return torch.full((len(images),), torch.nan)\n")
-    recipe = quick(tmp_path / "run", "steps=1", f"rewards.nothing={tmp_path}/nan.py:nan")
+    recipe = quick(tmp_path / "run", "rollouts=1", f"rewards.nothing={tmp_path}/nan.py:nan")
     with pytest.raises(UserError, match=r"reward nothing: has no score \(NaN\) for any of the 12 images of rollout 1; .*rewards\.nothing"):
         Trainer(recipe).run()
 

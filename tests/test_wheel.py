@@ -52,7 +52,7 @@ def test_the_first_run_works_from_the_wheel_alone(wheel, tmp_path):
     where = [sys.executable, "-c", "import flowtilt; print(flowtilt.__file__)"]
     found = subprocess.run(where, capture_output=True, text=True, env=inside, cwd=tmp_path)
     assert found.stdout.startswith(str(tmp_path / "site")), found
-    command = [sys.executable, "-m", "flowtilt", "train", "playground", *QUICK, "steps=1"]
+    command = [sys.executable, "-m", "flowtilt", "train", "playground", *QUICK, "rollouts=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=inside, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "score" in done.stdout and "->" in done.stdout and "runs/playground/report.html" in done.stdout

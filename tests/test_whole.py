@@ -123,8 +123,8 @@ def test_a_run_learns_and_stores_whole_weights(trained):
 
 
 def test_a_run_that_goes_on_has_the_same_bits(trained, tmp_path):
-    Trainer(quick(tmp_path / "run", *FULL, "steps=1", "evaluate.every=0")).run()
-    Trainer(open_run(tmp_path / "run", ["steps=2"]), resume=tmp_path / "run").run()
+    Trainer(quick(tmp_path / "run", *FULL, "rollouts=1", "evaluate.every=0")).run()
+    Trainer(open_run(tmp_path / "run", ["rollouts=2"]), resume=tmp_path / "run").run()
     whole, resumed = (folder / "checkpoints" / "step-000002" for folder in (trained, tmp_path / "run"))
     for file in sorted(whole.glob("*.safetensors")):
         one, two = load_file(file), load_file(resumed / file.name)

@@ -47,7 +47,7 @@ class Job:
         return str(Path(*self.folder.parts[-2:]))
 
     def load(self, steps: int = 1) -> Recipe:
-        return load_recipe(self.recipe, [*self.overrides, f"steps={steps}", f"run={self.folder}"])
+        return load_recipe(self.recipe, [*self.overrides, f"rollouts={steps}", f"run={self.folder}"])
 
     def line(self) -> str:
         """What tells it from all other runs."""
@@ -55,7 +55,7 @@ class Job:
 
     def command(self) -> str:
         """What repeats it, once it is finished."""
-        return f"{self.line()} steps={self._rollouts()}"
+        return f"{self.line()} rollouts={self._rollouts()}"
 
     def _rollouts(self) -> int:
         return max((record["step"] for record in read_lines(self.folder / "metrics.jsonl")), default=0)
@@ -112,11 +112,11 @@ def _train(job: Job) -> bool:
         resume = job.folder if (job.folder / "recipe.toml").is_file() else None
         recipe = open_run(job.folder, []) if resume else job.load(more_rollouts(job.load(), 0, job.budget))
         done = job._rollouts()
-        if resume and _summed_up(job.folder) == done == recipe.steps:
+        if resume and _summed_up(job.folder) == done == recipe.rollouts:
             more = more_rollouts(recipe, done, job.budget - job.spent())
             if not more:
                 return True
-            recipe = open_run(job.folder, [f"steps={done + more}"])
+            recipe = open_run(job.folder, [f"rollouts={done + more}"])
         trainer = Trainer(recipe, resume=resume)
 
         def interrupt(number: int, frame: object, trainer: Trainer = trainer) -> None:

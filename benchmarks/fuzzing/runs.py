@@ -29,7 +29,7 @@ EVALUATION = ("results.json", "scores.jsonl")
 def template() -> Path:
     """A run and an evaluation of two rollouts and twelve prompts in one folder, made once a process."""
     folder = Path(tempfile.mkdtemp(prefix="flowtilt-fuzz-"))
-    (folder / "recipe.toml").write_text(to_toml(load_recipe("playground", ["steps=2"])))
+    (folder / "recipe.toml").write_text(to_toml(load_recipe("playground", ["rollouts=2"])))
     metrics = [
         {"step": s, "reward/total": 0.1 * s, "loss": 0.5 / s, "time/train": 0.2, "seconds": s, "network_evaluations": 9 * s} for s in (1, 2)
     ]

@@ -1,6 +1,6 @@
 """Puts the built site into a folder of all versions: `python docs/tools/publish.py PAGES REF`.
 
-REF is a tag (v0.2.1 becomes version 0.2, and "latest") or a branch (becomes "dev"). PAGES gets the layout that mike has and the site's version
+REF is a tag (v0.2.1 becomes version 0.2, and "latest") or a branch (becomes "dev"). PAGES gets the layout of mike, which the version
 menu reads: a folder per version, versions.json, and an index.html that leads to the newest.
 """
 

@@ -1,7 +1,7 @@
 """Online RL for flow-matching image models: bring a diffusers pipeline, prompts and a reward, get a LoRA that diffusers loads.
 
 >>> import flowtilt as ft
->>> ft.Trainer("playground", steps=20).run()  # doctest: +SKIP
+>>> ft.Trainer("playground", rollouts=20).run()  # doctest: +SKIP
 
 or rollout by rollout: `for metrics in trainer`; or call by call: `load_policy`, `Policy.sample`, `score`, `group_advantages`,
 `Learner`; see `flowtilt.library`.

@@ -62,7 +62,7 @@ def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, t
     recipe = load_recipe(name)
     words = [word for word in QUICK if not (recipe.objective.type == "grpo" and word.startswith("objective."))]
     small = [*words, f"model.path={model}", *SMALL, f"run={tmp_path / 'run'}", "micro_batch=7"]
-    small += [f"prompts={prompts}", f"evaluate.prompts={prompts}", "steps=2"]
+    small += [f"prompts={prompts}", f"evaluate.prompts={prompts}", "rollouts=2"]
     small += ["rollout.prompts=2", "evaluate.images=4", "evaluate.samples=2"]
     Trainer(load_recipe(name, small)).run()
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -70,7 +70,7 @@ def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, t
     assert {f"reward/{reward}" for reward in recipe.rewards} <= set(records[0])
 
     # its text encoders have nothing left to do: what they said is on disk
-    resumed = Trainer(load_recipe(name, [*small, "steps=3"]), resume=tmp_path / "run")
+    resumed = Trainer(load_recipe(name, [*small, "rollouts=3"]), resume=tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(resumed.policy.model.pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded again"))
         resumed.policy.model.encode([prompt.text for prompt in resumed.test_prompts[:1]])
@@ -92,7 +92,7 @@ def test_rtdmds_two_published_stages_train_evaluate_and_stack(model, tmp_path):
         f"evaluate.prompts={scenes}",
         "evaluate.images=2",
         "evaluate.every=0",
-        "steps=2",
+        "rollouts=2",
         "micro_batch=3",
     ]
     cold, rl = tmp_path / "cold", tmp_path / "rl"
@@ -103,7 +103,7 @@ def test_rtdmds_two_published_stages_train_evaluate_and_stack(model, tmp_path):
         records = read_lines(run / "metrics.jsonl")
         assert len(records) == 2 and all(math.isfinite(record[name]) for record in records for name in (*names, "grad_norm"))
         assert all(record["skipped_updates"] == 0 for record in records)
-    resumed = Trainer(load_recipe("sd35m-rtdmd-rl", [*second, "steps=3"]), resume=rl)
+    resumed = Trainer(load_recipe("sd35m-rtdmd-rl", [*second, "rollouts=3"]), resume=rl)
     assert resumed.method.updates["fake"].count == resumed.method.updates["current"].count == 2
 
     found = assess(tmp_path / "evaluation", loras=[rl], images=2)

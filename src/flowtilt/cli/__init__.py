@@ -15,7 +15,7 @@ from flowtilt.io.quiet import quieten
 
 EPILOG = """examples:
   flowtilt train playground                      the first run: a laptop's CPU, minutes
-  flowtilt train playground steps=20 seed=1      override any key of the recipe
+  flowtilt train playground rollouts=20 seed=1   override any key of the recipe
   flowtilt init my.toml --from sd35m-geneval     a recipe of your own, every key explained
   flowtilt train --resume runs/playground        go on where it was killed, to the same bits
   flowtilt sample "a red circle left of a blue square" --lora runs/playground

@@ -42,7 +42,7 @@ def _recipes(args: argparse.Namespace) -> int:
         recipe = load_recipe(name)
         rewards = ", ".join(recipe.rewards)
         r = recipe.rollout
-        print(f"{name:{width}}  {recipe.model.path}: {rewards}; {recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images")
+        print(f"{name:{width}}  {recipe.model.path}: {rewards}; {recipe.rollouts} rollouts of {r.prompts} x {r.images_per_prompt} images")
     return 0
 
 

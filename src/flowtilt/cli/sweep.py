@@ -19,7 +19,7 @@ from flowtilt.io.run_folder import RunFolder
 ABOUT = """Trains a recipe once for every combination of the values, one run after another, and compares the runs.
 The same command again skips what is finished and resumes what was interrupted."""
 EXAMPLES = """examples:
-  flowtilt sweep playground objective.beta=0.5,1,2 seed=0..2 steps=40
+  flowtilt sweep playground objective.beta=0.5,1,2 seed=0..2 rollouts=40
   flowtilt sweep my.toml optimizer.lr=1e-3,3e-3 --output runs/lr
   flowtilt sweep playground 'prompts="a,b.txt"' seed=0..4      a value with a comma of its own
 """
@@ -135,7 +135,7 @@ def _words(source: str, overrides: list[str], run: Path, recipe: Recipe) -> list
     open_run(run, [], recipe)
     with read_errors(run):
         summary = json.loads(RunFolder(run).summary.read_text(encoding="utf-8")) if RunFolder(run).summary.is_file() else {}
-    if summary.get("steps") == recipe.steps:
+    if summary.get("steps") == recipe.rollouts:
         return []
     return ["train", "--resume", str(run), *(item for item in overrides if item.partition("=")[0].strip().partition(".")[0] in MAY_CHANGE)]
 

@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     if summary is None:
         why = f"stopped by a guard: {trainer.stopped_by}" if trainer.stopped_by else "interrupted"
-        print(f"{why}\nsaved after {trainer.clock.step} of {recipe.steps} rollouts; go on with: flowtilt train --resume {folder}")
+        print(f"{why}\nsaved after {trainer.clock.step} of {recipe.rollouts} rollouts; go on with: flowtilt train --resume {folder}")
         if trainer.stopped_by:  # it was meant to stop, and torchrun starts what failed again
             return 0 if torchrun.may_restart() else 3
         return torchrun.interrupted_status()

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flowtilt.config.errors import explain
+from flowtilt.config.renamed import RENAMED, hint, with_new_names
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
 from flowtilt.io.user_code import is_missing_file
@@ -46,7 +47,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 
 def _load(source: str | Path, overrides: Sequence[str], stored: bool) -> Recipe:
-    tree, origins = read(str(source))
+    tree, origins = read(str(source), stored=stored)
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
@@ -111,13 +112,16 @@ def toml_key(key: str) -> str:
     return key if key.isascii() and key.replace("_", "a").replace("-", "a").isalnum() else toml_value(key)
 
 
-def read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree of a name or file on top of its bases, not yet checked, and where each key was set."""
+def read(source: str, seen: tuple[str, ...] = (), stored: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree of a name or file on top of its bases, not yet checked, and where each key was set; `stored` is as for `load_recipe`."""
     text, where = _find(source)
     try:
         tree = tomllib.loads(text)
     except ValueError as error:  # tomllib's own, or Python's of a number of thousands of digits
         raise UserError(f"recipe {where}: not TOML: {error}") from None
+    for old, new in with_new_names(tree):
+        if not stored:
+            hint(f"recipe {where}", old, new)
     base = tree.pop("base", None)
     if isinstance(tree.get("model"), str):
         tree["model"] = {"path": tree["model"]}
@@ -130,7 +134,7 @@ def read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[
     seen = (*seen, _identity(source))
     if _identity(base_source) in seen:
         raise UserError(f"recipe {where}: base = {base!r} must name another recipe, but comes back to itself")
-    base, base_origins = read(base_source, seen)
+    base, base_origins = read(base_source, seen, stored)
     merge(base, tree)
     return base, _newer(base_origins, origins)
 
@@ -218,6 +222,9 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
     """Sets one key in place; returns the key, spelt out."""
     if parts == ["model"] and isinstance(value, str):
         parts = ["model", "path"]
+    if len(parts) == 1 and parts[0] in RENAMED:
+        hint(f"override {item!r:.200}", parts[0], RENAMED[parts[0]])
+        parts = [RENAMED[parts[0]]]
     node = tree
     rewards = tree.get("rewards")
     given = rewards.get(parts[1]) if isinstance(rewards, dict) and len(parts) > 2 and parts[0] == "rewards" else None

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from flowtilt.config.files import merge, read, validate
+from flowtilt.config.renamed import hint, with_new_names
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
 from flowtilt.methods.base import Method
@@ -30,7 +31,7 @@ def given_recipe(
         source: a recipe, its name, a .toml file, or its keys as a dict, which may have `base`.
         rewards: the rewards by name, in place of the recipe's, or one callable. The evaluation reports them, too, unless `keys`
             say what it reports.
-        keys: further keys, on top of the recipe: {"steps": 20, "rollout": {"prompts": 6}}.
+        keys: further keys, on top of the recipe: {"rollouts": 20, "rollout": {"prompts": 6}}.
 
     Raises:
         UserError: unknown keys, values that don't fit, or a reward that is none.
@@ -97,6 +98,8 @@ def held_by_python(recipe: Recipe) -> list[str]:
 def plain(tree: Mapping[str, Any], objects: Objects) -> dict[str, Any]:
     """Keys as TOML could have them; callables among the rewards go to `objects`."""
     found = {str(key): _value(value) for key, value in tree.items() if key != "rewards"}
+    for old, new in with_new_names(found):
+        hint(WHERE, old, new)
     if "rewards" in tree:
         found["rewards"] = _rewards(tree["rewards"], objects)
     if isinstance(found.get("model"), str):

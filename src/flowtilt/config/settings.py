@@ -122,7 +122,7 @@ class OptimizerSettings(Table):
     warmup: int = Field(default=0, ge=0, le=ROLLOUTS)
     """Optimizer steps of linear warm-up."""
     half_life: int | None = Field(default=None, ge=1, le=ROLLOUTS)
-    """After this many optimizer steps the rate is half the peak: lr / (1 + s / half_life), whatever `steps` is; none keeps it constant."""
+    """After this many optimizer steps the rate is half the peak: lr / (1 + s / half_life). None keeps it constant."""
     schedule: Schedule = 1.0
     """Factor of the rate: a number, or [[optimizer step, factor], ...], linear between the points."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -208,8 +208,8 @@ class Recipe(Table):
     lora: LoraSettings = LoraSettings()
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
-    steps: int = Field(default=1000, ge=1, le=ROLLOUTS)
-    """Rollouts."""
+    rollouts: int = Field(default=1000, ge=1, le=ROLLOUTS)
+    """Rollouts of the run: each samples images, scores them and trains on them."""
     seed: int = Field(default=0, ge=0, le=2**64 - 1)
     """Seed of every random draw."""
     run: str | None = None

@@ -216,7 +216,7 @@ class Memory:
         """Bytes of the computer's memory that each GPU's process takes at most."""
         r, costs = self.recipe.rollout, self.costs
         models = {**self.train.models, **self.judge.models}.values()
-        stay = {"process": PROCESS, "captions": min(IN_MEMORY, self.recipe.steps * r.prompts * costs.caption)}
+        stay = {"process": PROCESS, "captions": min(IN_MEMORY, self.recipe.rollouts * r.prompts * costs.caption)}
         if self.offload:
             stay |= {"text encoders": costs.encoders.bytes, "reward models": sum(model.weights.bytes for model in models)}
         loaded = costs.network.bytes + costs.vae.bytes + (0 if self.offload else costs.encoders.bytes)

@@ -30,7 +30,7 @@ def _weighing(recipe: Recipe, once: Passes, step: int) -> Passes:
 def passes_in_all(recipe: Recipe) -> Passes:
     """Of the whole run."""
     total = Passes(0, 0, 0, 0)
-    for step in range(1, recipe.steps + 1):
+    for step in range(1, recipe.rollouts + 1):
         total += passes_of(recipe, step)
     return total
 
@@ -38,4 +38,4 @@ def passes_in_all(recipe: Recipe) -> Passes:
 def evaluations_in_all(recipe: Recipe) -> int:
     """How often a run is evaluated: before, every so many rollouts, and after."""
     every = recipe.evaluate.every
-    return 1 + (recipe.steps // every + (recipe.steps % every > 0) if every else 1)
+    return 1 + (recipe.rollouts // every + (recipe.rollouts % every > 0) if every else 1)

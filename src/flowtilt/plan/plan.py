@@ -104,7 +104,7 @@ class Plan:
                 },
                 "host": dict(self.host),
             },
-            "rollouts": self.recipe.steps,
+            "rollouts": self.recipe.rollouts,
             "evaluations": self.evaluations,
             "work": {
                 name: {"network_evaluations": effort.evaluations, "flops": dict(effort.flops), "hours": effort.hours}
@@ -157,7 +157,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
 def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float]]]:
     """Network evaluations and operations of a whole run by phase."""
     recipe, costs, machine = needed.recipe, needed.costs, needed.machine
-    r, e, steps = recipe.rollout, recipe.evaluate, recipe.steps
+    r, e, steps = recipe.rollout, recipe.evaluate, recipe.rollouts
     images, captions = (r.images(), r.prompts) if recipe.objective.samples else (0, 0)
     passes, times = passes_in_all(recipe), evaluations_in_all(recipe)
     evaluation_passes = times * e.images * evaluations_per_image(e.solver, e.steps, e.guidance)

@@ -38,7 +38,7 @@ def summary(plan: Plan) -> str:
         needs = f"{peak.name} needs {peak.total / GIB:.1f} GiB with {_micro_batches(plan)}"
         fit = f"DOES NOT FIT: {needs}, {over:.1f} more than {100 * (1 - SPARE):.0f} % of {m.gib:.4g} GiB"
     return (
-        f"{plan.recipe.name}: {plan.recipe.steps} rollouts of {r.prompts} x {r.images_per_prompt} images = "
+        f"{plan.recipe.name}: {plan.recipe.rollouts} rollouts of {r.prompts} x {r.images_per_prompt} images = "
         f"{amount(evaluations)} network evaluations, {operations(flops)}, about {duration(plan.hours)} on {m.gpus} {m.gpu} "
         f"at {100 * m.utilisation:.3g} % ({_rounded(plan.hours * m.gpus)} GPU-hours); {fit}"
     )
@@ -78,7 +78,7 @@ def _micro_batches(plan: Plan) -> str:
 
 
 def _work(plan: Plan) -> str:
-    steps = plan.recipe.steps
+    steps = plan.recipe.rollouts
     rows = [["work", "network evaluations", "of them a rollout", "operations", "time", "share"]]
     for name, effort in plan.work.items():
         calls = [f"{effort.evaluations:,}", f"{effort.evaluations / steps:,.0f}"] if effort.evaluations else ["", ""]

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def planned_steps(self) -> int | None:
-        steps = self.recipe.get("steps")
+        steps = self.recipe.get("rollouts", self.recipe.get("steps"))  # its name in 0.1.0
         return steps if isinstance(steps, int) else None
 
     @property

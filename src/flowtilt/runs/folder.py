@@ -33,7 +33,7 @@ from flowtilt.runs.tracking import TRACKERS
 
 WRITTEN = RunFolder.written(TRACKERS) | {HOLDER}
 """What flowtilt writes into a run's folder, besides the folders with a folder per step."""
-MAY_CHANGE = ("steps", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
+MAY_CHANGE = ("rollouts", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
 """Keys that a resumed run may set anew: they do not touch what was computed before."""
 RUN = "a training run"
 PATIENCE = 60.0

@@ -101,7 +101,7 @@ class Driver:
     @property
     def done(self) -> bool:
         """Whether the run is at the recipe's last rollout, or a guard stopped it."""
-        return self.clock.step >= self.recipe.steps or self.stopped_by is not None
+        return self.clock.step >= self.recipe.rollouts or self.stopped_by is not None
 
     def run(self) -> dict[str, object] | None:
         """Trains to the recipe's last step; returns the summary, or none when interrupted or stopped by a guard.
@@ -117,7 +117,7 @@ class Driver:
                 stopping = False
                 while not self.done and not stopping:
                     _, stopping = self._advance()
-                return self._finish() if self.clock.step == self.recipe.steps and not stopping else None
+                return self._finish() if self.clock.step == self.recipe.rollouts and not stopping else None
             except BaseException:
                 self._failed = self._failed or self.unsaved
                 raise
@@ -140,7 +140,7 @@ class Driver:
             try:
                 self._begin()
                 metrics, stopping = self._advance()
-                if self.clock.step == self.recipe.steps and not stopping:
+                if self.clock.step == self.recipe.rollouts and not stopping:
                     self._finish()
             except BaseException:
                 self._failed = self._failed or self.unsaved
@@ -179,7 +179,7 @@ class Driver:
         if self._begun:
             return
         self._begun, main = True, self.world.rank == 0
-        self._display = Display(self.recipe.steps, self.clock.step, self.recipe.objective.progress, not main, score_name_of(self.recipe))
+        self._display = Display(self.recipe.rollouts, self.clock.step, self.recipe.objective.progress, not main, score_name_of(self.recipe))
         if main:
             self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, self._display.say)
         if self.clock.step == 0:

@@ -68,7 +68,7 @@ class Trainer(Driver):
             with the callable given again.
         on_rollout: called after each rollout, on the first process, with its metrics and a `Preview` of its first images (None for a
             method that samples none). What it raises ends the run after a checkpoint.
-        keys: further keys of the recipe: steps=20, rollout={"prompts": 6}, run="runs/mine".
+        keys: further keys of the recipe: rollouts=20, rollout={"prompts": 6}, run="runs/mine".
 
     Raises:
         UserError: anything of the recipe that can't be loaded or used, before anything is written; another process
@@ -179,8 +179,8 @@ class Trainer(Driver):
             if not are_named(self.base_loras, found.state["parents"]):
                 raise UserError(f"{folder}: was trained on top of other LoRAs than those now in its {RunFolder.base_loras}/ or in lora.on")
             self.clock, self.guards = restore(found, self.recipe, self.micro_batch, self.policy, self.method)
-        if self.clock.step > self.recipe.steps:
-            raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond steps = {self.recipe.steps}; raise it")
+        if self.clock.step > self.recipe.rollouts:
+            raise UserError(f"{folder}: already at rollout {self.clock.step}, beyond rollouts = {self.recipe.rollouts}; raise it")
         if main and resume:
             runs.rewind(folder, self.clock.step or -1)
             checkpoint.prune(folder, self.recipe.checkpoint.keep)
@@ -289,7 +289,7 @@ class Trainer(Driver):
     def _evaluation_due(self) -> bool:
         """Whether an evaluation belongs to the rollouts done so far: to none, to all, or to every so many."""
         step, every = self.clock.step, self.recipe.evaluate.every
-        return step in (0, self.recipe.steps) or bool(every and step % every == 0)
+        return step in (0, self.recipe.rollouts) or bool(every and step % every == 0)
 
     def _evaluated(self) -> dict[str, Any] | None:
         """The line of the evaluation after the rollouts done so far; none where it was not made."""

@@ -54,7 +54,7 @@ def _unfinished(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         for entry in method.entries:
             if not entry.run.finished:
-                going.append(f"{method.label}, seed {entry.seed} ({entry.run.step:,} of {counted(entry.recipe.steps, 'rollout')})")
+                going.append(f"{method.label}, seed {entry.seed} ({entry.run.step:,} of {counted(entry.recipe.rollouts, 'rollout')})")
     return [f"Not finished: {'; '.join(going)}."] if going else []
 
 
