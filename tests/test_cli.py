@@ -59,7 +59,7 @@ def test_words_may_come_before_and_after_options():
         (["train", "playground", "rewards.beauty=1"], "no reward 'beauty'"),
         (["train", "playground", "rewards.mine=no.py:f"], "no file no.py"),
         (["train", "playground", "model=no/such/folder"], "no/such/folder"),
-        (["train", "playground", 'track=["wandb"]'], "flowtilt[track]"),
+        (["train", "playground", 'track=["wandb"]'], "pip install wandb"),
         (["train", "--resume", "nowhere"], "not a run"),
         (["sample", "a red circle", "--lora", "nowhere"], "nowhere"),
         (["sample", "a red circle", "--solver", "eulr"], "eulr"),

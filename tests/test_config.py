@@ -173,7 +173,7 @@ def test_a_value_may_hold_the_equals_sign():
     [
         ("steps", "override 'steps' is not key=value"),
         ("=3", "override '=3' is not key=value"),
-        ("steps.x=3", "override 'steps.x=3': 'steps' is a value, not a table"),
+        ("rollouts.x=3", "override 'rollouts.x=3': 'rollouts' is a value, not a table"),
         ("rollout.solver.name=3", "'solver' is a value, not a table"),
     ],
 )
@@ -256,16 +256,16 @@ METHODS = f'objective.type: must be one of {", ".join(map(repr, built_in()))}, o
 WRONG = [
     ("objective.bta=0.2", "objective.bta: unknown key; did you mean 'objective.beta'?"),
     ("rolout.steps=3", "rolout: unknown key; did you mean 'rollout'?"),
-    ("stesp=3", "stesp: unknown key; did you mean 'steps'?"),
+    ("rolouts=3", "rolouts: unknown key; did you mean 'rollouts'?"),
     ("lr=1", "lr: unknown key; did you mean 'optimizer.lr'?"),
     ("beta=1", "beta: unknown key; did you mean 'objective.beta'?"),
     ("rollout.step=1", "rollout.step: unknown key; did you mean 'rollout.steps'?"),
     ("rewards={total=1.0,playground=1.0}", "rewards.total: metrics have such names"),
     ("rewards.q={source='x', wieght=1}", "rewards.q.wieght: unknown key; did you mean 'rewards.q.weight'?"),
     ("qqq=1", "qqq: unknown key; `flowtilt keys` lists all"),
-    ("steps=lots", "steps: must be a valid integer, not 'lots'"),
-    ("rollouts=1.5", "steps: must be a valid integer, not 1.5"),
-    ("rollouts=0", "steps: must be greater than or equal to 1, not 0"),
+    ("rollouts=lots", "rollouts: must be a valid integer, not 'lots'"),
+    ("rollouts=1.5", "rollouts: must be a valid integer, not 1.5"),
+    ("rollouts=0", "rollouts: must be greater than or equal to 1, not 0"),
     ("seed=true", "seed: must be a valid integer, not True"),
     ("seed=-1", "seed: must be greater than or equal to 0, not -1"),
     ("optimizer.lr=nan", "optimizer.lr: must be a finite number, not nan"),
@@ -337,7 +337,7 @@ def test_an_error_of_the_file_names_the_file_and_one_of_its_base_names_the_base(
 
 
 def test_all_problems_are_said_at_once():
-    overrides = ["steps=lots", "objective.bta=1", "optimizer.lr=nan", "rollout.guidance=0.5", "evaluate.solver=x"]
+    overrides = ["rollouts=lots", "objective.bta=1", "optimizer.lr=nan", "rollout.guidance=0.5", "evaluate.solver=x"]
     said = refusal("playground", *overrides)
     for override in overrides:
         assert said.count(f"[command line: {override}]") == 1

@@ -56,7 +56,7 @@ def test_the_page_lies_in_the_folder_and_says_what_was_evaluated_and_how(two: Pa
     assert write_evaluation_page(two) == two / "report.html"
     page = report(two)
     assert page.says("stable-diffusion-3.5-medium with nft-geneval")
-    assert page.says("euler, 40 steps, guidance 1, 512 px, 2 images per prompt, seed 0, float32")
+    assert page.says("euler, 40 solver steps, guidance 1, 512 px, 2 images per prompt, seed 0, float32")
     assert page.says("geneval on geneval · mean over images") and page.says("geneval 36 prompts, 72 images")
     assert page.says("rewards.pickscore.revision abc123") and page.says("lora.0.sha256 9f9f")
     assert page.says("ocr on drawbench: its prompts quote no text") and page.says("what papers print")

@@ -101,7 +101,7 @@ def samples(run: Path, step: int, size: int = 32, **more: Any) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run of 30 steps with three evaluations and one guard."""
+    """A finished run of 30 rollouts with three evaluations and one guard."""
     folder = tmp_path / "runs" / "first"
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text('name = "playground"\nprompts = "playground"\nsteps = 30\nseed = 0\n')
@@ -125,11 +125,11 @@ def report(run: Path) -> Page:
 def test_the_report_lies_in_the_run_and_says_the_result_in_one_sentence(run: Path) -> None:
     assert write_report(run) == run / "report.html"
     page = report(run)
-    assert page.says("the held-out score rose from 0.31 to 0.93 in 30 steps, 45 s of training.")
+    assert page.says("the held-out score rose from 0.31 to 0.93 in 30 rollouts, 45 s of training.")
     assert page.says("Protocol: EMA weights, 240 images, 20 euler steps")
     assert page.says("240 images of 40 prompts 95% interval 0.25 to 0.36")
     assert page.says("counting 0.20 0.80")
-    assert page.says("deviation at step 12: v_theta is v_old")
+    assert page.says("deviation at rollout 12: v_theta is v_old")
     assert page.says("3 objects, not 2") and page.says("Right: 1 of 2 before")
     assert page.says("sample drawing the images 0.300 30%")
     assert page.says("versions.torch 2.9.0") and page.says('prompts = "playground"')
@@ -152,12 +152,12 @@ def test_the_page_can_be_read_without_seeing_it(run: Path) -> None:
     assert page.all("img") and all(image["alt"] for image in page.all("img"))
     charts = [svg for svg in page.all("svg") if svg.get("role") == "img"]
     assert charts and all(svg.get("aria-label") for svg in charts)
-    assert any("0.31 at step 0, 0.93 at step 30" in (svg["aria-label"] or "") for svg in charts)
+    assert any("0.31 at rollout 0, 0.93 at rollout 30" in (svg["aria-label"] or "") for svg in charts)
 
 
 def test_columns_of_the_grid_are_before_during_and_after(run: Path) -> None:
     alts = [image["alt"] or "" for image in report(run).all("img")]
-    assert alts[:3] == [f"two red circles, {when}: wrong, 3 objects, not 2" for when in ("before", "step 15", "after")]
+    assert alts[:3] == [f"two red circles, {when}: wrong, 3 objects, not 2" for when in ("before", "rollout 15", "after")]
     assert alts[3] == "a cross, before: right"
 
 
@@ -200,7 +200,7 @@ def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path) 
     for sentence in (
         "nothing is logged yet",
         "No evaluation yet",
-        "No step is logged yet",
+        "No rollout is logged yet",
         "No samples yet",
         "No guard fired",
         "No timings",
@@ -231,14 +231,14 @@ def test_a_run_that_goes_on_says_how_far_it_is(run: Path) -> None:
     lines(run / "metrics.jsonl", [step_record(step) for step in range(1, 18)])
     lines(run / "evaluations.jsonl", [evaluation(0, 0.31), evaluation(15, 0.64)])
     page = report(run)
-    assert page.says("the held-out score has risen from 0.31 to 0.64 by step 15 of 30.")
-    assert page.says("interrupted at 17 of 30 steps")
+    assert page.says("the held-out score has risen from 0.31 to 0.64 by rollout 15 of 30.")
+    assert page.says("interrupted at 17 of 30 rollouts")
     hold = Hold(run, "a training run")
     try:
-        assert report(run).says("running at 17 of 30 steps")
+        assert report(run).says("running at 17 of 30 rollouts")
     finally:
         hold.release()
-    assert report(run).says("interrupted at 17 of 30 steps")
+    assert report(run).says("interrupted at 17 of 30 rollouts")
 
 
 def test_an_old_summary_does_not_end_a_run_that_was_made_longer(run: Path) -> None:
@@ -251,13 +251,13 @@ def test_only_the_base_was_evaluated_yet(run: Path) -> None:
     lines(run / "metrics.jsonl", [step_record(1)])
     lines(run / "evaluations.jsonl", [evaluation(0, 0.31)])
     page = report(run)
-    assert page.says("the base has a held-out score of 0.31; no later evaluation yet, 1 of 30 steps done.")
-    assert page.says("Only step 0 has been evaluated so far.")
+    assert page.says("the base has a held-out score of 0.31; no later evaluation yet, 1 of 30 rollouts done.")
+    assert page.says("Only rollout 0 has been evaluated so far.")
 
 
 def test_the_summary_stands_in_for_missing_evaluations(run: Path) -> None:
     (run / "evaluations.jsonl").unlink()
-    assert report(run).says("rose from 0.31 to 0.93 in 30 steps")
+    assert report(run).says("rose from 0.31 to 0.93 in 30 rollouts")
 
 
 def test_a_fall_is_called_a_fall_and_shows_enough_digits(run: Path) -> None:

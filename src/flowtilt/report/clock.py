@@ -46,7 +46,7 @@ class Clock:
 
     def read(self, step: float) -> str:
         """step 12 · 3.4 min."""
-        return " · ".join([f"step {step:,.0f}", *(f"{short(self._at(other, step))} {other.unit}" for other in self.others[:1])])
+        return " · ".join([f"rollout {step:,.0f}", *(f"{short(self._at(other, step))} {other.unit}" for other in self.others[:1])])
 
     def choices(self) -> list[dict[str, Any]]:
         """The axes for the page's script, rollouts first: {"name", "unit", "ticks", "few", "knots"}, places in percent."""

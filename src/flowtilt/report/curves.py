@@ -59,7 +59,7 @@ def _spoken(what: str, steps: Array, values: Array) -> str:
     if not len(known):
         return f"{what}: no values"
     first, last = known[0], known[-1]
-    return f"{what}: {short(float(values[first]))} at step {steps[first]:.0f}, {short(float(values[last]))} at step {steps[last]:.0f}"
+    return f"{what}: {short(float(values[first]))} at rollout {steps[first]:.0f}, {short(float(values[last]))} at rollout {steps[last]:.0f}"
 
 
 def score_curve(run: Run) -> str:
@@ -117,7 +117,7 @@ def reward_curve(run: Run) -> str:
     """Training reward of every step, and its running mean where there are enough of them."""
     name = "reward/total" if "reward/total" in run.metric_names else next((n for n in run.metric_names if n.startswith("reward/")), None)
     if name is None:
-        nothing = "No step is logged yet, so there is no training reward."
+        nothing = "No rollout is logged yet, so there is no training reward."
         return none_yet("This run trains on no reward." if run.metric_names else nothing)
     time = clock(run)
     steps, rewards = run.series("step"), run.series(name)
@@ -160,7 +160,7 @@ def small_curves(run: Run) -> str:
         axes = (time.axis(FEW), value_axis([values], 3))
         chart = Chart(_spoken(name, steps, values), lines, *axes, UNIT, _marks(run), height=96, points=160, clock="few")
         figures.append(f'<figure class="small"><h3>{escape(name)}</h3>{chart.svg()}<figcaption>{meaning(name)}</figcaption></figure>')
-    lines = f"<p>Faint lines are every step, strong ones running means over {_window(steps)}.</p>" if len(steps) >= 20 else ""
+    lines = f"<p>Faint lines are every rollout, strong ones running means over {_window(steps)}.</p>" if len(steps) >= 20 else ""
     shown = f'{lines}<div class="smalls">{"".join(figures)}</div>' if figures else ""
     same = ", ".join(f"{escape(name)} {short(float(value), 4)}" for name, value in flat.items())
     return f"{shown}<p>Constant so far: {same}.</p>" if same else shown

@@ -31,7 +31,7 @@ def sample_grid(run: Run) -> str:
         return none_yet("No samples yet: the first are kept with the first evaluation.")
     steps = _evenly(list(run.samples), MOST_COLUMNS)
     named = zip(steps, _column_names(steps, run.finished), strict=True)
-    return sample_cards([Column(name, run.samples[step], f"at {name}" if name.startswith("step") else name) for step, name in named])
+    return sample_cards([Column(name, run.samples[step], f"at {name}" if name.startswith("rollout") else name) for step, name in named])
 
 
 def sample_cards(columns: Sequence[Column]) -> str:
@@ -64,11 +64,11 @@ def _evenly(values: list[int], most: int) -> list[int]:
 
 
 def _column_names(steps: Sequence[int], finished: bool) -> list[str]:
-    names = [f"step {step:,}" for step in steps]
+    names = [f"rollout {step:,}" for step in steps]
     if steps[0] == 0:
         names[0] = "before"
     if len(steps) > 1:
-        names[-1] = "after" if finished else f"now (step {steps[-1]:,})"
+        names[-1] = "after" if finished else f"now (rollout {steps[-1]:,})"
     return names
 
 

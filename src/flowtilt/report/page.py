@@ -9,7 +9,7 @@ from flowtilt.report.numbers import counted
 def page(run: Run) -> str:
     """The report of a run as HTML."""
     title = f"{run.name}: {verdict.sentence(run, verdict.verdict(run))}"
-    footer = f"<footer>Written by flowtilt after {counted(run.step, 'step')}.</footer>"
+    footer = f"<footer>Written by flowtilt after {counted(run.step, 'rollout')}.</footer>"
     return document(title, f"{verdict.headline(run)}\n{_sections(run)}\n{footer}", script="page.js")
 
 

@@ -42,7 +42,7 @@ def evaluations(run: Run) -> str:
         cells = [f"{record['step']:,.0f}", duration(seconds) if math.isfinite(seconds) else "–"]
         cells += [*(fixed(column[i], 4) for column in columns.values()), fixed(number(record, "images"), 0), between]
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("step", "training", *columns, "images", "95% interval"))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("rollout", "training", *columns, "images", "95% interval"))
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return folded("The same as a table", scrolling("Evaluations", table))
 
@@ -60,9 +60,9 @@ def tags(run: Run) -> str:
     said = ["The same score as above, for each kind of prompt by itself. In brackets is the 95% interval over its prompts."]
     said += [f"No interval: {why}." for why in dict.fromkeys(e.why_none for e in shown if e.why_none)]
     if first == last:
-        said.insert(0, f"Only step {first:,.0f} has been evaluated so far.")
+        said.insert(0, f"Only rollout {first:,.0f} has been evaluated so far.")
     else:
-        keys = f'<span class="key before"></span> step {first:,.0f} <span class="key after"></span> step {last:,.0f}.'
+        keys = f'<span class="key before"></span> rollout {first:,.0f} <span class="key after"></span> rollout {last:,.0f}.'
         said.insert(0, keys)
     return f'<div class="tag-rows">{rows}</div><p>{" ".join(said)}</p>'
 
@@ -88,10 +88,10 @@ def guards(run: Run) -> str:
     if not run.guards:
         return none_yet("No guard fired.")
     rows = [
-        f"<li><b>{escape(str(g.get('guard', 'guard')))}</b> at step {number(g, 'step'):,.0f}: {escape(str(g.get('message', '')))}</li>"
+        f"<li><b>{escape(str(g.get('guard', 'guard')))}</b> at rollout {number(g, 'step'):,.0f}: {escape(str(g.get('message', '')))}</li>"
         for g in run.guards
     ]
-    return f'<ul class="guards">{"".join(rows)}</ul><p>Dashed lines mark these steps on every curve.</p>'
+    return f'<ul class="guards">{"".join(rows)}</ul><p>Dashed lines mark these rollouts on every curve.</p>'
 
 
 def timings(run: Run) -> str:
@@ -109,8 +109,8 @@ def timings(run: Run) -> str:
         f"<td>{fixed(means[name], decimals)}</td><td>{share:.0%}</td></tr>"
         for i, (name, share) in enumerate(parts)
     ]
-    head = "<thead><tr><th>phase</th><th>seconds a step</th><th>share</th></tr></thead>"
-    foot = f'<tfoot><tr><th scope="row">whole step</th><td>{fixed(total, decimals)}</td><td>100%</td></tr></tfoot>'
+    head = "<thead><tr><th>phase</th><th>seconds per rollout</th><th>share</th></tr></thead>"
+    foot = f'<tfoot><tr><th scope="row">whole rollout</th><td>{fixed(total, decimals)}</td><td>100%</td></tr></tfoot>'
     table = f'<table class="numbers phases">{head}<tbody>{"".join(rows)}</tbody>{foot}</table>'
     return f"{divided_bar(parts)}{scrolling('Timings', table)}<p>{' '.join(_pace(run))}</p>"
 
@@ -126,7 +126,7 @@ def _pace(run: Run) -> list[str]:
     rates = run.series("images_per_second")
     rates = rates[np.isfinite(rates)]
     if len(rates):
-        said.append(f"{short(float(np.median(rates)))} images a second (median step).")
+        said.append(f"{short(float(np.median(rates)))} images per second (median rollout).")
     if math.isfinite(run.seconds):
         said.append(f"{duration(run.seconds)} of training in all.")
     passes = run.series("network_evaluations")

@@ -87,8 +87,8 @@ def score_name(run: Run) -> str:
 def progress(run: Run) -> str:
     """60 steps, or 17 of 60 steps where more are planned."""
     if not run.finished and run.planned_steps and run.planned_steps > run.step:
-        return f"{run.step:,} of {counted(run.planned_steps, 'step')}"
-    return counted(run.step, "step")
+        return f"{run.step:,} of {counted(run.planned_steps, 'rollout')}"
+    return counted(run.step, "rollout")
 
 
 def _took(run: Run) -> str:
@@ -104,7 +104,7 @@ def sentence(run: Run, result: Verdict) -> str:
             return f"the base has a {name} of {fixed(before.value, result.decimals)}; no later evaluation{yet}, {progress(run)} done."
         return f"no evaluation{yet}, {progress(run)} done." if run.step else "nothing is logged yet."
     now, of = fixed(after.value, result.decimals), f" of {run.planned_steps:,}" if run.planned_steps else ""
-    by = f"in {progress(run)}{_took(run)}" if run.finished else f"by step {after.step:,}{of}"
+    by = f"in {progress(run)}{_took(run)}" if run.finished else f"by rollout {after.step:,}{of}"
     if before is None:
         return f"the {name} reached {now} {by}; the base was not evaluated."
     was = fixed(before.value, result.decimals)
@@ -145,7 +145,7 @@ def _big(name: str, score: Score | None, decimals: int) -> str:
     value, more = "–", ["not measured yet" if name == "so far" else "not measured"]
     if score:
         value = fixed(score.value, decimals)
-        more = [f"step {score.step:,}"] if name == "so far" else []
+        more = [f"rollout {score.step:,}"] if name == "so far" else []
         more += [extent(score.of), interval(score.of, decimals)]
     look = "big newest" if score and name != "before" else "big"
     details = "".join(f"<span>{part}</span>" for part in more if part)

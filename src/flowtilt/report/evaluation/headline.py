@@ -21,7 +21,7 @@ GENERIC = {
 """Parts of a LoRA's path that don't tell it from others."""
 FORMS = {
     "eta": "eta {}",
-    "steps": "{} steps",
+    "steps": "{} solver steps",
     "guidance": "guidance {}",
     "embedded_guidance": "embedded guidance {}",
     "resolution": "{} px",
