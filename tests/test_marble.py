@@ -137,7 +137,7 @@ def colours(folder):
 
 def test_a_run_costs_what_the_plan_says_and_a_resumed_one_has_its_bits(tmp_path):
     mine = colours(tmp_path)
-    recipe = quick(tmp_path / "whole", *mine, "steps=4")
+    recipe = quick(tmp_path / "whole", *mine, "rollouts=4")
     Trainer(recipe).run()
     lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
     assert [line["network_evaluations"] for line in lines] == list(accumulate(passes_of(recipe, step).evaluations for step in range(1, 5)))
@@ -147,8 +147,8 @@ def test_a_run_costs_what_the_plan_says_and_a_resumed_one_has_its_bits(tmp_path)
     alphas = [line["marble/alpha/red"] for line in lines]
     assert alphas[0] == alphas[1] != alphas[2] == alphas[3]
 
-    Trainer(quick(tmp_path / "parts", *mine, "steps=3")).run()
-    Trainer(quick(tmp_path / "parts", *mine, "steps=4"), resume=tmp_path / "parts").run()
+    Trainer(quick(tmp_path / "parts", *mine, "rollouts=3")).run()
+    Trainer(quick(tmp_path / "parts", *mine, "rollouts=4"), resume=tmp_path / "parts").run()
     both = [sorted((tmp_path / name / "checkpoints").iterdir())[-1] for name in ("whole", "parts")]
     assert (both[0] / "current.safetensors").read_bytes() == (both[1] / "current.safetensors").read_bytes()
 

@@ -13,7 +13,7 @@ from contest.settings import Amount
 from flowtilt.build import evaluation_prompts, sampler_of, training_prompts
 from flowtilt.config import Recipe, load_recipe
 from flowtilt.device.micro_batch import MicroBatch
-from flowtilt.evaluate import BLOCK, Row, draw, each, spread
+from flowtilt.evaluate import BLOCK, Row, each, generate, spread
 from flowtilt.flow import add_noise
 from flowtilt.io.files import write_json
 from flowtilt.lora.stacked import read_stack
@@ -101,5 +101,5 @@ def _drawn(stack: TunedModel, recipe: Recipe, prompts: list[Prompt], rows: list[
     e, size = recipe.evaluate, MicroBatch("auto", "cpu")
     sampler = sampler_of(e)
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    images = torch.cat([draw(stack, "tuned", prompts, block, sampler, FRESH, size) for block in blocks])
+    images = torch.cat([generate(stack, "tuned", prompts, block, sampler, FRESH, size) for block in blocks])
     return images, verify.score(images, [prompts[index] for index, _ in rows])

@@ -14,7 +14,7 @@ from contest.page import between, median, run_on, table
 from flowtilt.build import evaluation_prompts, sampler_of, training_prompts
 from flowtilt.config import load_recipe
 from flowtilt.device.micro_batch import MicroBatch
-from flowtilt.evaluate import draw, spread
+from flowtilt.evaluate import generate, spread
 from flowtilt.io.files import write_atomic
 from flowtilt.io.images import to_pil
 from flowtilt.lora.stacked import read_stack
@@ -64,9 +64,9 @@ def picture(target: Path, runs: Mapping[str, Path]) -> None:
     prompts = evaluation_prompts(recipe, training_prompts(recipe))
     rows = spread(prompts, recipe.evaluate.images)[:SHOWN]
     size = MicroBatch("auto", "cpu")
-    drawn = [("teacher, 20 steps, guided", draw(_stack(recipe, None), "base", prompts, rows, TEACHER, recipe.seed, size))]
+    drawn = [("teacher, 20 steps, guided", generate(_stack(recipe, None), "base", prompts, rows, TEACHER, recipe.seed, size))]
     for name, run in runs.items():
-        images = draw(_stack(recipe, run), "tuned", prompts, rows, sampler_of(recipe.evaluate), recipe.seed, size)
+        images = generate(_stack(recipe, run), "tuned", prompts, rows, sampler_of(recipe.evaluate), recipe.seed, size)
         drawn.append((LABELS[name], images))
     shown = [prompts[index] for index, _ in rows]
     buffer = BytesIO()

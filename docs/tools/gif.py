@@ -21,7 +21,11 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
     frames = [frame(folder) for folder in sorted((args.run / "samples").glob("step-*"))]
-    palette = [one.quantize(64, dither=Image.Dither.NONE) for one in frames]
+    strip = Image.new("RGB", (frames[0].width, sum(one.height for one in frames)))
+    for number, one in enumerate(frames):
+        strip.paste(one, (0, number * one.height))
+    colours = strip.quantize(128)  # one palette for all frames
+    palette = [one.quantize(palette=colours, dither=Image.Dither.NONE) for one in frames]
     durations = [1400] + [450] * (len(frames) - 2) + [3000]
     palette[0].save(args.output, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
     print(f"{args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.2f} MB")
