@@ -8,13 +8,12 @@ import pytest
 import torch
 from conftest import quick
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
-from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from reading import from_pretrained
 from safetensors.torch import load_file
 from test_lora import random_lora, same
 
-from flowtilt import Trainer, UserError, load_recipe
+from flowtilt import Trainer, UserError
 from flowtilt.cli import export as command
 from flowtilt.lora.fit import linear_layers, shapes_of
 from flowtilt.lora.read import read_lora
@@ -23,7 +22,6 @@ from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.tuned_model import TunedModel
-from flowtilt.runs import card
 from flowtilt.runs.export import FORMATS, export
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise
@@ -230,59 +228,6 @@ def test_in_an_fp32_base_merged_loras_have_the_stacks_bits(exact_base, tmp_path)
     read = [read_lora(tmp_path / str(k)) for k in range(2)]
     assert torch.equal(by_us(tmp_path / "out", []), by_us(exact_base, read))
     close(by_us(exact_base, two), by_us(exact_base, read), plain(exact_base))
-
-
-# from a run ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("to", ["diffusers", "peft"])
-def test_a_runs_export_has_a_card_whose_snippet_works(learnt, tmp_path, to):
-    line = export([learnt], tmp_path / "out", to)
-    assert str(tmp_path / "out") in line and "\n" not in line
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "rank 32 (alpha 32)" in text and "score:" in text and str(learnt) not in text and "`recipe.toml` in this folder" in text
-    assert (tmp_path / "out" / "recipe.toml").read_bytes() == (learnt / "recipe.toml").read_bytes()
-    scope = {}
-    exec(text.split("```python\n")[1].split("```")[0], scope)
-    assert scope["image"].size == (32, 32)
-    same(read_lora(learnt), read_lora(tmp_path / "out"))
-    assert scope["pipe"].transformer.peft_config
-
-
-def metadata(card):
-    """What a hub reads of a card."""
-    return ModelCard(card).data.to_dict()
-
-
-@pytest.mark.parametrize("to", ["diffusers", "peft"])
-def test_a_hub_reads_what_the_card_says(learnt, tmp_path, to):
-    export([learnt], tmp_path / "out", to)
-    found = metadata((tmp_path / "out" / "README.md").read_text())
-    assert found == {
-        "library_name": to,
-        "license": "apache-2.0",
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "lora", "flowtilt", "nft"],
-    }
-    assert metadata((learnt / "lora" / "README.md").read_text()) == found | {"library_name": "diffusers"}
-
-
-@pytest.mark.parametrize("path", ["a: b", "#1/x", "- x", "'", "C:\\models\\sd3", '"q"', "/models/of me", "{x}", "models"])
-def test_a_base_in_a_folder_of_any_name_is_no_hub_id_and_spoils_nothing(path):
-    recipe = load_recipe("playground", [f"model.path={json.dumps(path)}"])
-    found = metadata(card.metadata(recipe, "peft") + "# text\n")
-    assert "base_model" not in found and "license" not in found and found["library_name"] == "peft"
-
-
-def test_a_base_on_the_hub_is_named_with_its_licence(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = metadata(card.metadata(load_recipe("sd35m", ["rewards.mine=jpeg_compressibility"])) + "# text\n")
-    assert found["base_model"] == "stabilityai/stable-diffusion-3.5-medium" and found["base_model_relation"] == "adapter"
-    assert (found["license"], found["license_name"]) == ("other", "stabilityai-ai-community")
-    recipe = load_recipe("playground", ["model.path=some/model"])
-    assert metadata(card.metadata(recipe) + "# text\n")["base_model"] == "some/model"
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    assert "base_model" not in metadata(card.metadata(recipe) + "# text\n")
 
 
 @pytest.fixture(scope="module")

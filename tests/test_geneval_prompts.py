@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowtilt.cli import main
 from flowtilt.errors import UserError
 from flowtilt.prompts import load_prompts
 from flowtilt.prompts.geneval import SPACES, caption, generate, to_lines
@@ -172,3 +173,8 @@ def test_the_judge_takes_them_and_a_scene_drawn_to_them_is_right():
         assert verdict.strict and verdict.correct and verdict.score == 1
         extra = judge([*scene(prompt), scene(prompt)[0]], {"tag": prompt.tag, **prompt.metadata})
         assert not extra.strict and extra.correct == (prompt.tag != "counting")
+
+
+def test_the_playgrounds_prompts_can_be_excluded_by_name(capsys):
+    assert main(["prompts", "geneval", "--n", "3", "--exclude", "playground"]) == 0
+    assert capsys.readouterr().out == to_lines(generate(3, 0))

@@ -1,11 +1,14 @@
 """Runs that go wrong, from their first rollout to the guard's line in the run's folder."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import quick
 
 from flowtilt import Trainer
-from flowtilt.io.files import read_lines
+from flowtilt.io.files import append_line, read_lines
+from flowtilt.runs.folder import open_run
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import noise
 from flowtilt.training.image_metrics import image_features, image_metrics
@@ -100,3 +103,15 @@ def test_guards_go_on_where_a_run_was_interrupted(tmp_path):
     assert not fired(run)
     Trainer(quick(run, *settings, "rollouts=3", whole=True), resume=run).run()
     assert fired(run)["no_contrast"]["step"] == 3
+
+
+def test_a_guard_that_was_to_stop_a_run_does_so_where_a_kill_came_first(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    step = read_lines(run / "metrics.jsonl")[-1]["step"]
+    append_line(run / "guards.jsonl", {"step": step, "guard": "held_out", "message": "it falls", "stops": True})
+    overrides = [f"rollouts={step + 1}", "guards=stop"]
+    trainer = Trainer(open_run(run, overrides), resume=run)
+    assert trainer.run() is None and trainer.stopped_by == "it falls" and len(read_lines(run / "metrics.jsonl")) == step
+    again = Trainer(open_run(run, overrides), resume=run)  # on purpose
+    again.run()
+    assert len(read_lines(run / "metrics.jsonl")) == step + 1

@@ -170,3 +170,15 @@ def test_a_lora_is_known_by_its_weights(finished, tmp_path):
     weights.write_bytes(data)
     assert inputs.changes(named, tmp_path / "run", begun=True) == []
     assert len(inputs.changes(named, tmp_path / "run", begun=False)) == 1
+
+
+def test_what_ranks_compare_of_files_is_their_content(tmp_path):
+    """On another machine the same path may be another file."""
+    for name in ("p.txt", "mine.py"):
+        (tmp_path / name).write_text("a red circle\n")
+    recipe = inputs.whole(load_recipe("playground", [f"prompts={tmp_path}/p.txt", f"rewards.mine={tmp_path}/mine.py:f"]))
+    before = inputs.contents(recipe)
+    (tmp_path / "mine.py").write_text("a red square\n")
+    after = inputs.contents(recipe)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"the content of rewards.mine"}
+    assert before["the content of prompts"] and len(before) == 2

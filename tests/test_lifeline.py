@@ -47,7 +47,7 @@ def check_one_line(stderr, said):
 @pytest.mark.parametrize(
     ("what", "size", "codes", "said"),
     [
-        ("raise ZeroDivisionError('one over nothing')", 2, [1, 2], "rank 1: reward mine failed: ZeroDivisionError: one over nothing"),
+        ("raise ZeroDivisionError('one over nothing')", 2, [2, 2], "rank 1: reward mine failed: ZeroDivisionError: one over nothing"),
         ("os.kill(os.getpid(), 9)", 3, [1, -9, 1], "rank 1 is gone without a word"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowtilt.config import load_recipe, to_toml
-from flowtilt.config.held_out import score_name_of
 from flowtilt.errors import UserError
 from flowtilt.io.locks import Hold
 from flowtilt.report import write_report
-from flowtilt.report.axes import nice_step, round_ticks, thin, value_axis
-from flowtilt.report.numbers import duration, short
-from flowtilt.training.display import Display
+from flowtilt.report.numbers import short
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
@@ -368,33 +363,6 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 17.0), (1e-7, 4e-7), (2.1e6, 9e6), (0.93, 0.94), (-5.0, -4.0), (0.0, 1e99)])
-def test_ticks_are_few_round_and_distinct(low: float, high: float) -> None:
-    axis = value_axis([np.array([low, high, np.nan])])
-    labels = [label for _, label in axis.ticks]
-    assert axis.low <= low < high <= axis.high and 2 <= len(labels) <= 8 and len(set(labels)) == len(labels)
-    assert all(len(label) <= 10 for label in labels)
-
-
-def test_a_step_of_ticks_is_one_two_or_five() -> None:
-    assert [nice_step(span, 5) for span in (1.0, 3.0, 60.0, 0.9)] == pytest.approx([0.2, 1.0, 20.0, 0.2])
-    assert [label for _, label in round_ticks(0, 1, 0.5)] == ["0", "0.5", "1.0"]
-
-
-def test_thinning_keeps_the_ends_and_the_extremes() -> None:
-    values = np.sin(np.arange(10_000) / 50)
-    values[1234], values[8765] = 5.0, -5.0
-    values[3000:4000] = np.nan
-    kept = thin(values, 400)
-    assert {0, 1234, 8765, 9999} <= set(kept) and len(kept) <= 402 and kept == sorted(kept)
-    assert any(math.isnan(values[i]) for i in kept)
-
-
-def test_numbers_are_rounded_to_what_they_mean() -> None:
-    assert [short(v) for v in (0.123456, 1234.5, 1.5e-4, 7.6e7, math.nan, 0.0)] == ["0.123", "1,234", "1.5×10⁻⁴", "76 M", "–", "0"]
-    assert [duration(s) for s in (5.31, 58.1, 750, 11_500)] == ["5.3 s", "58 s", "12.5 min", "3.2 h"]
-
-
 def axes(run: Path) -> list[dict[str, Any]]:
     found = [attrs["data-axes"] for attrs in report(run).all("div") if attrs.get("data-axes")]
     return json.loads(found[0] or "") if found else []
@@ -420,67 +388,3 @@ def test_without_clocks_there_is_nothing_to_choose(run: Path) -> None:
 def test_time_comes_in_the_unit_that_fits(run: Path) -> None:
     lines(run / "metrics.jsonl", [step_record(step, seconds=900.0 * step) for step in range(1, 31)])
     assert axes(run)[1]["name"] == "hours of training"
-
-
-# damaged files ---------------------------------------------------------------------------------------
-
-
-def test_what_could_not_be_read_is_counted_and_said_once(run: Path) -> None:
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(
-            b'{"step": 40, "loss"\n\xff\xfe\n{"loss": 3}\n'
-            + b"[" * 3000
-            + b"\n{"
-            + b'"step": 31, "loss": '
-            + b"9" * 5000
-            + b"}\n"
-            + b"\0" * 37
-        )
-    (run / "environment.json").write_text('{"a":' * 500 + "1" + "}" * 500)
-    lines(run / "evaluations.jsonl", [evaluation(0, 0.31), {"step": 15}, evaluation(30, 0.93)])
-    (run / "guards.jsonl").write_text('{"guard": "x"}\n')
-    page = report(run)
-    assert page.text.count("Not all of the run's files could be read") == 1
-    for said in (
-        "metrics.jsonl: 4 lines cannot be read, 1 line without a step",
-        "environment.json: cannot be read",
-        "evaluations.jsonl: 1 evaluation without a score",
-        "guards.jsonl: 1 line without a step",
-    ):
-        assert page.says(said), said
-
-
-def test_of_a_whole_run_nothing_is_said_to_be_lost(run: Path) -> None:
-    assert "could be read" not in report(run).text
-
-
-def test_a_pipe_or_a_folder_in_a_files_place_is_not_waited_for(run: Path) -> None:
-    for name, make in (("metrics.jsonl", os.mkfifo), ("summary.json", os.mkdir)):
-        (run / name).unlink()
-        make(run / name)
-    page = report(run)
-    assert page.says("metrics.jsonl: cannot be read") and page.says("summary.json: cannot be read")
-
-
-# words -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prompts", "judged", "name"),
-    [
-        ("playground", None, "held-out score"),
-        ("mine.txt", "mine.txt", "score on the training prompts"),
-        ("mine.txt", "./mine.txt", "score on the training prompts"),
-        ("mine.txt", "others.txt", "held-out score"),
-    ],
-)
-def test_the_terminal_and_the_page_call_the_score_what_it_is(
-    prompts: str, judged: str | None, name: str, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = load_recipe("playground", [f"prompts={prompts}", *([f"evaluate.prompts={judged}"] if judged else [])])
-    display = Display(3, 0, ("reward/total", "reward"), score_name=score_name_of(recipe))
-    display.evaluation(2, 0.5, {})
-    display.close()
-    assert f"after 2 rollouts: {name} 0.500" in capsys.readouterr().err
-    (run / "recipe.toml").write_text(to_toml(recipe))
-    assert report(run).says(f"the {name} rose")

@@ -118,6 +118,16 @@ def changes(recipe: Recipe, run: Path, begun: bool) -> list[str]:
     return found
 
 
+def contents(recipe: Recipe) -> dict[str, str | None]:
+    """The first digits of the SHA-256 of each file or folder that the recipe names; none where there is nothing."""
+    return {
+        f"the content of {key}{f' {number}' if number else ''}": found and found[:16]
+        for key, paths in _named(recipe).items()
+        for number, path in enumerate(paths)
+        for found in [_digest(key, path)]
+    }
+
+
 def check(recipe: Recipe, run: Path, begun: bool) -> None:
     """Raises UserError where the run was made of something else; see `changes`."""
     if found := changes(recipe, run, begun):

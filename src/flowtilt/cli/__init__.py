@@ -1,6 +1,7 @@
 """The command line. Everything it does is one call in Python; torch is imported only by what needs it."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
+def _paths() -> Iterator[None]:
+    """What a system says of a path that it can't use, such as one with a name too long, as an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise UserError(f"{str(error.filename)[:60]}…: {error.strerror}") from error
+
+
+@contextmanager
 def _all_ranks(ending: signals.Ending) -> Iterator[None]:
     """Under torchrun, the processes as one: where one fails, all end."""
     if torchrun.place().size == 1:
@@ -106,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     with signals.handled() as ending:
         try:
             args = parser().parse_args(words)
-            with _all_ranks(ending), ending.whole():
+            with _all_ranks(ending), ending.whole(), _paths():
                 status = args.call(args)
         except UserError as error:
             if "--debug" in words:

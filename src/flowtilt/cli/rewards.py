@@ -78,7 +78,7 @@ def _download(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> int:
-    from flowtilt.playground import PROMPTS
+    from flowtilt.playground import PROMPTS, world
     from flowtilt.prompts import geneval, sets
 
     if args.kind is None:
@@ -86,7 +86,8 @@ def _prompts(args: argparse.Namespace) -> int:
         width = max(map(len, listed))
         print("\n".join(f"{name:{width}}  {about}" for name, about in listed.items()))
         return 0
-    excluded = {prompt.text for source in args.exclude for prompt in sets.load(source)}
+    lists = [world.prompts("test") if source == "playground" else sets.load(source) for source in args.exclude]
+    excluded = {prompt.text for prompts in lists for prompt in prompts}
     written = geneval.to_lines(geneval.generate(args.n, args.seed, excluded))
     if args.output is None:
         sys.stdout.write(written)

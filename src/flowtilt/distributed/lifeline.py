@@ -24,8 +24,8 @@ from flowtilt.distributed.attention import BUSY, IN_MESSAGE, REPORTS, STUCK
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 
-FAILED, INTERRUPTED, WELL = b"f", b"i", b"w"
-"""What a rank says in the end; the hub passes on the first two, with the rank."""
+FAILED, REFUSED, INTERRUPTED, WELL = b"f", b"r", b"i", b"w"
+"""What a rank says in the end; the hub passes on all but the last, with the rank. REFUSED is an error of the user's."""
 HERE = b"."
 """What the hub says now and then."""
 POLL_SECONDS = 2.0
@@ -100,7 +100,7 @@ class Lifeline:
             self._news.wait(POLL_SECONDS)
         if not self._news.is_set():
             with suppress(OSError):
-                self._connection.sendall(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+                self._connection.sendall(_why(error))
             self._news.wait(POLL_SECONDS)
         return self._culprit in (None, self._rank)
 
@@ -139,7 +139,7 @@ class Lifeline:
             return
         culprit = _read(self._connection, 4)
         self._culprit = int.from_bytes(culprit) if culprit else 0
-        self.status = torchrun.interrupted_status() if said == INTERRUPTED else 1
+        self.status = {INTERRUPTED: torchrun.interrupted_status(), REFUSED: 2}.get(said, 1)
         self._news.set()
         if self._culprit == self._rank:
             return
@@ -178,9 +178,10 @@ def _serve(server: socket.socket, token: bytes, size: int, patience: float) -> N
                 if said == WELL:
                     well += 1
                     continue
-                if said not in (FAILED, INTERRUPTED):
+                known = said in (FAILED, REFUSED, INTERRUPTED)
+                if not known:
                     _say(_gone(ranks[connection]))
-                news = (INTERRUPTED if said == INTERRUPTED else FAILED) + ranks[connection].to_bytes(4)
+                news = (said if known else FAILED) + ranks[connection].to_bytes(4)
                 # the first rank comes last: it may end at the news, and the hub with it
                 for one in sorted(ranks, key=lambda one: -ranks[one]):
                     one.settimeout(POLL_SECONDS)  # one that hangs may have read nothing for hours
@@ -195,6 +196,11 @@ def _serve(server: socket.socket, token: bytes, size: int, patience: float) -> N
                 for one in ranks:
                     with suppress(OSError):
                         one.send(HERE, getattr(socket, "MSG_DONTWAIT", 0))
+
+
+def _why(error: BaseException) -> bytes:
+    """What a rank says that ends with this error."""
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else REFUSED if isinstance(error, UserError) else FAILED
 
 
 def _hello(connection: socket.socket, token: bytes) -> int | None:

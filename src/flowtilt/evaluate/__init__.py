@@ -128,11 +128,12 @@ def evaluate(
     """
     rows = spread(prompts, images)
     blocks = [rows[start : start + BLOCK] for start in range(0, images, BLOCK)]
+    mine = world.share(len(blocks))
     parts: list[dict[str, Tensor]] = []
     notes: list[str] = []
     kept: dict[int, Tensor] = {}
-    drawing.model.encode.prepare(prompts[index].text for number in world.share(len(blocks)) for index, _ in blocks[number])
-    for number in world.share(len(blocks)):
+    drawing.model.encode.prepare(prompts[index].text for number in mine for index, _ in blocks[number])
+    for number in mine:
         pictures = generate(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
         scores, said = judge(rewards, pictures, [prompts[index] for index, _ in blocks[number]], drawing.model.device)
         parts.append({name: _padded(value) for name, value in scores.items()})
@@ -157,16 +158,21 @@ def evaluate(
         {name: float(values[~values.isnan()].double().std(correction=0)) for name, values in columns.items() if _mean(values) is not None},
         {name: count for name, values in columns.items() if (count := int(values.isnan().sum()))},
         images,
-        {
-            "captions": hashlib.sha256("\n".join(prompt.text for prompt in row_prompts).encode()).hexdigest(),
-            "prompt": [index for index, _ in rows],
-            "tag": [prompt.tag for prompt in row_prompts],
-            "score": [None if math.isnan(score) else score for score in columns[column].tolist()],
-            "range": list(ranges_of(rewards).get(column, ())),
-        },
+        _by_image(rows, row_prompts, columns[column], ranges_of(rewards).get(column, ())),
         _collected(kept, len(sample_records), world),
         sample_records,
     )
+
+
+def _by_image(rows: Sequence[Row], prompts: Sequence[Prompt], scores: Tensor, span: Sequence[float]) -> dict[str, str | list]:
+    """`Evaluation.by_image`."""
+    return {
+        "captions": hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest(),
+        "prompt": [index for index, _ in rows],
+        "tag": [prompt.tag for prompt in prompts],
+        "score": [None if math.isnan(score) else score for score in scores.tolist()],
+        "range": list(span),
+    }
 
 
 def _gathered(parts: Sequence[Mapping[str, Tensor]], blocks: int, world: World) -> dict[str, Tensor]:

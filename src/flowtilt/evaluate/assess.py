@@ -12,6 +12,7 @@ from flowtilt.config.trust import of_model, of_rewards
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.device.placement import storage_device
 from flowtilt.distributed import world as distributed
+from flowtilt.distributed.sameness import leaves
 from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
 from flowtilt.evaluate.folder import PromptSet, opened, run
@@ -96,6 +97,8 @@ def assess(
         protocol_so_far = _model_protocol(stack.model, settings, added, sampler) | _prompt_protocol(loaded) | chosen
         return protocol_so_far | _reward_protocol(named, eval_rewards, dropped) | {"flowtilt": versions()["flowtilt"]}
 
+    if world.size > 1:
+        world.agree(leaves(protocol()) | {"--save-images": save_images, "version of torch": versions()["torch"]})
     size = MicroBatch(micro_batch, world.device.type)
     with opened(folder, protocol, world):
         return run(folder, stack, sets, variants, sampler, seed=seed, micro_batch=size, world=world, save_images=save_images)

@@ -2,6 +2,9 @@
 
 Beside the lock lies the note, since a locked file can't be read everywhere. The lock file stays: whoever deleted it could
 let two processes in, one of them waiting for the file that is gone.
+
+A shared file system may have no locks, or locks that other machines don't see. So the holder touches its note every few seconds,
+and a note of another machine's is watched for a while: one that is touched has an owner, one that is not was left by a kill.
 """
 
 import errno
@@ -10,6 +13,8 @@ import json
 import os
 import socket
 import sys
+import threading
+import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +30,10 @@ FILES = (LOCK, HOLDER)
 """What a lock adds to its folder."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What file systems without locks answer."""
+BEAT = 5.0
+"""Seconds after which a holder touches its note again."""
+WATCH = 4 * BEAT
+"""Seconds that the note of another machine is watched, for which it may be cached."""
 
 
 class Hold:
@@ -44,6 +53,7 @@ class Hold:
     def __init__(self, folder: Path, what: str, patience: float = 0.0):
         self.folder, self._what, self._pid = folder, what, os.getpid()
         self._lock: Any = None
+        self._stopped = threading.Event()
         lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
         with disk_errors(folder / LOCK):
             try:
@@ -54,13 +64,41 @@ class Hold:
                 if error.errno not in _NO_LOCKS:
                     raise
                 self._without_lock()
+            if self._is_alive_elsewhere():
+                self._let_go(lock)
+                raise self._refusal()
         self._lock = lock
         started = datetime.now().astimezone().isoformat(" ", "seconds")
         try:
-            write_atomic(folder / HOLDER, json.dumps({"pid": self._pid, "host": socket.gethostname(), "since": started, "what": what}))
+            write_atomic(
+                folder / HOLDER, json.dumps({"pid": self._pid, "host": socket.gethostname(), "since": started, "what": what, "beats": BEAT})
+            )
         except UserError:
             self.release()
             raise
+        threading.Thread(target=_beat, args=(folder / HOLDER, self._stopped), daemon=True).start()
+
+    def _is_alive_elsewhere(self) -> bool:
+        """Whether a process on another machine touches the note now."""
+        note, holder = self.folder / HOLDER, _holder(self.folder)
+        if not holder.get("beats") or holder.get("host") == socket.gethostname():
+            return False
+        print(
+            f"flowtilt: {self.folder}: waiting up to {WATCH:.0f} s to see whether {_described(holder)} has ended",
+            file=sys.stderr,
+            flush=True,
+        )
+        end, first = time.monotonic() + WATCH, _touched(note)
+        while first is not None and time.monotonic() < end:
+            time.sleep(BEAT / 5)
+            if (now := _touched(note)) != first:
+                return now is not None
+        return False
+
+    @staticmethod
+    def _let_go(lock: Any) -> None:
+        with suppress(OSError):
+            lock.release(force=True)
 
     def _acquire(self, lock: Any, patience: float) -> None:
         try:
@@ -75,7 +113,7 @@ class Hold:
         holder = _holder(self.folder)
         if holder.get("host") == socket.gethostname() and _is_alive(holder.get("pid")):
             raise self._refusal()
-        if holder:
+        if holder and not holder.get("beats"):
             print(
                 f"flowtilt: {self.folder}: its file system has no locks; make sure that {_described(holder)} has ended",
                 file=sys.stderr,
@@ -96,14 +134,34 @@ class Hold:
         lock, self._lock = self._lock, None
         if lock is None or os.getpid() != self._pid:
             return
+        self._stopped.set()
         with suppress(OSError):  # the folder may be gone
             (self.folder / HOLDER).unlink(missing_ok=True)
-        with suppress(OSError):
-            lock.release(force=True)
+        self._let_go(lock)
 
     def __del__(self) -> None:
         if getattr(self, "_lock", None) is not None:
             self.release()
+
+
+def _beat(note: Path, stopped: threading.Event) -> None:
+    """Touches the note until `stopped`, or until it is gone."""
+    while not stopped.wait(BEAT):
+        try:
+            os.utime(note)
+        except FileNotFoundError:
+            return
+        except OSError:  # a server that is away for a while
+            continue
+
+
+def _touched(note: Path) -> int | None:
+    """When the note was touched; none where it is gone."""
+    try:
+        with note.open("rb"):  # by which a network's file system asks its server anew
+            return note.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def is_held(folder: Path) -> bool:

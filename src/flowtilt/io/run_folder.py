@@ -40,6 +40,8 @@ class RunFolder(_Folder):
     evaluations = _Named("evaluations.jsonl")
     guards = _Named("guards.jsonl")
     summary = _Named("summary.json")
+    stopped = _Named("stopped.json")
+    """Where a guard has ended the run."""
     report = _Named("report.html")
     lora = _Named("lora")
     network = _Named("transformer")
@@ -65,7 +67,7 @@ class RunFolder(_Folder):
     @classmethod
     def written(cls, trackers: tuple[str, ...]) -> set[str]:
         """What flowtilt replaces as a whole in a run's folder, besides the folders of `by_step`."""
-        files = (cls.recipe, cls.sources, cls.job, cls.environment, *cls.logs(), cls.summary, cls.report)
+        files = (cls.recipe, cls.sources, cls.job, cls.environment, *cls.logs(), cls.summary, cls.stopped, cls.report)
         return {*files, cls.lora, cls.network, cls.base_loras, cls.fake_score, *(f"{name}.json" for name in trackers)}
 
     @classmethod

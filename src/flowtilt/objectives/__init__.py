@@ -32,6 +32,14 @@ class RolloutSpec(Protocol):
         ...
 
 
+class PlainAdvantages:
+    """The `prepare` of a method that takes advantages as they are."""
+
+    def prepare(self, advantages: "Tensor", groups: "Tensor") -> "Tensor":
+        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
+        return advantages
+
+
 class Objective(RolloutSpec, Protocol):
     """A method with its loss."""
 

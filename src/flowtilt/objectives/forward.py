@@ -15,6 +15,7 @@ from torch import Tensor
 from flowtilt.flow import add_noise, per_sample, velocity_target
 from flowtilt.methods.forward import ForwardSettings, old_policy_decay
 from flowtilt.models.guidance import guided
+from flowtilt.objectives import PlainAdvantages
 from flowtilt.objectives.guide import guide_pull
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Velocities(NamedTuple):
     v_target: Tensor
 
 
-class ForwardProcess(ForwardSettings):
+class ForwardProcess(PlainAdvantages, ForwardSettings):
     """A method that trains clean samples, noised afresh; its fields are the keys of `[objective]`. A subclass gives `sample_loss`."""
 
     drops_flat: ClassVar[bool] = False
@@ -142,10 +143,6 @@ class ForwardProcess(ForwardSettings):
     def pull_weight(self, batch: "TrainingBatch") -> Tensor | float:
         """Weight of the pull to the reference: a number, or one per row, [N]."""
         return self.pull
-
-    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
-        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
-        return advantages
 
     def after_rollout(self, policy: "Policy", optimizer_step: int) -> None:
         """Moves the data-collecting policy toward the trained one."""

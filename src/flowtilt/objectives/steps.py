@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowtilt.flow import per_sample
 from flowtilt.methods.steps import StepSettings
+from flowtilt.objectives import PlainAdvantages
 from flowtilt.objectives.guide import guide_pull
 from flowtilt.sampling.trajectory import KeptSteps
 from flowtilt.seeding import generator
@@ -93,7 +94,7 @@ class Gaussians(NamedTuple):
     mean_ref: Tensor | None
 
 
-class StepProcess(StepSettings):
+class StepProcess(PlainAdvantages, StepSettings):
     """A method that trains a rollout's stochastic steps; its fields are the keys of `[objective]`. A subclass gives `sample_loss`."""
 
     drops_flat: ClassVar[bool] = True
@@ -145,10 +146,6 @@ class StepProcess(StepSettings):
             metrics["guide"] = guide_pull(self, policy, batch, batch.x, batch.sigma, v)
             loss = loss + metrics["guide"]
         return loss, {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
-
-    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
-        """What stands for the advantages [N] of a rollout's images in the loss, [N]; `groups` [N] are equal for a prompt's images."""
-        return advantages
 
     def _step(self, batch: "TransitionBatch", v: Tensor) -> tuple[Tensor, Tensor]:
         nothing = torch.zeros_like(batch.x)

@@ -1,5 +1,7 @@
 """How a run is driven: to its end, or rollout by rollout; what is saved when, and what an interrupt does."""
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,10 @@ from flowtilt.config.held_out import score_name_of
 from flowtilt.distributed import signals
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
+from flowtilt.io.files import write_json
+from flowtilt.io.run_folder import RunFolder
 from flowtilt.methods.base import Method
+from flowtilt.runs import folder as runs
 from flowtilt.runs import tracking
 from flowtilt.runs.shared import HeldRun
 from flowtilt.training.display import Display
@@ -21,7 +26,7 @@ OnRollout = Callable[[dict[str, float], Preview | None], object]
 """Takes a rollout's metrics and its first images."""
 
 
-class Driver:
+class Driver(ABC):
     """`run`, `step` and iteration over rollouts; a `Trainer` is one.
 
     Args:
@@ -47,37 +52,37 @@ class Driver:
 
     # what a trainer does in each of them -----------------------------------------------------------------
 
+    @abstractmethod
     def save(self) -> None:
         """Writes a checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step(self) -> dict[str, float]:
         """Trains one rollout; returns its metrics."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _log(self, metrics: dict[str, float], display: Display) -> None:
         """Writes and shows the metrics, and asks the guards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluate(self, display: Display) -> None:
         """Evaluates and writes what came out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluated(self) -> dict[str, Any] | None:
         """The evaluation after the rollouts done so far, if it was made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluation_due(self) -> bool:
         """Whether an evaluation belongs to the rollouts done so far."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _remember(self, record: Mapping[str, Any]) -> None:
         """Takes note of an evaluation that was made before the run was resumed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self) -> dict[str, object]:
         """Writes the summary."""
-        raise NotImplementedError
 
     # how it goes on --------------------------------------------------------------------------------------
 
@@ -117,6 +122,7 @@ class Driver:
                 stopping = False
                 while not self.done and not stopping:
                     _, stopping = self._advance()
+                self._note_stop()
                 return self._finish() if self.clock.step == self.recipe.rollouts and not stopping else None
             except BaseException:
                 self._failed = self._failed or self.unsaved
@@ -139,7 +145,11 @@ class Driver:
         with self._running():
             try:
                 self._begin()
+                if self.stopped_by:
+                    self._note_stop()
+                    raise UserError(f"{self.run_folder}: stopped by a guard: {self.stopped_by}")
                 metrics, stopping = self._advance()
+                self._note_stop()
                 if self.clock.step == self.recipe.rollouts and not stopping:
                     self._finish()
             except BaseException:
@@ -190,6 +200,21 @@ class Driver:
                 self._remember(record)
             else:
                 self._evaluate(self._display)
+        if self.recipe.guards == "stop":
+            self.stopped_by = self.stopped_by or self.world.on_rank0(self._unnoticed_stop)
+
+    def _unnoticed_stop(self) -> str | None:
+        """The message of a guard that was to stop the run here, where a kill came between."""
+        folder = RunFolder(self.run_folder)
+        step = self.clock.step
+        messages = [line.get("message") for line in runs.read_log(folder.guards) if line["step"] == step and line.get("stops")]
+        noted = folder.stopped.is_file() and json.loads(folder.stopped.read_bytes()).get("step") == step
+        return str(messages[0]) if messages and not noted else None
+
+    def _note_stop(self) -> None:
+        """Notes that a guard has ended the run, so that resuming it goes on."""
+        if self.stopped_by and self.world.rank == 0:
+            write_json(RunFolder(self.run_folder).stopped, {"step": self.clock.step, "message": self.stopped_by})
 
     def _advance(self) -> tuple[dict[str, float], bool]:
         """One rollout, and what is due after it; its metrics, and whether the run was interrupted."""

@@ -112,7 +112,9 @@ class Trainer(Driver):
         # a distillation only measures
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
         self.test_prompts = evaluation_prompts(recipe, self.prompts)
-        self.world.agree(digests({"prompts": self.prompts, "evaluate.prompts": self.test_prompts}))
+        # after a resume the run has copies of what it read once
+        files = {} if resume else inputs.contents(recipe)
+        self.world.agree(digests({"prompts": self.prompts, "evaluate.prompts": self.test_prompts}) | files)
         self.base_loras = self._read_base_loras(resume)
         self.parents = list(map(fingerprint, self.base_loras))  # each reads through all of its weights
         # a checkpoint has the weights, whatever has become of what they began with
@@ -236,8 +238,9 @@ class Trainer(Driver):
         if self.recipe.guards == "stop" and fired:
             self.stopped_by = next(iter(fired.values()))
         self.trackers.guards(self.clock.step, fired)
+        stops = {"stops": True} if self.recipe.guards == "stop" else {}
         for name, message in fired.items() if self.world.rank == 0 else ():
-            append_line(RunFolder(self.run_folder).guards, {"step": self.clock.step, "guard": name, "message": message})
+            append_line(RunFolder(self.run_folder).guards, {"step": self.clock.step, "guard": name, "message": message, **stops})
             display.say(f"guard {name}, rollout {self.clock.step}: {message}")
 
     def _evaluate(self, display: Display) -> None:

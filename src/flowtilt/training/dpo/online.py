@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowtilt.config import RolloutSettings
 from flowtilt.methods.dpo import OnlineDPOSettings
+from flowtilt.objectives import PlainAdvantages
 from flowtilt.seeding import generator
 from flowtilt.training.dpo.pairs import Compared, PairLearner
 from flowtilt.training.optimizer import RoleOptimizer
@@ -24,7 +25,7 @@ def begin(parts: Parts) -> Reinforcement:
 
 
 @dataclass(frozen=True)
-class CleanImages:
+class CleanImages(PlainAdvantages):
     """What its rollouts are: clean samples, of prompts whose images differ in their reward."""
 
     drops_flat: ClassVar[bool] = True
@@ -32,10 +33,6 @@ class CleanImages:
 
     def keeps(self, rollout: int, settings: RolloutSettings, seed: int) -> None:
         """No steps."""
-
-    def prepare(self, advantages: Tensor, groups: Tensor) -> Tensor:
-        """The advantages as they are."""
-        return advantages
 
 
 def best_and_worst(advantages: Tensor, per_prompt: int) -> Tensor:
