@@ -9,13 +9,16 @@ import pytest
 from commands import typed
 from conftest import LIGHT, LONGER, QUICK, quick, two_blocks
 from ranks import ended, forked, start
+from test_lifeline import worker
 from test_resume import contents
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from flowtilt import Trainer
 from flowtilt.cli import main
 from flowtilt.distributed import signals
 from flowtilt.distributed.torchrun import interrupted_status
 from flowtilt.io.files import read_lines
+from flowtilt.io.locks import is_held
 from flowtilt.runs import checkpoint
 from flowtilt.runs.folder import open_run
 
@@ -57,6 +60,33 @@ def test_two_ranks_stop_at_one_rollout_whoever_is_signalled_and_the_run_goes_on_
     assert ended(*job("last", "--resume", str(run)), within=120).codes == [0, 0]
     assert ended(*unbroken, within=120).codes == [0, 0]
     assert contents(run) == contents(whole)
+
+
+def torchrun(folder, words):
+    """torchrun's own agent with two ranks."""
+    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": folder.name, "max_restarts": 0, "start_method": "fork"}
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **how), worker)(folder, words)
+
+
+def test_a_signal_to_torchrun_saves_the_run(tmp_path):
+    """SIGUSR1 kills torchrun without reaching the ranks, which notice that it is gone."""
+    rng, jobs = random.Random(2), {}
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        words = ["train", "playground", *QUICK, two_blocks(), *LIGHT, "rollouts=500", "checkpoint.every=500", f"run={folder}/run"]
+        jobs[number] = (forked(torchrun, folder, words), folder)
+    for number, (process, folder) in jobs.items():
+        wait_until(lambda: len(read_lines(folder / "run" / "metrics.jsonl")) > 1)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(process.pid, number)
+    for process, folder in jobs.values():
+        process.join(60)
+        assert process.exitcode not in (None, 0)
+        wait_until(lambda: not is_held(folder / "run"), 30)  # noqa: B023
+        stderr, at = (folder / "stderr").read_text(), checkpoint.newest(folder / "run")
+        assert "Traceback" not in stderr and at is not None, stderr[-3000:]
+        assert len(read_lines(folder / "run" / "metrics.jsonl")) == at.step > 1
 
 
 JUDGE = """
