@@ -42,6 +42,8 @@ class ModelSettings(Table):
     """Gradient checkpointing: less memory for a third more forward work; "auto" begins where fewer than 4 rows would fit."""
     compile: bool = False
     """torch.compile of the network's blocks: 1.6 times as fast on an H100, after a minute or two; where it fails they run as they are."""
+    fuse_norms: bool = False
+    """Normalised queries and keys in one kernel, for a half-precision base: less rounding than diffusers', so other bits."""
     attention: str | None = Field(default=None, min_length=1)
     """A diffusers attention backend, "flash", "_flash_3", "sage", "native", …; none takes torch's own choice."""
 

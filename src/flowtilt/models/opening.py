@@ -31,6 +31,7 @@ from flowtilt.io.user_errors import HINT, describe_error, first_line, is_fault
 from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
 from flowtilt.models.family import Family
+from flowtilt.models.fused_norm import fuse_norms
 from flowtilt.models.sharded import shard
 
 FAMILIES = {
@@ -69,6 +70,8 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     if settings.levels == "stock":
         model.levels = model.levels.stock()
         model.protocol = {**model.protocol, **model.levels.protocol()}
+    if settings.fuse_norms and not fuse_norms(model.network):
+        raise UserError("model.fuse_norms: the network has no RMSNorm of diffusers in half precision; leave it out")
     if settings.attention:
         try:
             model.network.set_attention_backend(settings.attention)
