@@ -110,7 +110,7 @@ def test_notes_and_details_of_an_answer_have_no_control_characters():
 
 
 def test_the_key_goes_to_one_host(monkeypatch):
-    monkeypatch.setattr(wire, "_given_to", set())
+    monkeypatch.setattr(wire, "_given_to", {})
     monkeypatch.setenv("FLOWTILT_REWARD_KEY", "k")
     assert key_for("http://a.example:1") == key_for("https://a.example:2") == "k"
     with pytest.raises(UserError, match=r"FLOWTILT_REWARD_KEY would be sent to a\.example and b\.example; name in FLOWTILT_REWARD_HOST"):

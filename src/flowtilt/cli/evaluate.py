@@ -113,6 +113,7 @@ def _score(args: argparse.Namespace) -> int:
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
     from flowtilt.report.evaluation.terminal import table
+    from flowtilt.rewards.comparing import refuse_comparing
     from flowtilt.rewards.facts import ranges_of
     from flowtilt.rewards.named import load_named, parse, with_compat
 
@@ -122,6 +123,7 @@ def _score(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = parse(args.rewards)
     rewards, left_out = load_named([with_compat(one) for one in named] if args.compat else named, device=device)
+    refuse_comparing(rewards, "score --rewards")
     for name, why in left_out.items():
         say(f"left out: {name}: {why}")
     if args.output and not is_stream(args.output):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -177,7 +178,20 @@ class RewardSettings(Table):
     compat: bool = False
     """Give upstream's numbers also where upstream is wrong (docs/reference/rewards.md says where)."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further keywords for it."""
+    """Further keywords for it; they may also stand beside `source`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_beside(cls, table: Any) -> Any:
+        """Other keys are the reward's own. One that nearly is a key of this table stays, and is an error."""
+        if not isinstance(table, dict):
+            return table
+        known = cls.model_fields
+        own = [key for key in table if key not in known and not get_close_matches(key, known, 1, cutoff=0.8)]
+        options = table.get("options", {})
+        if not own or not isinstance(options, dict):
+            return table
+        return {key: value for key, value in table.items() if key not in own} | {"options": options | {key: table[key] for key in own}}
 
     def keywords(self) -> dict[str, Any]:
         """What the reward is built with."""
@@ -196,7 +210,7 @@ class Recipe(Table):
     prompts_by: Literal["turn", "variance"] = "turn"
     """Which prompts of a tag come next: each once per pass, or more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
     rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
-    """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, options}."""
+    """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, and its options}."""
     combine: Literal["sum", "normalized", "group", "marble"] = "sum"
     """Several rewards: weighted sum of raw scores (the papers'), of normalised ones, over the rollout or its group (GDPO), or MARBLE."""
     advantage: Literal["global", "group", "none"] = "global"

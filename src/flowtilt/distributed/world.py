@@ -39,9 +39,10 @@ class World:
 
     def share(self, number: int) -> range:
         """Which of `number` rows are this rank's; shares differ by at most one row."""
-        return self._share_of(number, self.rank)
+        return self.share_of(number, self.rank)
 
-    def _share_of(self, number: int, rank: int) -> range:
+    def share_of(self, number: int, rank: int) -> range:
+        """Which of `number` rows are another rank's."""
         return range(number * rank // self.size, number * (rank + 1) // self.size)
 
     @contextmanager
@@ -57,13 +58,13 @@ class World:
         """All `number` rows, in order, from each rank's share of them."""
         if self.size == 1:
             return rows
-        longest = max(len(self._share_of(number, rank)) for rank in range(self.size))
+        longest = max(len(self.share_of(number, rank)) for rank in range(self.size))
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         with self._message():
             dist.all_gather(parts, padded.contiguous())
-        return torch.cat([part[: len(self._share_of(number, rank))] for rank, part in enumerate(parts)])
+        return torch.cat([part[: len(self.share_of(number, rank))] for rank, part in enumerate(parts)])
 
     def gather_columns(self, columns: Mapping[str, Tensor], number: int, shape: Sequence[int] = ()) -> dict[str, Tensor]:
         """`gather` of each named column [n, *shape], on the CPU; NaN where a rank has no such column."""

@@ -17,6 +17,7 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
 from flowtilt.evaluate.folder import PromptSet, opened, run
 from flowtilt.io.environment import versions
+from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.models.base import Model
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import fingerprint, open_model
@@ -24,6 +25,8 @@ from flowtilt.policy.tuned import Tuned, read_tuned
 from flowtilt.prompts import Prompt
 from flowtilt.prompts.sets import is_path
 from flowtilt.rewards import Reward, applicable
+from flowtilt.rewards.comparing import refuse_comparing
+from flowtilt.rewards.judge.ledger import keep_answers
 from flowtilt.rewards.named import Named, load_named, parse, with_compat
 from flowtilt.rewards.versions import versions_of
 from flowtilt.sampling.sampler import Sampler
@@ -85,6 +88,7 @@ def assess(
     if not prompts and images is None and images_per_prompt is None:
         images = e.images
     eval_rewards, left_out = load_named(named, device=world.device, storage_device=storage_device(settings.offload, world.device))
+    refuse_comparing(eval_rewards, "evaluate --rewards")
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, eval_rewards, left_out, say if world.rank == 0 else None)
     stack = added.on(open_model(settings, world.device))
@@ -101,6 +105,7 @@ def assess(
         world.agree(leaves(protocol()) | {"--save-images": save_images, "version of torch": versions()["torch"]})
     size = MicroBatch(micro_batch, world.device.type)
     with opened(folder, protocol, world):
+        keep_answers(eval_rewards.values(), EvaluationFolder(folder).judges, world)
         return run(folder, stack, sets, variants, sampler, seed=seed, micro_batch=size, world=world, save_images=save_images)
 
 

@@ -53,6 +53,8 @@ class RunFolder(_Folder):
     checkpoints = _Named("checkpoints")
     samples = _Named("samples")
     tensorboard = _Named("tensorboard")
+    judges = _Named("judges")
+    """The answers of judges, a file for each judge and process."""
 
     @classmethod
     def logs(cls) -> tuple[str, ...]:
@@ -120,6 +122,8 @@ class EvaluationFolder(_Folder):
     report = _Named("report.html")
     pictures = _Named("pictures")
     images = _Named("images")
+    judges = _Named("judges")
+    """As a run's."""
 
 
 def step_name(step: int) -> str:

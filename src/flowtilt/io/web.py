@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -44,7 +45,7 @@ def post_json(
     """POSTs JSON and returns the JSON object that comes back.
 
     Connection errors, timeouts, cut-off answers and the statuses of `RETRY_STATUSES` are tried again after growing
-    pauses, until `patience` seconds have passed since the first failure.
+    pauses, or the longer one that a Retry-After asks for, until `patience` seconds have passed since the first failure.
 
     Args:
         key: sent as a bearer token, to this address alone.
@@ -57,23 +58,39 @@ def post_json(
         Refused: any other status, a redirect among them, or a larger answer; a wrong key says so.
         UserError: patience has run out; names the last failure.
     """
+    return _patiently(urllib.request.Request(url, json.dumps(body).encode(), _headers(url, key)), timeout, patience, most, waiting)
+
+
+def get_json(url: str, *, key: str | None = None, timeout: float = 10, patience: float = 10, most: int = MOST) -> dict[str, Any]:
+    """GETs the JSON object at an address; see `post_json`."""
+    return _patiently(urllib.request.Request(url, headers=_headers(url, key)), timeout, patience, most, None)
+
+
+def _headers(url: str, key: str | None) -> dict[str, str]:
     if key and not (key.isascii() and key.isprintable()):
         raise UserError(f"{url}: its key has a line break or a sign outside ASCII; set it again")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def _patiently(
+    request: urllib.request.Request, timeout: float, patience: float, most: int, waiting: Callable[[str], None] | None
+) -> dict[str, Any]:
+    url = request.full_url
     first: float | None = None
     pause = 0.25
     while True:
+        asked = 0.0
         try:
             with threads.waiting():
-                status, location, answer = _asked(request, timeout, most)
+                status, location, answer, later = _asked(request, timeout, most)
+            asked = seconds_of(later)
             return understood(url, status, location, answer, most)
         except UserError:
             raise
         except (OSError, ValueError, EOFError) as error:  # URLError, timeouts, resets, JSON that was cut off
             failure = str(getattr(error, "reason", "") or error or type(error).__name__)
         except Again as error:
-            failure = str(error)
+            failure = str(error) + (f" (asks to wait {asked:.0f} s)" if asked > patience else "")
         except Exception as error:  # http.client's own
             failure = f"{type(error).__name__} {error}".strip()
         failure = printable(failure)[:300]
@@ -82,11 +99,21 @@ def post_json(
             first = now
             if waiting and patience:
                 waiting(f"{url}: {failure}; trying again for up to {patience:.0f} s")
-        if now - first + pause > patience:
+        wait = max(pause, asked)
+        if now - first + wait > patience:
             raise UserError(f"{url}: no answer in {patience:.0f} s of trying: {failure}")
         with threads.waiting():
-            time.sleep(pause)
+            time.sleep(wait)
         pause = min(2 * pause, 10)
+
+
+def seconds_of(later: str) -> float:
+    """Seconds that a Retry-After header asks to wait, a number or a date; 0 where it says nothing that can be read."""
+    try:
+        asked = float(later) if later.replace(".", "", 1).isdigit() else parsedate_to_datetime(later).timestamp() - time.time()
+        return max(0.0, asked)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 def understood(url: str, status: int, location: str, answer: bytes, most: int = MOST) -> dict[str, Any]:
@@ -130,15 +157,15 @@ class _AsItIs(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def _asked(request: urllib.request.Request, timeout: float, most: int) -> tuple[int, str, bytes]:
-    """Status, location and at most `most` + 1 bytes of an answer.
+def _asked(request: urllib.request.Request, timeout: float, most: int) -> tuple[int, str, bytes, str]:
+    """Status, location, at most `most` + 1 bytes of an answer, and its Retry-After.
 
     In a thread of its own: a socket's timeout is one of each read, and a server that sends a byte now and then meets it forever.
 
     Raises:
         TimeoutError: it is not all here after `timeout` seconds.
     """
-    done: SimpleQueue[tuple[int, str, bytes] | Exception] = SimpleQueue()
+    done: SimpleQueue[tuple[int, str, bytes, str] | Exception] = SimpleQueue()
     late = threading.Event()
 
     def ask() -> None:
@@ -150,7 +177,7 @@ def _asked(request: urllib.request.Request, timeout: float, most: int) -> tuple[
                     body += part
                 if len(body) < limit and answer.length:
                     raise EOFError("the answer was cut off")
-                done.put((answer.status, answer.headers.get("Location", ""), bytes(body)))
+                done.put((answer.status, answer.headers.get("Location", ""), bytes(body), answer.headers.get("Retry-After", "")))
         except Exception as error:
             done.put(error)
 
@@ -171,7 +198,7 @@ def _reason(answer: bytes) -> str:
     text = answer[:WORDS].decode(errors="replace")
     try:
         found = json.loads(text)
-        text = found.get("error", text) if isinstance(found, dict) else text
+        text = found.get("error", found.get("detail", text)) if isinstance(found, dict) else text
         text = text.get("message", text) if isinstance(text, dict) else text
     except (ValueError, RecursionError):
         pass

@@ -1,7 +1,7 @@
 """What a reward that can be called says of itself: a built-in one by its description, a user's own by attributes.
 
 The attributes of a function, a class or an instance, all optional: `score_range = (0, 1)`, `detail_ranges = {"contrast": (0, 1)}`,
-`reads_prompt = False`, `off_device = True`, `plan_note = "0.1 s per image"`, `differentiable` (see `rewards.gradient`).
+`reads_prompt = False`, `off_device = True`, `compares = True`, `plan_note = "0.1 s per image"`, `differentiable` (see `rewards.gradient`).
 """
 
 import inspect
@@ -43,7 +43,8 @@ def facts_of(name: str, reward: Any) -> Facts:
     bases = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
     base = next((found for one in bases if (found := _by_source().get(_source(one)))), Facts())
     if isinstance(base, BuiltIn) and _source(kind) == base.source:
-        return base
+        told = getattr(plain, "facts", None)  # what depends on its options
+        return told if isinstance(told, Facts) else base
     known = {field.name: getattr(base, field.name) for field in fields(Facts)}
     if not isinstance(known["plan_note"], str):
         known["plan_note"] = ""  # it is for the built-in one's options
@@ -84,7 +85,7 @@ def _check(name: str, facts: Facts) -> None:
         raise UserError(f"reward {name}: score_range is {facts.score_range!r}, want the lowest and the highest score, as in (0, 1)")
     if not isinstance(facts.detail_ranges, Mapping) or not all(_is_range(one) for one in facts.detail_ranges.values()):
         raise UserError(f'reward {name}: detail_ranges is {facts.detail_ranges!r}, want a range by detail, as in {{"contrast": (0, 1)}}')
-    for key in ("reads_prompt", "off_device"):
+    for key in ("reads_prompt", "off_device", "compares"):
         if not isinstance(value := getattr(facts, key), bool | None):
             raise UserError(f"reward {name}: {key} is {value!r}, want True or False")
     if not isinstance(facts.plan_note, str):

@@ -74,6 +74,8 @@ def _built(
     """An instance of a class; it is given the device where it takes one."""
     build = cast(Callable[..., Reward], found)
     place = {"device": torch.device(storage_device if _names_modules(found) else device)} if _takes_device(found) else {}
+    if sources.is_ours(found) and "name" in (_parameters(found) or {}):
+        place["name"] = name
     try:
         with contained(f"rewards.{name}", path=sources.search_path(found), slow=f"rewards.{name} to be built"):
             return build(**place, **options)
@@ -151,7 +153,9 @@ def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
     parameters = _parameters(found)
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in ("device", "url", "reward")]
+    # what it is given anyway: one of a server has its address and what that calls it
+    given = {"device", *(("url", "reward") if "reward" in parameters else ()), *(("name",) if sources.is_ours(found) else ())}
+    known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in given]
     for key in options:
         if key not in known:
             near = get_close_matches(key, known, 1)

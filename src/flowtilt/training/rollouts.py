@@ -14,6 +14,7 @@ from flowtilt.objectives import RolloutSpec
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
+from flowtilt.rewards.comparing import Shares, check_groups
 from flowtilt.rewards.overlapped import Scoring
 from flowtilt.sampling.sampler import decode
 from flowtilt.sampling.trajectory import Trajectory
@@ -46,6 +47,7 @@ class Rollouts:
         self.recipe, self.policy, self.objective, self.rewards = recipe, policy, objective, rewards
         self.world, self.micro_batch, self.show = world, micro_batch, show
         self.weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
+        check_groups(rewards, recipe.rollout.images_per_prompt)
 
     def sample(self, step: int, prompts: list[Prompt], phases: Phases) -> tuple[ScoredRollout, dict[str, float]]:
         """Rollout number `step`, from 1, of the prompts `drawn`, with what there is to say of it.
@@ -65,7 +67,7 @@ class Rollouts:
         features: list[Tensor] = []
         first: list[Tensor] = []
         collect = collector(r, self.recipe.seed, step, self.objective)
-        with Scoring(self.rewards, self.world.device) as scoring:
+        with Scoring(self.rewards, self.world.device, Shares(self.world, number, r.images_per_prompt)) as scoring:
             for rows in scoring.parts(len(own)):
                 with phases("sample"):
                     where, given = [positions[k] for k in rows], conditioning.select(rows)

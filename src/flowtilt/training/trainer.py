@@ -38,6 +38,8 @@ from flowtilt.policy.compiling import compile_blocks
 from flowtilt.policy.roles import ROLES
 from flowtilt.prompts import PromptWalk
 from flowtilt.report import write_report
+from flowtilt.rewards.comparing import refuse_comparing
+from flowtilt.rewards.judge.ledger import keep_answers, spending
 from flowtilt.rewards.trial import preflight
 from flowtilt.runs import checkpoint, tracking
 from flowtilt.runs import folder as runs
@@ -106,6 +108,7 @@ class Trainer(Driver):
         if images < self.world.size:
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
         self.rewards, self.eval_rewards = load_rewards(recipe, self.world.device, self._objects)
+        refuse_comparing(self.eval_rewards, "evaluate.rewards")
         self.prompts = training_prompts(recipe)
         self.walk = PromptWalk(self.prompts, recipe.seed, {} if recipe.tags == "auto" else recipe.tags)
         weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
@@ -148,6 +151,7 @@ class Trainer(Driver):
         self.clock, self.guards = Clock(), Guards(recipe)
         self.pace = Pace()
         self.run_folder = self._open(resume)
+        keep_answers([*self.rewards.values(), *self.eval_rewards.values()], RunFolder(self.run_folder).judges, self.world)
 
     def _keep_preview(self, found: Preview) -> None:
         self._preview = found
@@ -218,6 +222,7 @@ class Trainer(Driver):
             "images_per_second_per_device": self.method.images / total / self.world.size,
             "seconds": self.clock.seconds,
             **{f"time/{name}": value for name, value in seconds.items()},
+            **spending([*self.rewards.values(), *self.eval_rewards.values()], self.world),
         }
 
     # what a run leaves behind --------------------------------------------------------------------------

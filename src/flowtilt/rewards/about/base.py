@@ -20,6 +20,7 @@ class Facts:
         reads_prompt: whether the score depends on the prompt; None is not known.
         differentiable: whether it has a gradient to the images.
         off_device: whether it computes elsewhere (a server, the CPU), so that it is asked while the next images are sampled.
+        compares: whether a score depends on the other images of its prompt, so that it is called with all of them, and with no others.
         plan_note: what `flowtilt plan` says of its time and memory, a text or a function of the reward's options.
     """
 
@@ -28,6 +29,7 @@ class Facts:
     reads_prompt: bool | None = None
     differentiable: bool = False
     off_device: bool = False
+    compares: bool = False
     plan_note: str | Callable[[Mapping[str, Any]], str] = ""
 
     def ranges(self, name: str) -> dict[str, Bounds]:
@@ -75,6 +77,8 @@ class BuiltIn(Facts):
         paper_place: its place, from 1, in DiffusionNFT's table of eight, which "--rewards all" names; 0 is none.
         detail_notes: what a reader should know of a detail, by name.
         mean_over_tags: whether papers print the mean over tags, too.
+        requests: how many requests to a server it makes, by its options, for prompts and images of each; none asks no server that
+            costs money.
         usual: where scores of ordinary images lie, for `flowtilt doctor --rewards`.
         published: scores of the reference images.
     """
@@ -89,5 +93,6 @@ class BuiltIn(Facts):
     paper_place: int = 0
     detail_notes: Mapping[str, str] = field(default_factory=dict)
     mean_over_tags: bool = False
+    requests: Callable[[Mapping[str, Any], int, int], float] | None = None
     usual: Bounds | None = None
     published: tuple[PublishedScore, ...] = ()

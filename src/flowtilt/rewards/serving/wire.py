@@ -79,36 +79,42 @@ class Asked:
     pixels: int
 
 
-def key_from_environment() -> str | None:
+def key_from_environment(variable: str = KEY) -> str | None:
     """The key, none where none is set.
 
     Raises:
         UserError: it can't be sent in a header.
     """
-    key = os.environ.get(KEY, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"{KEY}: only printable ASCII without spaces can be sent; make one with: openssl rand -hex 24")
+        raise UserError(f"{variable}: only printable ASCII without spaces can be sent; make one with: openssl rand -hex 24")
     return key or None
 
 
-def key_for(url: str) -> str | None:
-    """The key, if the server at `url` may have it: one of `FLOWTILT_REWARD_HOST`, or without that the first one that a program asks.
+def key_for(url: str, variable: str = KEY, hosts: str = KEY_HOST) -> str | None:
+    """The key, if the server at `url` may have it: one of those that `hosts` names, or without that the first one that a program asks.
+
+    Args:
+        variable: environment variable of the key.
+        hosts: environment variable of the servers that may have it.
 
     Raises:
         UserError: a second server would get it.
     """
-    key, host = key_from_environment(), host_of(url)
+    key, host = key_from_environment(variable), host_of(url)
     if key is None:
         return None
-    if named := os.environ.get(KEY_HOST, ""):
+    if named := os.environ.get(hosts, ""):
         return key if host in {host_of(f"//{one.strip()}") for one in named.split(",")} else None
-    _given_to.add(host)
-    if len(_given_to) > 1:
-        raise UserError(f"{KEY} would be sent to {' and '.join(sorted(_given_to))}; name in {KEY_HOST} those that may have it, as in a,b")
+    given = _given_to.setdefault(variable, set())
+    given.add(host)
+    if len(given) > 1:
+        raise UserError(f"{variable} would be sent to {' and '.join(sorted(given))}; name in {hosts} those that may have it, as in a,b")
     return key
 
 
-_given_to: set[str] = set()
+_given_to: dict[str, set[str]] = {}
+"""The hosts that may have a key, by its variable."""
 
 
 THIS_MACHINE = "this machine"
