@@ -54,14 +54,14 @@ class Stub:
                     with outer.lock:
                         outer.busy -= 1
 
-            def log_message(self, *_):
+            def log_message(self, format, *args):
                 pass
 
         class Http(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 64
 
-            def handle_error(self, *_):
+            def handle_error(self, request, client_address):
                 """A client that gave up is no news."""
 
         self.http = Http(("127.0.0.1", 0), Handler)

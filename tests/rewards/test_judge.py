@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def logged():
     logger.removeHandler(handler)
 
 
-def judge(server: Stub | str, **options):
+def judge(server: Stub | str, **options) -> Any:
     url = server if isinstance(server, str) else server.url
     return load_reward("eye", "judge", options={"url": url, "timeout": 5.0, "patience": 1.0, **options})
 
@@ -121,7 +122,7 @@ def test_pairs_are_asked_in_both_orders():
         found = reward(levels[:, None, None, None].expand(3, 3, 8, 8), [Prompt("x")] * 3).scores
         assert len(server.asked) == 6 and facts_of("eye", reward).compares
         assert found[0] < found[1] < found[2] and float(found.sum()) == pytest.approx(1.5)
-        with pytest.raises(UserError, match="one image has none to be compared with; set rollout.images_per_prompt"):
+        with pytest.raises(UserError, match=r"one image has none to be compared with; set rollout.images_per_prompt"):
             ask(reward, "x")
 
 
@@ -280,7 +281,7 @@ def test_a_model_need_not_be_named_where_there_is_one_and_a_server_may_have_no_l
     with stub(GOOD) as server:
         assert judge(server).client.model == "eye"
         server.models = ["eye", "ear"]
-        with pytest.raises(UserError, match="name the model; .* serves eye, ear"):
+        with pytest.raises(UserError, match=r"name the model; .* serves eye, ear"):
             judge(server)
         server.models = 404
         assert judge(server, model="any").client.model == "any"

@@ -26,19 +26,46 @@ def test_yes_is_the_share_of_yes_among_yes_and_no_in_all_their_forms():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("Yes", 1), ("**No.**", 0), ("yes, it does", 1), ("<think>no, no</think>\nYes", 1), ("Ja", None), ("はい", None),
-     ("There is no dog", None), ("I can't answer that", None), ("", None)],
-)  # fmt: skip
+    [
+        ("Yes", 1),
+        ("**No.**", 0),
+        ("yes, it does", 1),
+        ("<think>no, no</think>\nYes", 1),
+        ("Ja", None),
+        ("はい", None),
+        ("There is no dog", None),
+        ("I can't answer that", None),
+        ("", None),
+    ],
+)
 def test_without_log_probabilities_the_first_word_counts(text, value):
     assert reading.yes(Answer(text)) == pytest.approx(math.nan if value is None else value, nan_ok=True)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("7", 7), ("7.5", 7.5), ("7,5", 7.5), ("**8**", 8), ("8/10", 8), ("8 out of 10.", 8), ("Score: 6", 6), ("I see 2 dogs. Final score: 4", 4),
-     ("The rating is **3**", 3), ("<think>9?</think>5", 5), ("７", 7), ("I give it a 9", 9), ("-1", None), ("11", None), ("two of 3 or 4", None),
-     ("nine", None), ("", None), ("1e999", None), ("10000000000000000000000000", None)],
-)  # fmt: skip
+    [
+        ("7", 7),
+        ("7.5", 7.5),
+        ("7,5", 7.5),
+        ("**8**", 8),
+        ("8/10", 8),
+        ("8 out of 10.", 8),
+        ("Score: 6", 6),
+        ("I see 2 dogs. Final score: 4", 4),
+        ("The rating is **3**", 3),
+        ("<think>9?</think>5", 5),
+        ("７", 7),
+        ("I give it a 9", 9),
+        ("-1", None),
+        ("11", None),
+        ("two of 3 or 4", None),
+        ("nine", None),
+        ("", None),
+        ("1e999", None),
+        ("10000000000000000000000000", None),
+    ],
+)
 def test_a_number_is_read_where_there_is_one_within_the_range(text, value):
     assert reading.number(Answer(text), 0, 10) == pytest.approx(math.nan if value is None else value, nan_ok=True)
 

@@ -14,6 +14,7 @@ from flowtilt.plan.memory import GIB, Fitted, Memory, Phase
 from flowtilt.plan.meter import Line, added, scaled
 from flowtilt.plan.network import Costs, Weights, costs_of
 from flowtilt.plan.passes import evaluations_in_all, evaluations_per_image, passes_in_all
+from flowtilt.plan.requests import Requests, requests_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Plan:
         fits: whether all phases leave the spare.
         work: of the whole run, by phase; "evaluate" is all evaluations.
         beside: rewards of which not everything is counted, and why.
+        requests: what rewards ask of servers that may cost money, by name.
         weights: numbers and bytes of weights by part.
     """
 
@@ -62,6 +64,7 @@ class Plan:
     work: Mapping[str, Effort]
     evaluations: int
     beside: Mapping[str, str]
+    requests: Mapping[str, Requests]
 
     @property
     def hours(self) -> float:
@@ -113,6 +116,7 @@ class Plan:
             "hours": self.hours,
             "gpu_hours": self.hours * self.machine.gpus,
             "not_counted": dict(self.beside),
+            "requests": {name: asdict(found) for name, found in self.requests.items()},
         }
 
 
@@ -151,6 +155,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         work={name: Effort(evaluations, flops, machine.hours(flops)) for name, (evaluations, flops) in _work(needed, found).items()},
         evaluations=evaluations_in_all(recipe),
         beside={**judge.beside, **train.beside},
+        requests=requests_of(recipe, rewards_of(recipe), judges_of(recipe), costs.resolution),
     )
 
 

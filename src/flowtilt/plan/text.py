@@ -6,6 +6,7 @@ from flowtilt.io.columns import aligned, wrapped
 from flowtilt.plan.memory import CONTEXT, GIB, SPARE
 from flowtilt.plan.meter import added
 from flowtilt.plan.plan import Plan
+from flowtilt.plan.requests import PATCH, Requests
 
 PRECISIONS = {"half": "16-bit products", "tf32": "fp32 convolutions, as TF32", "single": "other fp32 products"}
 
@@ -105,7 +106,15 @@ def _notes(plan: Plan) -> Sequence[str]:
         f"{CONTEXT / GIB:g} GiB for the CUDA context"
     )
     beside = [f"not counted, reward {name}: {why}" for name, why in plan.beside.items()]
-    return [line for note in (assumed, *beside) for line in wrapped(note, "")]
+    asked = [_asked(name, found) for name, found in plan.requests.items()]
+    return [line for note in (assumed, *beside, *asked) for line in wrapped(note, "")]
+
+
+def _asked(name: str, found: Requests) -> str:
+    money = f", {_rounded(found.cost)} in money" if found.cost else ""
+    tokens = f"about {amount(found.whole * found.tokens)} tokens if a picture is one per {PATCH} x {PATCH} pixels{money}"
+    ends = f"; {found.ends}" if found.ends else ""
+    return f"requests to {name}: {amount(found.rollout)} per rollout, {amount(found.whole)} with all evaluations, {tokens}{ends}"
 
 
 def amount(number: float) -> str:

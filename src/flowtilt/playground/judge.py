@@ -10,6 +10,7 @@ import math
 import re
 from base64 import b64decode
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -113,10 +114,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
     found = server(parser.parse_args().port)
     print(f"judging at http://127.0.0.1:{found.server_port}/v1", flush=True)
-    try:
+    with suppress(KeyboardInterrupt):
         found.serve_forever()
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":

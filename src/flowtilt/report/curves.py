@@ -14,6 +14,8 @@ from flowtilt.report.markup import none_yet
 from flowtilt.report.numbers import Array, counted, number, short
 from flowtilt.report.verdict import score_name
 
+SPENT = {"calls": "Requests that were made of", "tokens": "Tokens read and written by", "cost": "Money spent on"}
+"""What a judge has cost, by the last part of its metric's name."""
 MEANINGS = {
     "loss": "The objective. Its target moves with the policy, so it need not fall while the reward rises.",
     "grad_norm": "Length of the gradient before it is clipped; a sudden leap means an unstable step.",
@@ -178,6 +180,8 @@ def meaning(name: str) -> str:
         return MEANINGS.get(name) or f"Standard deviation of {escape(spread[1])} over the images of a step."
     if lacking := re.fullmatch(r"missing/(.+)", name):
         return f"Images that {escape(lacking[1])} gave no score."
+    if paid := re.fullmatch(r"spent/(.+)/(calls|tokens|cost)", name):
+        return f"{SPENT[paid[2]]} {escape(paid[1])} so far, its evaluations included."
     return MEANINGS.get(name, "")
 
 

@@ -1,6 +1,6 @@
 """The page of a run: its sections in order."""
 
-from flowtilt.report import curves, grids, tables, verdict
+from flowtilt.report import curves, grids, judges, tables, verdict
 from flowtilt.report.document import document, section
 from flowtilt.report.loading import Run
 from flowtilt.report.numbers import counted
@@ -26,6 +26,7 @@ def _sections(run: Run) -> str:
             section("samples", "Before, during, after", (f"<p>{how}</p>" if how else "") + grids.sample_grid(run)),
             section("guards", "Guards", tables.guards(run)),
             section("timings", "Where the time goes", tables.timings(run)),
+            section("judges", "What the judges cost", spent) if (spent := judges.spending(run)) else "",
             section("metrics", "Other metrics", curves.small_curves(run)),
             section("recipe", "Recipe", tables.recipe(run)),
             section("environment", "Environment", tables.environment(run)),

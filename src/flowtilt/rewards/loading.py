@@ -73,7 +73,7 @@ def _built(
 ) -> Reward:
     """An instance of a class; it is given the device where it takes one."""
     build = cast(Callable[..., Reward], found)
-    place = {"device": torch.device(storage_device if _names_modules(found) else device)} if _takes_device(found) else {}
+    place: dict[str, Any] = {"device": torch.device(storage_device if _names_modules(found) else device)} if _takes_device(found) else {}
     if sources.is_ours(found) and "name" in (_parameters(found) or {}):
         place["name"] = name
     try:

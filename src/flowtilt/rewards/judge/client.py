@@ -186,7 +186,8 @@ class Client:
     def _without_logprobs(self) -> None:
         if self._needs:
             raise UserError(
-                f'rewards.{self.name}: {self.url} gives no log-probabilities; serve the model with vLLM, SGLang or llama.cpp, or set logprobs = "auto"'
+                f"rewards.{self.name}: {self.url} gives no log-probabilities; serve the model with vLLM, SGLang or llama.cpp, "
+                'or set logprobs = "auto"'
             )
         self._top = 0
         notice(f"rewards.{self.name}: {self.url} gives no log-probabilities; scores are from the words of the answers: yes 1, no 0")

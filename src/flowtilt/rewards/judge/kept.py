@@ -65,9 +65,10 @@ class Kept:
         with read_errors(path), path.open("rb") as file:
             file.seek(at)
             record = _parsed(file.readline())
-        return record and Answer(
-            record["text"], tuple((token, value) for token, value in record["first"]) if record["first"] is not None else None
-        )
+        if record is None:
+            return None
+        first = None if record["first"] is None else tuple((token, value) for token, value in record["first"])
+        return Answer(record["text"], first)
 
     def add(self, key: str, answer: Answer) -> None:
         """Keeps an answer."""

@@ -34,11 +34,13 @@ def questions_of(prompt: Prompt) -> list[Question]:
     key = next((key for key in KEYS if prompt.metadata.get(key)), None)
     if key is None:
         return []
-    entries, skills = prompt.metadata[key], prompt.metadata.get("skills")
+    entries, skills = prompt.metadata[key], prompt.metadata.get("skills", ())
     if not _is_list(entries):
         raise _wrong(prompt, f"{key} is {_shown(entries)}")
-    named = skills if _is_list(skills) and len(skills) == len(entries) and all(isinstance(one, str) for one in skills) else None
-    return [_question(prompt, f"{key}[{i}]", entry, named[i] if named else "") for i, entry in enumerate(entries)]
+    named: Sequence[Any] = skills if _is_list(skills) else ()
+    if len(named) != len(entries) or not all(isinstance(one, str) for one in named):
+        named = [""] * len(entries)
+    return [_question(prompt, f"{key}[{i}]", entry, named[i]) for i, entry in enumerate(entries)]
 
 
 def _question(prompt: Prompt, place: str, entry: Any, skill: str) -> Question:
