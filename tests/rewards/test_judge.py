@@ -260,7 +260,7 @@ def test_too_many_unreadable_answers_end_the_run_in_a_line():
         ({"workers": 0}, "workers must be more than 0"),
         ({"max_cost": 1.0}, "max_cost needs price_in and price_out"),
         ({"model": "ear"}, "does not serve 'ear'; it serves eye"),
-        ({"url": ""}, "url is missing"),
+        ({"url": ""}, "url is missing.*or set FLOWTILT_JUDGE_URL"),
         ({"url": "eye:8000"}, "no address of a server"),
         ({"key": "secret"}, "unknown option 'key'"),
     ],

@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     download.add_argument("--list", action="store_true", help="what there is, and what is here")
     download.set_defaults(call=_download)
 
-    prompts = commands.add_parser("prompts", help="list prompt sets, or write training prompts in GenEval's format")
-    prompts.add_argument("kind", nargs="?", choices=("geneval",), help="generate prompts of this kind")
+    prompts = commands.add_parser("prompts", help="list prompt sets, or write training prompts of GenEval's or GenEval 2's form")
+    prompts.add_argument("kind", nargs="?", choices=("geneval", "geneval2"), help="generate prompts of this kind")
     prompts.add_argument("--n", type=count, default=50_000, help="how many (%(default)s)")
     prompts.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     prompts.add_argument("--exclude", action="append", default=[], metavar="FILE", help="a set or file whose prompts must not occur")
@@ -79,7 +79,7 @@ def _download(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> int:
     from flowtilt.playground import PROMPTS, world
-    from flowtilt.prompts import geneval, sets
+    from flowtilt.prompts import geneval, geneval2, sets
 
     if args.kind is None:
         listed = {**PROMPTS, **{name: found.about for name, found in sets.SETS.items()}}
@@ -88,7 +88,8 @@ def _prompts(args: argparse.Namespace) -> int:
         return 0
     lists = [world.prompts("test") if source == "playground" else sets.load(source) for source in args.exclude]
     excluded = {prompt.text for prompts in lists for prompt in prompts}
-    written = geneval.to_lines(geneval.generate(args.n, args.seed, excluded))
+    of = geneval if args.kind == "geneval" else geneval2
+    written = of.to_lines(of.generate(args.n, args.seed, excluded))
     if args.output is None:
         sys.stdout.write(written)
         return 0

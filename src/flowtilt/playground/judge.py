@@ -106,6 +106,7 @@ def server(port: int) -> ThreadingHTTPServer:
     """The judge at a port of this machine, 0 taking a free one; `serve_forever` starts it."""
     found = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     found.daemon_threads = True
+    found.request_queue_size = 64
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from flowtilt.errors import UserError
 from flowtilt.io.notices import notice
+from flowtilt.prompts import geneval2
 from flowtilt.prompts.decoding import decode, visible
 from flowtilt.prompts.prompt import Prompt
 from flowtilt.prompts.tables import Row, read_rows
@@ -175,7 +176,7 @@ def _from_record(record: Any, key: str, where: str, hint: str) -> Prompt:
         raise UserError(f"prompts {where}: half of a surrogate pair; write the character whole") from None
     except (ValueError, RecursionError) as error:
         raise _unusual(where, error) from None
-    return _prompt(record[key], where, "" if tag is None else str(tag), rest)
+    return _prompt(record[key], where, geneval2.tag_of(record) if tag is None else str(tag), rest)
 
 
 def _prompt(caption: str, where: str, tag: str = "", rest: Mapping[str, Any] | None = None) -> Prompt:

@@ -14,14 +14,17 @@ from flowtilt.errors import UserError
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], path: Path) -> dict[str, Tensor]:
-    """The tensors in fp32 under their new names.
+def rename(
+    tensors: Mapping[str, Tensor], table: Mapping[str, str | None], path: Path, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The tensors under their new names.
 
     Args:
         tensors: a published state dict.
         table: old to new name; the first match counts. "#" stands for a number and "*" for any ending, "{q,k,v}" in
             a new name for three tensors, equal parts of the old one's rows. None drops what is not used.
         path: where they come from, for messages.
+        dtype: of those that are floats.
 
     Raises:
         UserError: a name is in no row of the table.
@@ -35,7 +38,7 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str | None], path:
             unknown.append(name)
         elif new is not None:
             new = _fill(new, match.groups())
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             found |= _three(new, tensor) if "{q,k,v}" in new else {new: tensor}
     if unknown:
         raise UserError(f"{path}: not the weights that belong here, {_some(unknown)} is not among their names; fetch the file again")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from flowtilt.rewards.judge.reading import Answer
 from flowtilt.rewards.judge.wording import Part, picture
 
 log = logging.getLogger("flowtilt")
+URL = "FLOWTILT_JUDGE_URL"
+"""Environment variable of the server where the recipe names none, as on a command line."""
 RECENT, FEWEST = 200, 10
 """Answers over which the unreadable share is taken: the last so many, once there are so many."""
 SHOWN = 5
@@ -29,7 +32,7 @@ class Asking:
 
     Args:
         name: what the recipe calls it.
-        url: the server's address up to "/v1", of OpenAI's chat completions.
+        url: the server's address up to "/v1", of OpenAI's chat completions; "" takes FLOWTILT_JUDGE_URL.
         model: the name under which it has the model; "" takes the only one.
         logprobs: "auto", "need" or "off"; see `Client`.
         picture: "png" or "jpeg".
@@ -69,8 +72,9 @@ class Asking:
         price_in: float,
         price_out: float,
     ):
+        url = url or os.environ.get(URL, "")
         if not url:
-            raise UserError(f'rewards.{name}: url is missing; set it to the server, as in url = "http://127.0.0.1:8000/v1"')
+            raise UserError(f'rewards.{name}: url is missing; set it to the server, as in url = "http://127.0.0.1:8000/v1", or set {URL}')
         choose(name, "logprobs", logprobs, ("auto", "need", "off"))
         choose(name, "picture", picture, ("png", "jpeg"))
         numbers = {"workers": workers, "timeout": timeout, "length": length}
