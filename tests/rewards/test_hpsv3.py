@@ -13,8 +13,15 @@ IMAGE, REWARD, WIDTH = 60, 63, 32
 
 
 def tiny() -> Qwen2VLConfig:
-    text = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}  # fmt: skip
+    text = {
+        "vocab_size": 64,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2}
     return Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=61, vision_end_token_id=62)
 
@@ -26,8 +33,17 @@ def both():
     theirs = Qwen2VLForConditionalGeneration(tiny()).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    head = {name: torch.randn(shape) for name, shape in
-            {"0.weight": (1024, WIDTH), "0.bias": (1024,), "3.weight": (16, 1024), "3.bias": (16,), "5.weight": (2, 16), "5.bias": (2,)}.items()}  # fmt: skip
+    head = {
+        name: torch.randn(shape)
+        for name, shape in {
+            "0.weight": (1024, WIDTH),
+            "0.bias": (1024,),
+            "3.weight": (16, 1024),
+            "3.bias": (16,),
+            "5.weight": (2, 16),
+            "5.bias": (2,),
+        }.items()
+    }
     published = {
         name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value
         for name, value in theirs.state_dict().items()
@@ -61,8 +77,14 @@ def test_a_score_is_the_head_at_the_reward_token_of_transformers_model(both, mon
         length = int(mask[n].sum())
         positions = torch.arange(length).expand(3, 1, length)
         kinds = (ids[n : n + 1, :length] == IMAGE).int()
-        hidden = theirs(input_ids=ids[n : n + 1, :length], position_ids=positions, pixel_values=seen["pixel_values"], mm_token_type_ids=kinds,
-                        image_grid_thw=seen["image_grid_thw"], output_hidden_states=True).hidden_states[-1][0, at[n]]  # fmt: skip
+        hidden = theirs(
+            input_ids=ids[n : n + 1, :length],
+            position_ids=positions,
+            pixel_values=seen["pixel_values"],
+            mm_token_type_ids=kinds,
+            image_grid_thw=seen["image_grid_thw"],
+            output_hidden_states=True,
+        ).hidden_states[-1][0, at[n]]
         inner = (head["0.weight"] @ hidden + head["0.bias"]).relu()
         inner = (head["3.weight"] @ inner + head["3.bias"]).relu()
         assert found[n].tolist() == pytest.approx((head["5.weight"] @ inner + head["5.bias"]).tolist(), rel=1e-3)
@@ -98,8 +120,14 @@ def test_the_full_size_has_the_published_names_and_shapes():
     published = {
         name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value for name, value in theirs.items()
     }
-    head = {"rm_head.0.weight": (1024, 3584), "rm_head.0.bias": (1024,), "rm_head.3.weight": (16, 1024), "rm_head.3.bias": (16,),
-            "rm_head.5.weight": (2, 16), "rm_head.5.bias": (2,)}  # fmt: skip
+    head = {
+        "rm_head.0.weight": (1024, 3584),
+        "rm_head.0.bias": (1024,),
+        "rm_head.3.weight": (16, 1024),
+        "rm_head.3.bias": (16,),
+        "rm_head.5.weight": (2, 16),
+        "rm_head.5.bias": (2,),
+    }
     published |= {name: torch.empty(shape, device="meta") for name, shape in head.items()}
     renamed = keymap.rename(published, hpsv3.NAMES, "file", torch.bfloat16)  # type: ignore[arg-type]
     assert {name: tensor.shape for name, tensor in renamed.items()} == shapes
