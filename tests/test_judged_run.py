@@ -25,7 +25,7 @@ def url():
 
 def overrides(url, folder, *more):
     options = f'{{source="judge", url="{url}", mode="pairs", max_calls=200, price_in=1.0}}'
-    return [*QUICK, "steps=1", "evaluate.rewards=['playground']", two_blocks(), f"rewards={{judge={options}}}", f"run={folder}", *more]
+    return [*QUICK, "rollouts=1", "evaluate.rewards=['playground']", two_blocks(), f"rewards={{judge={options}}}", f"run={folder}", *more]
 
 
 def test_a_run_is_judged_in_pairs_and_a_repeat_costs_nothing(url, tmp_path):
@@ -49,7 +49,7 @@ def test_a_run_is_judged_in_pairs_and_a_repeat_costs_nothing(url, tmp_path):
 
 
 def test_the_plan_says_what_is_asked_and_when_the_budget_ends(url, tmp_path, capsys):
-    assert main(["plan", "playground", *overrides(url, tmp_path / "p"), "steps=10", "--json"]) == 0
+    assert main(["plan", "playground", *overrides(url, tmp_path / "p"), "rollouts=10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["requests"]["judge"]
     assert found["rollout"] == 3 * 4 * 3 and found["whole"] == 360
     assert found["ends"] == "max_calls = 200 ends the run after about 5 of 10 rollouts"

@@ -16,7 +16,14 @@ from flowtilt.rewards import load_reward, score
 def tiny(folder):
     """A LLaVA of a few thousand weights that reads and writes bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -29,12 +36,29 @@ def tiny(folder):
         "{% endfor %}{% endfor %}"
     )
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(pictures, fast, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-                   image_token="<image>", chat_template=template).save_pretrained(folder)
+    LlavaProcessor(
+        pictures,
+        fast,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=template,
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    text = LlamaConfig(vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=2048, eos_token_id=1, pad_token_id=0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=2)).save_pretrained(folder)
 
 

@@ -48,13 +48,13 @@ def requests_of(recipe: Recipe, trained: Sequence[Named], evaluated: Sequence[Na
         images = recipe.rollout.images_per_prompt
         rollout = about.requests(one.options, r.prompts, images) if any(one.name == other.name for other in trained) else 0
         evaluation = about.requests(one.options, recipe.evaluate.images, 1) if any(one.name == other.name for other in evaluated) else 0
-        whole = rollout * recipe.steps + evaluation * times
+        whole = rollout * recipe.rollouts + evaluation * times
         side = min(resolution, int(one.options.get("side", 0)) or resolution)
         pictures = 2 if one.options.get("mode") == "pairs" else 1
         tokens = WORDS + pictures * (side / PATCH) ** 2
         prices = [float(one.options.get(key, 0)) for key in ("price_in", "price_out")]
         cost = whole * (tokens * prices[0] + prices[1]) / 1e6
-        found[one.name] = Requests(rollout, whole, tokens, cost, _ends(one, recipe.steps, whole, tokens, cost))
+        found[one.name] = Requests(rollout, whole, tokens, cost, _ends(one, recipe.rollouts, whole, tokens, cost))
     return found
 
 
