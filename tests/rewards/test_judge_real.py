@@ -1,5 +1,6 @@
 """The judge against `transformers serve`, a real server, with a tiny vision-language model of random weights."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def url(tmp_path_factory):
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder), "--host", "127.0.0.1"]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--port", str(port), "--device", "cpu"], stdout=log, stderr=log)
+        # it lists the models of the hub's cache, and fails without one
+        cache = {**os.environ, "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub")), "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen([*command, "--port", str(port), "--device", "cpu"], stdout=log, stderr=log, env=cache)
         try:
             end = time.monotonic() + 240
             while True:
