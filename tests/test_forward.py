@@ -198,7 +198,7 @@ def test_a_run_asks_the_reference_for_about_its_share_whatever_the_micro_batch(t
     losses = []
     for size in ("5", "12"):
         recipe = quick(
-            tmp_path / size, "objective.kl=0.1", "objective.reference_share=0.25", f"micro_batch={size}", "steps=1", "evaluate.every=0"
+            tmp_path / size, "objective.kl=0.1", "objective.reference_share=0.25", f"micro_batch={size}", "rollouts=1", "evaluate.every=0"
         )
         Trainer(recipe).run()
         (line,) = read_lines(tmp_path / size / "metrics.jsonl")
