@@ -88,7 +88,8 @@ def links(text: str, name: Path, home: Path) -> str:
 def formulas(text: str) -> str:
     """$...$ and $$...$$ as MathML, which browsers show without a script."""
     text = BLOCK.sub(lambda match: f"\n\n{mathml(match[1], 'block')}\n\n", text)
-    return INLINE.sub(lambda match: mathml(match[1], "inline"), text)
+    # in a span, since a line that begins with <math> would be a block of its own
+    return INLINE.sub(lambda match: f'<span class="math">{mathml(match[1], "inline")}</span>', text)
 
 
 def mathml(latex: str, display: str) -> str:
