@@ -105,13 +105,13 @@ def as_on_the_page(name):
 
 
 def test_every_metric_is_on_the_page_and_the_page_names_no_other(found):
-    documented = [name for section in ("Rewards", "Images", "The loss", "Clocks") for name in first_cells(section)]
+    documented = [name for section in ("Rewards", "Images", "The loss", "Time and cost") for name in first_cells(section)]
     assert set(documented) == {as_on_the_page(name) for names in found.values() for name in names}
     assert len(documented) == len(set(documented)) + 1  # kl is FlowGRPO's own, too
 
 
 def test_a_row_of_the_loss_names_the_objectives_that_log_it(found):
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE[PAGE.index("## The loss") : PAGE.index("## Clocks")], re.M)
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE[PAGE.index("## The loss") : PAGE.index("## Time and cost")], re.M)
     said: dict[str, set[str]] = {}
     for name, kinds in rows:
         named = set(re.findall(rf"\b(?:{'|'.join(sorted(KINDS, key=len, reverse=True))})\b", kinds))

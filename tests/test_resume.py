@@ -143,7 +143,7 @@ def test_every_role_and_clock_comes_back(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [(["optimizer.lr=1"], "can't change"), (["rollouts=0"], "steps")],
+    [(["optimizer.lr=1"], "can't change"), (["rollouts=0"], "rollouts")],
 )
 def test_a_resumed_run_refuses_what_would_make_it_another(finished, overrides, said):
     with pytest.raises(UserError, match=said):

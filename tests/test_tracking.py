@@ -102,7 +102,7 @@ def test_a_run_sends_metrics_scores_samples_and_its_summary_and_goes_on_as_the_s
     for name in names:
         calls = hosted(name).calls
         first, second = (options for what, options, *_ in (call for call in calls if call[0] == "init"))
-        assert first["project"] == second["project"] == "playground" and first["config"]["steps"] == 2
+        assert first["project"] == second["project"] == "playground" and first["config"]["rollouts"] == 2
         kept = json.loads((run / f"{name}.json").read_text())
         assert kept["project"] == "playground" and first["name"] == second["name"]
         if name == "wandb":
