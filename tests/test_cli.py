@@ -130,7 +130,8 @@ def test_sample_draws_base_and_tuned_side_by_side_and_repeats(tmp_path, learnt, 
         assert main(words) == 0
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     picture = Image.open(tmp_path / "one.png")
-    assert picture.size == (256 + 4 + 256, 256)
+    assert picture.width == 12 + 256 + 6 + 256 + 12 and picture.height > 256 + 2 * 12, "two images, and what they are"
+    assert picture.convert("L").crop((0, 0, picture.width, 40)).getextrema()[0] < 100, "the prompt stands above"
     for name, kind in (("base.png", "PNG"), ("base.jpg", "JPEG"), ("base.WEBP", "WEBP"), ("base", "PNG")):
         assert main(["sample", "a red circle", "--steps", "1", "-o", str(tmp_path / name)]) == 0
         written = Image.open(tmp_path / name)

@@ -181,9 +181,9 @@ def test_the_page_says_what_the_terminal_says(six, tmp_path):
 def test_the_chosen_axis_leads_and_the_others_are_a_tab_away(six, tmp_path):
     shown = page(compare(six, axis="seconds"), tmp_path)
     buttons = [attrs for attrs in shown.all("input") if attrs["type"] == "radio"]
-    assert [attrs["id"] for attrs in buttons] == ["by-seconds", "by-evaluations", "by-steps"]
-    assert ["checked" in attrs for attrs in buttons] == [True, False, False]
-    assert len([attrs for attrs in shown.all("svg") if attrs.get("role") == "img"]) == 3
+    assert [attrs["id"] for attrs in buttons] == ["by-seconds", "by-evaluations", "by-rollouts", "by-steps"]
+    assert ["checked" in attrs for attrs in buttons] == [True, False, False, False]
+    assert len([attrs for attrs in shown.all("svg") if attrs.get("role") == "img"]) == 4
 
 
 def test_seeds_that_overlap_are_said_to(six, tmp_path):
@@ -196,7 +196,7 @@ def test_seeds_that_overlap_are_said_to(six, tmp_path):
 def test_a_cost_that_was_not_logged_is_no_axis(tmp_path):
     a = make(tmp_path / "a")
     lines(a / "metrics.jsonl", [{"step": s, "seconds": 2.0 * s} for s in range(1, 21)])
-    assert compare([a], axis="seconds").axes == ["seconds"]
+    assert compare([a], axis="seconds").axes == ["seconds", "rollouts"]
     with pytest.raises(UserError, match="lacks network_evaluations"):
         compare([a])
 
@@ -269,7 +269,7 @@ def test_guards_are_marked_on_the_curve_of_their_run_and_told_once(six, tmp_path
     shown = page(compare(six), tmp_path)
     assert shown.says("no_contrast, beta=1.0 , seed 0 at rollout 10, seed 1 at rollout 10: beta does nothing")
     flags = [attrs for attrs in shown.all("g") if (attrs.get("class") or "").startswith("flag")]
-    assert len(flags) == 2 * 3
+    assert len(flags) == 2 * 4, "two seeds on four axes"
     assert "Triangles mark" in shown.text and "Triangles" not in page(compare(six[2:]), tmp_path).text
 
 

@@ -126,7 +126,7 @@ def test_the_report_lies_in_the_run_and_says_the_result_in_one_sentence(run: Pat
     assert page.says("counting 0.20 0.80")
     assert page.says("deviation at rollout 12: v_theta is v_old")
     assert page.says("3 objects, not 2") and page.says("Right: 1 of 2 before")
-    assert page.says("sample drawing the images 0.300 30%")
+    assert page.says("sample sampling the images 0.300 30%")
     assert page.says("versions.torch 2.9.0") and page.says('prompts = "playground"')
 
 

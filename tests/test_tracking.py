@@ -174,20 +174,6 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(tmp_path, tensor
     assert (5, "samples/00", ((8, 6, 3), "HWC")) in tensorboard[1].events
 
 
-def test_tensorboards_own_reader_finds_each_step_once(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for step in (0, 2):
-        found, warned = trackers(tmp_path, ["tensorboard"], step)
-        for k in range(step + 1, step + 4):
-            found.log(k, {"loss": float(k)})
-        found.evaluation(step + 3, evaluation())
-        found.close()
-        assert not warned
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={}).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(k, float(k)) for k in (1, 2, 3, 4, 5)]
-    assert [e.step for e in events.Scalars("evaluation/score")] == [5] and len(events.Images("samples/00")) == 1
-
-
 def test_wandb_without_a_login_is_told_before_a_run_and_logs_offline(tmp_path, hosted, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(hosted("wandb"), "login", lambda **options: asked.append(options) or False, raising=False)

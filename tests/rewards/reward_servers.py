@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from flowtilt.io.images import to_png
+from flowtilt.io.listening import Server
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
-from flowtilt.rewards.serving.listening import Server
 from flowtilt.rewards.serving.service import app
 
 

@@ -19,8 +19,9 @@ from PIL import Image
 from reward_servers import ask, asking, connected, grey, judged, levels, picky, running, wait_until
 
 from flowtilt.errors import UserError
+from flowtilt.io import listening
 from flowtilt.io.images import to_pil, to_png
-from flowtilt.rewards.serving import listening, wire
+from flowtilt.rewards.serving import wire
 from flowtilt.rewards.serving.server import serve
 from flowtilt.rewards.serving.wire import Limits, key_from_environment, picture
 
@@ -185,7 +186,8 @@ def test_bodies_that_are_held_together_have_a_limit_and_one_alone_has_not():
 
 FULL = """
 import resource, socket, sys, threading, time
-from flowtilt.rewards.serving import listening, wire
+from flowtilt.io import listening
+from flowtilt.rewards.serving import wire
 from flowtilt.rewards.serving.server import serve
 resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
 def clients(line):
@@ -262,8 +264,8 @@ def test_a_port_in_use_and_missing_rewards_are_told_in_one_line():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    for name in ("server", "listening"):
-        monkeypatch.delitem(sys.modules, f"flowtilt.rewards.serving.{name}")
+    for name in ("rewards.serving.server", "io.listening"):
+        monkeypatch.delitem(sys.modules, f"flowtilt.{name}")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn: pip install starlette uvicorn"):
         import flowtilt.rewards.serving.server  # noqa: F401

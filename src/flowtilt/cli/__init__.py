@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import flowtilt
-from flowtilt.cli import check_model, compare, completion, evaluate, export, pairs, plan, push, recipes, rewards, sweep, train
+from flowtilt.cli import check_model, compare, completion, demo, evaluate, export, pairs, plan, push, recipes, rewards, sweep, train, watch
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError, printable
 from flowtilt.io.quiet import quieten
@@ -18,6 +18,7 @@ EPILOG = """examples:
   flowtilt train playground                      the first run: a laptop's CPU, minutes
   flowtilt train playground rollouts=20 seed=1   override any key of the recipe
   flowtilt init my.toml --from sd35m-geneval     a recipe of your own, every key explained
+  flowtilt watch runs/playground                 see a run in a browser while it goes on
   flowtilt train --resume runs/playground        go on where it was killed, to the same bits
   flowtilt sample "a red circle left of a blue square" --lora runs/playground
   flowtilt evaluate --lora runs/playground --compare base
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"flowtilt {flowtilt.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, recipes, sweep, plan, compare, evaluate, rewards, export, pairs, push, check_model, completion):
+    for module in (train, watch, demo, recipes, sweep, plan, compare, evaluate, rewards, export, pairs, push, check_model, completion):
         module.add(commands)
     return top
 

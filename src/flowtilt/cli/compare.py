@@ -37,9 +37,9 @@ def add(commands: Any) -> None:
     )
     compare.add_argument(
         "--axis",
-        choices=("evaluations", "seconds", "steps"),
+        choices=("evaluations", "seconds", "rollouts", "steps"),
         default="evaluations",
-        help="cost that leads: network evaluations (a backward counts two), seconds of training, optimizer steps (%(default)s)",
+        help="cost that leads: network evaluations (a backward counts two), seconds of training, rollouts, optimizer steps (%(default)s)",
     )
     compare.add_argument(
         "--target",

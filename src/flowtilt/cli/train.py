@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.words import TRUST
+from flowtilt.cli.words import TRUST, count, seeds
 from flowtilt.config import Recipe, load_recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
 from flowtilt.config.trust import check, of_recipe
@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     train.add_argument("--trust", action="store_true", help=TRUST)
     train.set_defaults(call=_train)
 
-    sample = commands.add_parser("sample", help="draw prompts, base and tuned side by side from the same noise")
+    sample = commands.add_parser("sample", help="sample prompts, base and tuned side by side from the same noise")
     sample.add_argument("prompts", nargs="+", metavar="PROMPT")
     sample.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
     sample.add_argument(
@@ -43,9 +43,11 @@ def add(commands: Any) -> None:
     sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")
     sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2, heun or cps")
     sample.add_argument("--eta", type=float, help="how much of the noise is new in a step of cps, at most 1 (the recipe's, else 0.9)")
-    sample.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sample.add_argument("--seed", type=seeds, default=[0], metavar="N", help="one, several as 0,1,2, or a range as 0..4 (0)")
+    sample.add_argument("--images", type=count, default=1, metavar="N", help="images per prompt and seed (%(default)s)")
+    sample.add_argument("--save-each", type=Path, metavar="FOLDER", help="also write every image, with a table for `flowtilt score`")
     sample.add_argument("--same-noise", action="store_true", help="start all prompts from one noise")
-    sample.add_argument("--no-base", action="store_true", help="draw only the tuned model")
+    sample.add_argument("--no-base", action="store_true", help="sample only the tuned model")
     sample.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help=".png, .jpg or .webp (%(default)s)")
     sample.add_argument("--trust", action="store_true", help=TRUST)
     sample.set_defaults(call=_sample)
@@ -131,7 +133,9 @@ def _sample(args: argparse.Namespace) -> int:
         args.output,
         model=args.model,
         loras=args.lora,
-        seed=args.seed,
+        seeds=args.seed,
+        copies=args.images,
+        save_each=args.save_each,
         steps=args.steps,
         guidance=args.guidance,
         solver=args.solver,
@@ -141,4 +145,6 @@ def _sample(args: argparse.Namespace) -> int:
         trust=args.trust,
     )
     print(written)
+    if args.save_each:
+        print(args.save_each)
     return 0

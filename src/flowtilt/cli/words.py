@@ -28,6 +28,17 @@ def count(text: str) -> int:
     return number
 
 
+def seeds(text: str) -> list[int]:
+    """Whole numbers from 0: 3, or 0,1,2, or 0..4 for each from 0 to 4."""
+    found: list[int] = []
+    for part in words(text):
+        first, dots, last = part.partition("..")
+        if not (first.isdecimal() and (not dots or (last.isdecimal() and int(first) <= int(last) < int(first) + 1000))):
+            raise argparse.ArgumentTypeError(f"must be a number, 0,1,2 or 0..4, not {text}")
+        found += range(int(first), int(last) + 1) if dots else [int(first)]
+    return list(dict.fromkeys(found))
+
+
 def say(text: str) -> None:
     """Tells a person what is no result, at once."""
     print(printable(text), file=sys.stderr, flush=True)

@@ -238,8 +238,8 @@ class Recipe(Table):
     evaluate: EvaluateSettings = EvaluateSettings()
     guards: Literal["warn", "stop", "off"] = "warn"
     """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
-    track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Trackers that get metrics, scores and samples, too; each needs flowtilt[track] (docs/guides/trackers.md)."""
+    track: tuple[Literal["wandb", "tensorboard", "trackio", "mlflow"], ...] = ()
+    """Trackers that get metrics, scores and samples, too; each needs flowtilt[track], mlflow its own package (docs/guides/trackers.md)."""
 
     @field_validator("rewards")
     @classmethod

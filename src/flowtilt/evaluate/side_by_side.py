@@ -1,18 +1,22 @@
 """`flowtilt sample`: the same prompt and noise, with and without LoRAs, by our own sampler."""
 
+import itertools
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from flowtilt.build import default_evaluation, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config.trust import of_model
 from flowtilt.errors import UserError
-from flowtilt.io.files import write_atomic
-from flowtilt.io.images import SHEET, sheet
+from flowtilt.io.files import disk_errors, write_atomic, write_lines
+from flowtilt.io.images import SHEET, sheet, to_pil
+from flowtilt.io.labelled import Captioned, labelled
 from flowtilt.models.cutting import notice_cut
 from flowtilt.models.opening import open_model
 from flowtilt.policy.tuned import read_tuned
@@ -24,55 +28,131 @@ FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "
 """Endings of a file's name, and what Pillow calls them."""
 
 
-def sample(
-    prompts: Sequence[str],
-    output: Path | str,
-    *,
-    model: str | None = None,
-    loras: Sequence[Path] = (),
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    solver: str | None = None,
-    eta: float | None = None,
-    same_noise: bool = False,
-    base_too: bool = True,
-    trust: bool = False,
-) -> Path:
-    """Samples each prompt as one row, the base left and the tuned model right, from the same noise, into one picture.
+Images = dict[tuple[str, int, int], Tensor]
+"""[N, 3, H, W], an image per prompt, by role ("base", "tuned"), seed and copy."""
+
+
+class SideBySide:
+    """A base and what was trained on it, opened once; both start from the same noise.
 
     Several LoRAs add up, with what lies beneath them. Model, steps, guidance, solver and eta default to those of the
     first LoRA's run, or of the one on top of it, else to the playground's.
 
     Args:
-        output: PNG, JPEG or WebP, by the ending of its name; PNG without one.
+        base_too: also sample the base where there is a LoRA.
         trust: the recipe that lies with the LoRA may run its own code; a run of this user's may anyway.
 
     Raises:
-        UserError: a model or LoRA that can't be loaded, an eta that the solver does not have, a recipe of somebody else's that
-            runs code, or a file that can't be written.
+        UserError: a model or LoRA that can't be loaded, an eta that the solver does not have, or a recipe of somebody else's that
+            runs code.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        loras: Sequence[Path] = (),
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: str | None = None,
+        eta: float | None = None,
+        base_too: bool = True,
+        trust: bool = False,
+    ):
+        added = read_tuned(loras)
+        recipe = recipe_of(added.leading) if added.leading else None
+        e = recipe.evaluate if recipe else default_evaluation(model)
+        self._sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
+        settings = model_settings(model, recipe)
+        if added.leading:
+            vouch(added.leading, of_model(settings), trust)
+        self._stack = added.on(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+        self.roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
+
+    def images(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), copies: int = 1, same_noise: bool = False) -> Images:
+        """An image of each prompt for every role, seed and copy.
+
+        Args:
+            same_noise: start all prompts from one noise.
+        """
+        stack, model = self._stack, self._stack.model
+        notice_cut(model, [Prompt(text) for text in prompts])
+        places = [(0 if same_noise else k,) for k in range(len(prompts))]
+        given, found = model.encode(prompts), {}
+        for seed, copy in itertools.product(seeds, range(copies)):
+            purpose = f"sample {copy}" if copy else "sample"
+            start = noise(seed, purpose, places, model.latent_shape).to(model.device)
+            fresh = step_noise(seed, purpose, places, model.latent_shape)
+            for role in self.roles:
+                latents = self._sampler(stack, role, start, given, len(prompts), fresh)
+                found[role, seed, copy] = decode(stack, latents, len(prompts)).cpu()
+        return found
+
+
+def sample(
+    prompts: Sequence[str],
+    output: Path | str,
+    *,
+    seeds: Sequence[int] = (0,),
+    copies: int = 1,
+    same_noise: bool = False,
+    save_each: Path | None = None,
+    **options: Any,
+) -> Path:
+    """Samples each prompt with the base and the tuned model from the same noise, into one labelled picture; one image alone has no label.
+
+    Args:
+        output: PNG, JPEG or WebP, by the ending of its name; PNG without one.
+        copies: images per prompt and seed.
+        save_each: a folder for every image at its own size, with a table of their prompts that `flowtilt score --prompts` reads.
+        options: of `SideBySide`.
+
+    Raises:
+        UserError: as `SideBySide`, or a file that can't be written.
     """
     output = Path(output)
     kind = _format_of(output)
-    added = read_tuned(loras)
-    recipe = recipe_of(added.leading) if added.leading else None
-    e = recipe.evaluate if recipe else default_evaluation(model)
-    sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
-    settings = model_settings(model, recipe)
-    if added.leading:
-        vouch(added.leading, of_model(settings), trust)
-    stack = added.on(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-    notice_cut(stack.model, [Prompt(text) for text in prompts])
-    places = [(0 if same_noise else k,) for k in range(len(prompts))]
-    start = noise(seed, "sample", places, stack.model.latent_shape).to(stack.model.device)
-    fresh = step_noise(seed, "sample", places, stack.model.latent_shape)
-    given = stack.model.encode(prompts)
-    roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
-    columns = [decode(stack, sampler(stack, role, start, given, len(prompts), fresh), len(prompts)) for role in roles]
-    image = sheet(columns)
-    several = image.size != columns[0].shape[:-3:-1]  # or an enlarged one
-    write_atomic(output, _encoded(image, kind, output, f"{len(columns[0])} x {len(columns)}" if several else ""))
+    found = SideBySide(**options).images(prompts, seeds, copies, same_noise)
+    picture = contact_sheet(prompts, found)
+    several = picture.size != next(iter(found.values())).shape[:-3:-1]  # or an enlarged one
+    write_atomic(output, _encoded(picture, kind, output, f"{len(prompts)} x {len(found)}" if several else ""))
+    if save_each:
+        _save_each(prompts, found, save_each)
     return output
+
+
+def contact_sheet(prompts: Sequence[str], found: Images) -> Image.Image:
+    """All images, under their prompts: base and tuned side by side, or a row of each where there are several of a prompt."""
+    if len(found) == len(prompts) == 1:
+        return sheet(list(found.values()))
+    seeds, copies = ({key[place] for key in found} for place in (1, 2))
+    several = len(seeds) * len(copies) > 1
+
+    def label(role: str, seed: int, copy: int) -> str:
+        return ", ".join([role, *([f"seed {seed}"] if len(seeds) > 1 else []), *([f"image {copy + 1}"] if len(copies) > 1 else [])])
+
+    blocks = []
+    for k, prompt in enumerate(prompts):
+        shots = {key: (label(*key), to_pil(images[k : k + 1])[0]) for key, images in found.items()}
+        roles = dict.fromkeys(role for role, _, _ in found)
+        rows = [[shot for key, shot in shots.items() if key[0] == role] for role in roles] if several else [list(shots.values())]
+        blocks.append(Captioned(prompt, rows))
+    return labelled(blocks)
+
+
+def _save_each(prompts: Sequence[str], found: Images, folder: Path) -> None:
+    """PNG files, and a line of JSON per image."""
+    lines = []
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for (role, seed, copy), images in found.items():
+        for k, picture in enumerate(to_pil(images)):
+            name = f"{k:03d}-{role}-seed{seed}-{copy}.png"
+            buffer = BytesIO()
+            picture.save(buffer, "PNG")
+            write_atomic(folder / name, buffer.getvalue())
+            lines.append({"file_name": name, "prompt": prompts[k], "variant": role, "seed": seed, "copy": copy})
+    write_lines(folder / "metadata.jsonl", lines)
 
 
 def _format_of(file: Path) -> str:

@@ -171,8 +171,8 @@ def is_held(folder: Path) -> bool:
     system has no locks, or forbids the trial, the note is believed as long as its process lives.
     """
     holder = _holder(folder)
-    if not holder:
-        return False
+    if not holder or (holder.get("host") == socket.gethostname() and not _is_alive(holder.get("pid"))):
+        return False  # whoever was killed left the note; a trial could be in the way of one that resumes just now
     lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)

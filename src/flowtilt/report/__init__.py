@@ -12,10 +12,13 @@ from flowtilt.report.page import page
 __all__ = ["write_report"]
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, held: bool | None = None) -> Path:
     """Writes `run`/report.html from what the run's folder holds so far, and returns its path.
 
     An older report stays whole until the new one replaces it.
+
+    Args:
+        held: whether a trainer is at work in the folder; none asks its lock.
 
     Raises:
         UserError: `run` is no folder, the disk is full or the folder cannot be written.
@@ -23,5 +26,5 @@ def write_report(run: Path) -> Path:
     if not os.path.isdir(run):  # also where the folder above it can't be read
         raise UserError(f"run {run}: no such folder; give the folder that flowtilt train has written")
     target = RunFolder(run).report
-    write_atomic(target, page(load(run)))
+    write_atomic(target, page(load(run, held)))
     return target

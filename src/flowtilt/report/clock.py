@@ -45,7 +45,7 @@ class Clock:
         return Axis(0.0, self.last, round_ticks(0.0, self.last, max(1.0, nice_step(self.last, count))))
 
     def read(self, step: float) -> str:
-        """step 12 · 3.4 min."""
+        """rollout 12 · 3.4 min."""
         return " · ".join([f"rollout {step:,.0f}", *(f"{short(self._at(other, step))} {other.unit}" for other in self.others[:1])])
 
     def choices(self) -> list[dict[str, Any]]:

@@ -18,30 +18,30 @@ SPENT = {"calls": "Requests that were made of", "tokens": "Tokens read and writt
 """What a judge has cost, by the last part of its metric's name."""
 MEANINGS = {
     "loss": "The objective. Its target moves with the policy, so it need not fall while the reward rises.",
-    "grad_norm": "Length of the gradient before it is clipped; a sudden leap means an unstable step.",
-    "deviation": "Mean (v<sub>θ</sub> − v<sub>old</sub>)²: how far the trained network is ahead of the one that draws the images.",
-    "kl": "Mean (v<sub>θ</sub> − v<sub>ref</sub>)², for FlowGRPO of a step's mean: how far the network has moved from the base.",
+    "grad_norm": "Length of the gradient before it is clipped; a sudden leap means an unstable update.",
+    "deviation": "Mean (v<sub>θ</sub> − v<sub>old</sub>)²: how far the trained network is ahead of the one that samples.",
+    "kl": "Mean (v<sub>θ</sub> − v<sub>ref</sub>)², for FlowGRPO of a solver step's mean: how far the network has moved from the base.",
     "norm_ratio": "|v<sub>θ</sub>| / |v<sub>ref</sub>|; where it stays above 1.05, look at the images for lost quality.",
-    "log_ratio": "|log p<sub>θ</sub> − log p<sub>old</sub>| by the lower bound: how far an update outruns the one that draws the images.",
-    "anchor": "Mean (v<sub>θ</sub> − v<sub>old</sub>)²: what the pull to the policy that draws the images acts on.",
+    "log_ratio": "|log p<sub>θ</sub> − log p<sub>old</sub>| by the lower bound: how far an update outruns the policy that samples.",
+    "anchor": "Mean (v<sub>θ</sub> − v<sub>old</sub>)²: what the pull to the policy that samples acts on.",
     "ratio_off": "How far the likelihood ratio is from 1 on average; compare with the clip range.",
-    "clip_fraction": "Share of ratios beyond the clip range; those of a step's first update are 1.",
+    "clip_fraction": "Share of ratios beyond the clip range; those of a rollout's first update are 1.",
     "groups/without_variance": "Share of prompts whose images all scored alike; these teach nothing.",
     "images/saturated": "Share of pixel values at the end of their range.",
     "images/blank": "Share of images of one colour.",
     "images/diversity": "How far a prompt's images lie from their mean; falls as wrong images go, and collapses towards 0.",
     "groups/identical_images": "Share of prompts whose images are all the same.",
-    "fake_loss": "How well the fake score predicts what the student draws; of the noisy levels most cannot be predicted.",
+    "fake_loss": "How well the fake score predicts what the student samples; of the noisy levels most cannot be predicted.",
     "teacher_gap": "Mean (v<sub>fake</sub> − v<sub>teacher</sub>)²: how far the student's images are from the teacher's distribution.",
-    "backprop_reward": "The rewards that the last step follows by their gradient, in a weighted sum.",
-    "fake_consistency": "How far the fake score's denoiser is from agreeing with itself one step later; an estimate with both signs.",
+    "backprop_reward": "The rewards that the last solver step follows by their gradient, in a weighted sum.",
+    "fake_consistency": "How far the fake score's denoiser is from its own answer one solver step later; an estimate with both signs.",
     "fake_grad_norm": "Length of the fake score's gradient before it is clipped.",
     "lr": "Learning rate of AdamW.",
-    "images_per_second": "Images drawn and trained on, per second.",
+    "images_per_second": "Images sampled and trained on, per second.",
     "images_per_second_per_device": "The same for each device.",
-    "prompts/unique": "Different captions among the prompts of a step.",
+    "prompts/unique": "Different captions among the prompts of a rollout.",
     "skipped_updates": "Updates left out: no image with an advantage, or a gradient that is not finite.",
-    "reward/total_std": "Spread of the reward over the images of a step.",
+    "reward/total_std": "Spread of the reward over the images of a rollout.",
 }
 # shown elsewhere, or no more than the clock
 NOT_SMALL = {"step", "seconds", "network_evaluations", "optimizer_step", "reward/total"}
@@ -53,7 +53,9 @@ def _reads(time: Clock, steps: Array, values: Array) -> list[str]:
 
 
 def _marks(run: Run) -> list[tuple[float, str]]:
-    return [(number(g, "step"), f"{g.get('guard', 'guard')} at step {number(g, 'step'):,.0f}: {g.get('message', '')}") for g in run.guards]
+    return [
+        (number(g, "step"), f"{g.get('guard', 'guard')} at rollout {number(g, 'step'):,.0f}: {g.get('message', '')}") for g in run.guards
+    ]
 
 
 def _spoken(what: str, steps: Array, values: Array) -> str:
@@ -65,9 +67,9 @@ def _spoken(what: str, steps: Array, values: Array) -> str:
 
 
 def score_curve(run: Run) -> str:
-    """Score of every evaluation against training time, with its interval where there is one."""
+    """Score of every evaluation against rollouts, with its interval where there is one."""
     if not run.evaluations:
-        return none_yet("No evaluation yet: the first one is of the base, at step 0.")
+        return none_yet("No evaluation yet: the first one is of the base, before the first rollout.")
     time = clock(run)
     steps = np.array([number(record, "step") for record in run.evaluations])
     scores = np.array([number(record, "score") for record in run.evaluations])
@@ -116,7 +118,7 @@ def _with_mean(x: Array, values: Array, reads: list[str]) -> list[Curve]:
 
 
 def reward_curve(run: Run) -> str:
-    """Training reward of every step, and its running mean where there are enough of them."""
+    """Training reward of every rollout, and its running mean where there are enough of them."""
     name = "reward/total" if "reward/total" in run.metric_names else next((n for n in run.metric_names if n.startswith("reward/")), None)
     if name is None:
         nothing = "No rollout is logged yet, so there is no training reward."
@@ -125,7 +127,7 @@ def reward_curve(run: Run) -> str:
     steps, rewards = run.series("step"), run.series(name)
     reads = _reads(time, steps, rewards)
     curves = _with_mean(steps, rewards, reads)
-    smooth = f" The faint line is every step, the strong one a running mean over {_window(rewards)}." if len(curves) > 1 else ""
+    smooth = f" The faint line is every rollout, the strong one a running mean over {_window(rewards)}." if len(curves) > 1 else ""
     chart = Chart(
         _spoken("training reward", steps, rewards),
         curves,
@@ -177,7 +179,7 @@ def meaning(name: str) -> str:
     if share := re.fullmatch(r"reward/top_(\d+)", name):
         return f"Mean reward of each prompt's best {share[1]} % of the images, at least one."
     if spread := re.fullmatch(r"reward/(.+)_std", name):
-        return MEANINGS.get(name) or f"Standard deviation of {escape(spread[1])} over the images of a step."
+        return MEANINGS.get(name) or f"Standard deviation of {escape(spread[1])} over the images of a rollout."
     if lacking := re.fullmatch(r"missing/(.+)", name):
         return f"Images that {escape(lacking[1])} gave no score."
     if paid := re.fullmatch(r"spent/(.+)/(calls|tokens|cost)", name):

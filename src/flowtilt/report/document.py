@@ -2,12 +2,14 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 
 
-def document(title: str, body: str, *, styles: Sequence[str] = ("page.css",), script: str = "") -> str:
+def document(
+    title: str, body: str, *, styles: Sequence[str] = ("page.css",), script: str = "", live: Mapping[str, str | int] | None = None
+) -> str:
     """A whole HTML file.
 
     Args:
@@ -15,16 +17,19 @@ def document(title: str, body: str, *, styles: Sequence[str] = ("page.css",), sc
         body: HTML that stands in <main>.
         styles: files of this package, one after the other.
         script: a file of this package, "" for none.
+        live: what the script needs to show the page anew, of a run that goes on; see `page.js`. With "version" a server has it,
+            which the script may ask.
     """
+    live = live or {}
     style, code = "".join(map(_asset, styles)), _asset(script) if script else ""
     # whatever a prompt or a recipe contains, nothing but this one script runs and nothing is fetched
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'" + ("; connect-src 'self'" if "version" in live else "")
     policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" if code else ""
     html = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main{_data(live)}>\n{body}\n</main>\n"
         + (f"<script>{code}</script>\n" if code else "")
         + "</body>\n</html>\n"
     )
@@ -35,6 +40,10 @@ def document(title: str, body: str, *, styles: Sequence[str] = ("page.css",), sc
 def section(name: str, title: str, body: str) -> str:
     """A section with its heading; `title` is plain text."""
     return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>\n{body}</section>'
+
+
+def _data(live: Mapping[str, str | int]) -> str:
+    return "".join(f' data-{name}="{escape(str(value))}"' for name, value in live.items())
 
 
 def _asset(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -26,6 +27,15 @@ class Embedded:
 
 def embed(path: Path) -> Embedded | None:
     """The image at `path`, at most 256 px wide and high; none where there is no whole image."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return _embed(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=512)  # the page of a run that goes on is written again and again
+def _embed(path: Path, modified: int, size: int) -> Embedded | None:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")

@@ -57,7 +57,23 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the summary is about all that was logged: a run that was made longer leaves an older one behind."""
-        return bool(self.summary) and not number(self.summary, "steps") < self.step
+        return bool(self.summary) and not self.held and not number(self.summary, "steps") < self.step
+
+    @property
+    def state(self) -> str:
+        """ "finished", "running", "stopped by a guard" or "interrupted"."""
+        if self.finished:
+            return "finished"
+        if self.held:
+            return "running"
+        stopped = self.recipe.get("guards") == "stop" and any(number(guard, "step") == self.step for guard in self.guards)
+        return "stopped by a guard" if stopped else "interrupted"
+
+    @property
+    def touched(self) -> float:
+        """When something was last logged, in seconds since 1970; NaN where nothing was."""
+        times = [_modified(self.folder / name) for name in (*RunFolder.logs(), RunFolder.environment)]
+        return max((time for time in times if time is not None), default=float("nan"))
 
     @property
     def planned_steps(self) -> int | None:
@@ -120,8 +136,12 @@ class Run:
         return np.array([number(record, name) for record in self.metrics], dtype=float)
 
 
-def load(folder: Path) -> Run:
-    """Everything the report shows of a run."""
+def load(folder: Path, held: bool | None = None) -> Run:
+    """Everything the report shows of a run.
+
+    Args:
+        held: whether a trainer is at work in the folder; none asks its lock.
+    """
     reader = Reader(folder)
     metrics, evaluations = _by_step(reader.steps(RunFolder.metrics)), _by_step(reader.steps(RunFolder.evaluations))
     unscored = sum(not np.isfinite(number(record, "score")) for record in evaluations)
@@ -140,7 +160,7 @@ def load(folder: Path) -> Run:
         samples=_samples(reader),
         guards=reader.steps(RunFolder.guards),
         summary=reader.object(RunFolder.summary),
-        held=is_held(folder),
+        held=is_held(folder) if held is None else held,
         lost=reader.lost,
     )
 
@@ -151,6 +171,13 @@ def _estimate(record: Record) -> Estimate:
     if not isinstance(logged, dict):
         return Estimate(score, kind=UNKNOWN, images=int(images) if images >= 1 else 0)
     return estimate_of(logged)._replace(value=score)
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _by_step(records: list[Record]) -> list[Record]:

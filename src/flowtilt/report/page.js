@@ -1,4 +1,21 @@
 "use strict";
+// What a reader chose stays chosen when the page shows itself anew; a browser may forbid to keep it.
+const kept = (name) => `flowtilt:${location.pathname}:${name}`;
+const remembered = (name) => {
+  try {
+    return sessionStorage.getItem(kept(name));
+  } catch {
+    return null;
+  }
+};
+const remember = (name, value) => {
+  try {
+    sessionStorage.setItem(kept(name), value);
+  } catch {
+    /* then it is chosen again */
+  }
+};
+
 // Read-outs on hovering; the page says the same without them in its captions and tables.
 for (const plot of document.querySelectorAll(".plot[data-read]")) {
   let points = JSON.parse(plot.dataset.read);
@@ -59,14 +76,19 @@ if (choice) {
       plot.dispatchEvent(new CustomEvent("rescaled", { detail: at }));
     }
   };
+  const chosen = Math.max(0, axes.findIndex((axis) => axis.name === remembered("axis")));
   axes.forEach((axis, number) => {
     const label = document.createElement("label"), input = document.createElement("input");
-    Object.assign(input, { type: "radio", name: "stands-on", checked: number === 0 });
-    input.addEventListener("change", () => change(axis));
+    Object.assign(input, { type: "radio", name: "stands-on", checked: number === chosen });
+    input.addEventListener("change", () => {
+      change(axis);
+      remember("axis", axis.name);
+    });
     label.append(input, axis.name);
     choice.append(label);
   });
   choice.hidden = false;
+  if (chosen) change(axes[chosen]);
 }
 for (const box of document.querySelectorAll(".scroll")) {
   const hint = document.createElement("p");
@@ -76,3 +98,44 @@ for (const box of document.querySelectorAll(".scroll")) {
   const show = () => (hint.hidden = box.scrollWidth <= box.clientWidth + 1);
   new ResizeObserver(show).observe(box);
 }
+
+// Tabs and what is folded out, by their place in the page.
+const opened = () => [...document.querySelectorAll("details")].map((one) => (one.open ? 1 : 0)).join("");
+[...(remembered("open") || "")].forEach((one, k) => {
+  const found = document.querySelectorAll("details")[k];
+  if (found) found.open = one === "1";
+});
+for (const one of document.querySelectorAll("details")) one.addEventListener("toggle", () => remember("open", opened()));
+const tab = document.getElementById(remembered("tab"));
+if (tab && tab.type === "radio") tab.checked = true;
+for (const one of document.querySelectorAll(".tabs > input")) one.addEventListener("change", () => remember("tab", one.id));
+
+// A run that goes on. Its page says how old it is, and shows itself anew: from a disk every so often, from a server when there is more.
+const live = document.querySelector("main").dataset;
+const news = document.querySelector(".news");
+if (news && live.touched) {
+  const say = () => {
+    const age = Math.max(0, Date.now() / 1000 - Number(live.touched)), longest = Math.max(300, 10 * Number(live.every || 0));
+    const ago = age < 100 ? `${Math.round(age)} s` : age < 6000 ? `${Math.round(age / 60)} min` : `${Math.round(age / 3600)} h`;
+    const doubt = age > longest ? ": if this is no long evaluation, the run was killed" : "";
+    news.textContent = `· last news ${ago} ago${doubt}`;
+    news.classList.toggle("late", age > longest);
+  };
+  say();
+  setInterval(say, 1000);
+}
+const reload = () => {
+  if (!document.hidden && !String(getSelection())) location.reload();
+};
+if (live.version) {
+  const ask = async () => {
+    try {
+      const answer = await fetch("version", { cache: "no-store" });
+      if (answer.ok && (await answer.text()) !== live.version) reload();
+      document.body.classList.remove("gone");
+    } catch {
+      document.body.classList.add("gone");
+    }
+  };
+  setInterval(ask, 2000);
+} else if (live.every) setInterval(reload, 1000 * Number(live.every));

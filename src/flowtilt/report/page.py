@@ -1,16 +1,34 @@
 """The page of a run: its sections in order."""
 
+import math
+
 from flowtilt.report import curves, grids, judges, tables, verdict
 from flowtilt.report.document import document, section
 from flowtilt.report.loading import Run
 from flowtilt.report.numbers import counted
 
+RELOAD = 10
+"""Seconds after which the page of a run that goes on shows itself anew, at least."""
 
-def page(run: Run) -> str:
-    """The report of a run as HTML."""
+
+def page(run: Run, version: str = "") -> str:
+    """The report of a run as HTML. It shows itself anew while the run goes on.
+
+    Args:
+        version: of a page that a server has: what it answers at `version` until there is more to show.
+    """
     title = f"{run.name}: {verdict.sentence(run, verdict.verdict(run))}"
     footer = f"<footer>Written by flowtilt after {counted(run.step, 'rollout')}.</footer>"
-    return document(title, f"{verdict.headline(run)}\n{_sections(run)}\n{footer}", script="page.js")
+    return document(title, f"{verdict.headline(run)}\n{_sections(run)}\n{footer}", script="page.js", live=_live(run, version))
+
+
+def _live(run: Run, version: str) -> dict[str, str | int]:
+    """What `page.js` needs: "touched", when something was last logged; "every", seconds between two looks; "version"."""
+    since = {"touched": round(run.touched)} if run.held and math.isfinite(run.touched) else {}
+    if version:
+        return {**since, "version": version}
+    pace = run.seconds / run.step if run.step and math.isfinite(run.seconds) else 0.0
+    return {**since, "every": max(RELOAD, min(60, round(pace)))} if run.held else {}
 
 
 def _sections(run: Run) -> str:

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from flowtilt.estimate import EXACT, Estimate
+from flowtilt.estimate import EXACT, FEW, FEWEST, Estimate
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.report.bars import Scale, bars, divided_bar, scale_of, swatch
 from flowtilt.report.image_scores import tag_estimates
@@ -15,7 +15,7 @@ from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
 from flowtilt.report.numbers import decimals_apart, duration, fixed, number, short
 
 PHASES = {
-    "sample": "drawing the images",
+    "sample": "sampling the images",
     "decode": "latents to pixels",
     "reward": "scoring them",
     "train": "loss, gradient, optimizer",
@@ -57,8 +57,11 @@ def tags(run: Run) -> str:
     shown = [of[tag] for _, of in looks for tag in after if tag in of]
     scale = scale_of(shown)
     rows = "".join(_tag_row(tag, [(look, of[tag]) for look, of in looks if tag in of], scale) for tag in after)
-    said = ["The same score as above, for each kind of prompt by itself. In brackets is the 95% interval over its prompts."]
-    said += [f"No interval: {why}." for why in dict.fromkeys(e.why_none for e in shown if e.why_none)]
+    said = ["The same score as above, for each kind of prompt by itself."]
+    said += ["In brackets is the 95% interval over its prompts."] if any(e.has_interval for e in shown) else []
+    few = f"a kind has fewer than {FEWEST} prompts"
+    reasons = dict.fromkeys(few if e.kind == FEW else e.why_none for e in shown if e.why_none)
+    said += [f"No interval where {few}." if why == few else f"No interval: {why}." for why in reasons]
     if first == last:
         said.insert(0, f"Only rollout {first:,.0f} has been evaluated so far.")
     else:
@@ -82,7 +85,7 @@ def _bracketed(estimate: Estimate, decimals: int) -> str:
 
 
 def guards(run: Run) -> str:
-    """What the guards said, which the curves show as dashed lines."""
+    """What the guards reported, which the curves show as dashed lines."""
     if run.recipe.get("guards") == "off":
         return none_yet("Guards were off in this run.")
     if not run.guards:
@@ -95,7 +98,7 @@ def guards(run: Run) -> str:
 
 
 def timings(run: Run) -> str:
-    """Where the time of a step goes, on average over all steps."""
+    """Where the time of a rollout goes, on average over all rollouts."""
     names = [name for name in run.metric_names if name.startswith("time/")]
     means = {name.removeprefix("time/"): _mean(run, name) for name in names}
     means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
@@ -132,7 +135,7 @@ def _pace(run: Run) -> list[str]:
     passes = run.series("network_evaluations")
     passes = passes[np.isfinite(passes)]
     if len(passes):
-        said.append(f"{short(float(passes[-1]))} evaluations of the network.")
+        said.append(f"{short(float(passes[-1]))} network evaluations.")
     return said
 
 

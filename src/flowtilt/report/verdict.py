@@ -10,10 +10,13 @@ from flowtilt.report.loading import Record, Run
 from flowtilt.report.numbers import counted, decimals_apart, duration, fixed, number
 from flowtilt.report.reading import said
 
+NEWS = ' <span class="news"></span>'
+"""Where the page's script says how old the page is, of a run that goes on."""
+
 
 @dataclass(frozen=True)
 class Score:
-    """The score after so many steps."""
+    """The score after so many rollouts."""
 
     step: int
     of: Estimate
@@ -85,7 +88,7 @@ def score_name(run: Run) -> str:
 
 
 def progress(run: Run) -> str:
-    """60 steps, or 17 of 60 steps where more are planned."""
+    """60 rollouts, or 17 of 60 rollouts where more are planned."""
     if not run.finished and run.planned_steps and run.planned_steps > run.step:
         return f"{run.step:,} of {counted(run.planned_steps, 'rollout')}"
     return counted(run.step, "rollout")
@@ -117,7 +120,7 @@ def sentence(run: Run, result: Verdict) -> str:
 def headline(run: Run) -> str:
     """The top of the page."""
     result = verdict(run)
-    state = "finished" if run.finished else f"{'running' if run.held else 'interrupted'} at {progress(run)}{_took(run)}"
+    state = run.state if run.finished else f"{run.state} at {progress(run)}{_took(run)}"
     seed = run.summary.get("seed", run.recipe.get("seed"))
     about = ["flowtilt", *([f"seed {seed}"] if isinstance(seed, int) else []), state]
     numbers = [_big("before", result.before, result.decimals), '<div class="arrow" aria-hidden="true">→</div>']
@@ -131,7 +134,7 @@ def headline(run: Run) -> str:
     text = escape(sentence(run, result)).replace("held-out", '<span class="whole">held-out</span>')
     measured = result.before or result.after
     parts = [
-        f'<p class="about">{" · ".join(map(escape, about))}</p>',
+        f'<p class="about">{" · ".join(map(escape, about))}{NEWS if run.held else ""}</p>',
         f'<h1><span class="name">{escape(run.name)}:</span> {text}</h1>',
         f'<div class="result">{"".join(numbers)}</div>' if measured else "",
         f'<p class="{"" if run.change.side else "caution"}">{escape(changed)}</p>' if changed else "",

@@ -22,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from flowtilt.errors import UserError, printable
+from flowtilt.io.addresses import host_of
 from flowtilt.io.images import to_pil
 from flowtilt.io.threads import in_threads
 from flowtilt.io.web import Refused, post_json
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
-from flowtilt.rewards.serving.wire import host_of
 
 URL, KEY = "FLOWTILT_UNIFIEDREWARD_URL", "FLOWTILT_UNIFIEDREWARD_KEY"
 START = "python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --chat-template chatml-llava --port 17140"

@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from flowtilt.runs import folder as runs
 from flowtilt.runs import tracking
 from flowtilt.runs.shared import HeldRun
 from flowtilt.training.display import Display
+from flowtilt.training.live_page import LivePage
 from flowtilt.training.preview import Preview
 from flowtilt.training.state import Clock
 
@@ -48,6 +49,7 @@ class Driver(ABC):
         self.world, self._on_rollout = world, on_rollout
         self._folder, self._preview = HeldRun(world), None
         self.trackers, self._display = tracking.Trackers(), Display(0, 0, Method.progress, quiet=True)
+        self._page: LivePage | None = None  # the first process has it, from the first rollout to the end of the run
         self._begun = self._failed = False
 
     # what a trainer does in each of them -----------------------------------------------------------------
@@ -94,6 +96,8 @@ class Driver(ABC):
         finally:
             self._display.close()
             self.trackers.close()
+            with suppress(UserError):  # what the disk has no room for was said by what failed before
+                self._end_page()
             self._begun = False
             self._folder.close()
 
@@ -102,6 +106,12 @@ class Driver(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _end_page(self) -> None:
+        """The page as of a run that nobody works at any more; once."""
+        page, self._page = self._page, None
+        if page:
+            page.write(held=False)
 
     @property
     def done(self) -> bool:
@@ -191,6 +201,8 @@ class Driver(ABC):
         self._begun, main = True, self.world.rank == 0
         self._display = Display(self.recipe.rollouts, self.clock.step, self.recipe.objective.progress, not main, score_name_of(self.recipe))
         if main:
+            self._page = LivePage(self.run_folder)
+            self._display.say(f"{self.run_folder}: its page is {self._page.path}; `flowtilt watch {self.run_folder}` shows it live")
             self.trackers = tracking.open_trackers(self.recipe, self.run_folder, self.clock.step, self._display.say)
         if self.clock.step == 0:
             self.save()
@@ -221,6 +233,8 @@ class Driver(ABC):
         self.unsaved = True
         metrics = self._step()
         self._log(metrics, self._display)
+        if self._page:
+            self._page.after_rollout()
         metrics = {"step": self.clock.step, **metrics}
         self._show(metrics)
         stopping = self.world.any(self.interrupted)

@@ -37,7 +37,6 @@ from flowtilt.models.cutting import notice_cut
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.policy.roles import ROLES
 from flowtilt.prompts import PromptWalk
-from flowtilt.report import write_report
 from flowtilt.rewards.comparing import refuse_comparing
 from flowtilt.rewards.judge.ledger import keep_answers, spending
 from flowtilt.rewards.trial import preflight
@@ -270,7 +269,8 @@ class Trainer(Driver):
         if self.world.rank == 0:
             save_evaluation(self.run_folder, self.clock.step, self.clock.seconds, found)
             self.trackers.evaluation(self.clock.step, found)
-            write_report(self.run_folder)
+            if self._page:
+                self._page.write()
             display.evaluation(self.clock.step, found.score, found.by_tag)
 
     def _remember(self, record: Mapping[str, Any]) -> None:
@@ -320,6 +320,6 @@ class Trainer(Driver):
             self._write_results()
             write_json(RunFolder(self.run_folder).summary, summary)
             self.trackers.summary(self.clock.step, summary)
-            write_report(self.run_folder)
+            self._end_page()
         self.world.barrier()
         return summary

@@ -1,4 +1,4 @@
-"""What training costs, on three axes: network evaluations, seconds, optimizer steps."""
+"""What training costs, on four axes: network evaluations, seconds, rollouts, optimizer steps."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ COSTS = {
         "One image through the network once counts one, a backward pass two more; evaluations of the score are not counted.",
     ),
     "seconds": Cost("seconds", "seconds of training", "of training", "Training alone, without evaluations, checkpoints and loading."),
+    "rollouts": Cost("step", "rollouts", "rollouts", "Rollouts, however many images each of them has."),
     "steps": Cost(
         "optimizer_step",
         "optimizer steps",

@@ -4,9 +4,7 @@ There is no TLS: the key is sent in clear, so beyond a network of your own put a
 """
 
 import logging
-import os
 import signal
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -14,11 +12,12 @@ from typing import Any
 import torch
 
 from flowtilt.errors import UserError
+from flowtilt.io.addresses import bound, in_url, is_loopback, taken
 from flowtilt.rewards import load_reward
-from flowtilt.rewards.serving.wire import HOST, KEY, PORT, Limits, is_loopback
+from flowtilt.rewards.serving.wire import HOST, KEY, PORT, Limits
 
 try:
-    from flowtilt.rewards.serving.listening import Server
+    from flowtilt.io.listening import Server
     from flowtilt.rewards.serving.service import app
 except ModuleNotFoundError as error:
     raise UserError(f"serve-rewards needs {error.name}: pip install starlette uvicorn") from error
@@ -54,51 +53,22 @@ def serve(
     if not key and not is_loopback(host):
         raise UserError(f"serve-rewards: others could reach {host}: set {KEY} to a key, or leave --host at {HOST}")
     _raise_file_limit()
-    with _bound(host, port) as listener:
+    with bound(host, port, "serve-rewards") as listener:
         loaded = {}
         for name, settings in rewards.items():
             tell(f"loading {name}")
             loaded[name] = load_reward(name, settings.get("source", name), device=device, options=settings.get("options"))
         port = listener.getsockname()[1]
-        line = f'serving {", ".join(loaded)}; in a recipe: rewards.{next(iter(loaded), "NAME")} = "http://{_in_url(host)}:{port}"'
+        line = f'serving {", ".join(loaded)}; in a recipe: rewards.{next(iter(loaded), "NAME")} = "http://{in_url(host)}:{port}"'
         server = Server(app(loaded, key=key, max_batch=max_batch, limits=limits, local=not key), lambda: tell(line))
         # uvicorn raises the signal again once it has shut down; a server that was told to stop has not failed
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             server.run(sockets=[listener])
         except OSError as error:  # another one bound the same port and was first to listen
-            raise _taken(host, port, error) from None
+            raise taken(host, port, "serve-rewards", error) from None
         finally:
             signal.signal(signal.SIGTERM, before)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that has its port and does not listen yet, so that nobody waits for models that still load."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"serve-rewards: --port {port}: ports go up to 65535")
-    listener = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        if os.name != "nt":  # there it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        if listener:
-            listener.close()
-        raise _taken(host, port, error) from None
-    return listener
-
-
-def _taken(host: str, port: int, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
-    return UserError(f"serve-rewards: can't listen on {host} port {port}: {reason}; choose another with --port")
-
-
-def _in_url(host: str) -> str:
-    if host in ("", "0.0.0.0", "::"):
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
 
 
 def _raise_file_limit() -> None:

@@ -24,11 +24,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import flowtilt
 from flowtilt.errors import UserError
+from flowtilt.io.addresses import THIS_MACHINE, host_of
 from flowtilt.io.user_errors import describe_error
 from flowtilt.rewards import Reward, RewardOutput
 from flowtilt.rewards.serving.batching import Batcher
 from flowtilt.rewards.serving.prometheus import Metrics
-from flowtilt.rewards.serving.wire import KEY, THIS_MACHINE, Limits, Refusal, answer, host_of, picture, read_request
+from flowtilt.rewards.serving.wire import KEY, Limits, Refusal, answer, picture, read_request
 from flowtilt.rewards.versions import versions_of
 
 log = logging.getLogger("flowtilt")

@@ -6,20 +6,19 @@ otherwise     {"error": one line}
 """
 
 import base64
-import ipaddress
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from flowtilt.errors import UserError, printable
+from flowtilt.io.addresses import host_of
 from flowtilt.io.images import LARGEST, read_image, to_png
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
@@ -115,28 +114,6 @@ def key_for(url: str, variable: str = KEY, hosts: str = KEY_HOST) -> str | None:
 
 _given_to: dict[str, set[str]] = {}
 """The hosts that may have a key, by its variable."""
-
-
-THIS_MACHINE = "this machine"
-
-
-def host_of(url: str) -> str:
-    """The name or address of a URL's host, `THIS_MACHINE` for all of its own, "" where there is none."""
-    try:
-        host = urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-    return THIS_MACHINE if is_loopback(host) else host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's own, which no other can reach."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def most_bytes(images: int) -> int:

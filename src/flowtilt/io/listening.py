@@ -1,4 +1,4 @@
-"""How a reward server takes connections: none may idle for ever, and too many of them cost one line in the log, not a flood."""
+"""How a server of ours takes connections: none may idle for ever, and too many of them cost one line in the log, not a flood."""
 
 import asyncio
 import logging

@@ -1,0 +1,1 @@
+"""`flowtilt watch`: the pages of runs while they go on, for a browser on this machine."""
