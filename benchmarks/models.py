@@ -11,7 +11,8 @@ block keeps the scale of what passes through it and all values stay finite in bf
 
 import argparse
 import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,27 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from flowtilt.plan.geometry import KNOWN, Config, Geometry
+from flowtilt.plan.published import PUBLISHED
 from flowtilt.playground.pretrain import tokenizer
 from flowtilt.prompts import Prompt
 
-FULL = KNOWN["stabilityai/stable-diffusion-3.5-medium"]
-_CLIP_L, _CLIP_G, _T5 = (config or {} for config in FULL.text_encoders)
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the modules of a pipeline are built from: configurations, tokens of a prompt for the CLIPs and the T5, shift of the levels."""
+
+    transformer: Config
+    vae: Config
+    text_encoders: tuple[Config, ...]
+    tokens: tuple[int, int] = (77, 512)
+    shift: float = 3.0
+
+
+_, _PARTS = PUBLISHED["stabilityai/stable-diffusion-3.5-medium"]
+_CLIP_L, _CLIP_G, _T5 = (_PARTS[name][1] for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+FULL = Shapes(_PARTS["transformer"][1], _PARTS["vae"][1], (_CLIP_L, _CLIP_G, _T5))
 _CLIP_SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 32}
 SMALL = replace(
     FULL,
@@ -92,7 +108,7 @@ def _encoder(config: Config) -> nn.Module:
     return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
 
 
-def _tokenizers(geometry: Geometry) -> tuple[Any, Any]:
+def _tokenizers(geometry: Shapes) -> tuple[Any, Any]:
     """The playground's words and single letters, padded to the published lengths: what a prompt costs does not depend on its words."""
     with tempfile.TemporaryDirectory() as folder:
         words = tokenizer(Path(folder))

@@ -75,7 +75,8 @@ def test_every_file_that_a_page_links_to_is_there(page):
 
 def test_the_page_of_papers_names_every_recipe_and_files_that_speak_of_their_paper():
     page = (ROOT / "docs" / "reference" / "papers.md").read_text(encoding="utf-8")
-    assert {name for name in re.findall(r"`([a-z0-9-]+)`", page) if name.startswith(("sd35m", "playground", "flux"))} == set(recipe_names())
+    families = ("sd35m", "playground", "flux", "qwen", "z-image", "sana")
+    assert {name for name in re.findall(r"`([a-z0-9-]+)`", page) if name.startswith(families)} == set(recipe_names())
     for row in re.findall(r"^\| .*arxiv.*", page, re.M):
         papers, file = re.findall(r"arxiv\.org/abs/([\d.]+)", row), re.findall(r"`([\w/.]+)`", row.split("|")[2])[0]
         path = ROOT / "src" / "flowtilt" / file

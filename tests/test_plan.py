@@ -85,8 +85,8 @@ def test_evaluations_are_those_of_a_run(tmp_path, finished):
 
 def test_hours_are_linear_and_a_step_is_diffusionnfts():
     one, eight = (make_plan(load_recipe("sd35m-geneval"), Machine(gpus=gpus)) for gpus in (1, 8))
-    assert one.hours == pytest.approx(8 * eight.hours)  # linear, as said
-    assert make_plan(load_recipe("sd35m-geneval"), Machine(utilisation=one.machine.utilisation / 2)).hours == pytest.approx(2 * one.hours)
+    assert one.hours == pytest.approx(8 * (eight.hours - eight.work["network"].hours))  # linear but for messages
+    assert make_plan(load_recipe("sd35m-geneval"), Machine(utilisation=one.utilisation / 2)).hours == pytest.approx(2 * one.hours)
     # DiffusionNFT's step: 1152 images x (10 + 9 x (3 forwards and a backward)), about four fifths of it training
     forward = sum(one.costs.forward.each.flops.values())
     a_step = sum(sum(one.work[name].flops.values()) for name in ("sample", "train")) / one.recipe.rollouts
@@ -95,16 +95,16 @@ def test_hours_are_linear_and_a_step_is_diffusionnfts():
 
 
 def test_hours_are_operations_at_the_peak_of_their_precision():
-    machine = Machine("a100", gpus=2, utilisation=0.5)
+    machine = Machine("a100", gpus=2)
     gpu = GPUS["a100"]
     work = {"half": gpu.half * 1e12 * 3600, "tf32": gpu.tf32 * 1e12 * 3600, "single": gpu.single * 1e12 * 3600}
-    assert machine.hours(work) == pytest.approx(3)
+    assert machine.hours(work, 0.5) == pytest.approx(3)
 
 
 def test_the_page_shows_what_the_command_printed():
     page = (Path(__file__).parent.parent / "docs" / "explain" / "plan.md").read_text(encoding="utf-8")
     shown = [block for block in re.findall(r"```text\n(.*?)```", page, re.S) if " on " in block.splitlines()[0]]
-    assert len(shown) == 4
+    assert len(shown) == 2
     for block in shown:
         ((name, gpus, gpu),) = re.findall(r"^(\S+) on (\d+) x (\S+) of", block)
         # the peak may move in the last digit with torch's version, work and micro-batches do not
@@ -112,14 +112,8 @@ def test_the_page_shows_what_the_command_printed():
         assert said in " ".join(block.split()), said
 
 
-COUNTED = [name for name in recipe_names() if name != "flux-dev" and "-rtdmd-" not in name]
-"""Plan counts SD3's family alone, and not RTDMD's two stages."""
-
-
-@pytest.mark.parametrize("name", ["sd35m-rtdmd-cold", "playground-rtdmd-rl"])
-def test_what_is_not_counted_is_said_in_a_line(name):
-    with pytest.raises(UserError, match=r"^plan: the memory of (acdmd|rtdmd) is not counted yet"):
-        make_plan(load_recipe(name), Machine(gpus=8))
+COUNTED = [name for name in recipe_names() if name.startswith("playground") or (name.startswith("sd35m") and "-rtdmd-" not in name)]
+"""Other families are measured at small size in test_plan_families: a network of 20B takes minutes."""
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -186,8 +180,8 @@ def test_a_mistake_is_one_line(capsys, tmp_path, monkeypatch, words, said):
 
 
 def test_a_folder_that_is_another_pipeline_or_broken_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="this is a FluxPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(UserError, match="a StableDiffusionPipeline, whose network plan can't count"):
         find_geometry(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
@@ -207,6 +201,6 @@ def test_a_pipeline_in_the_hubs_cache_is_read_from_there(tmp_path, monkeypatch):
 
     original = huggingface_hub.try_to_load_from_cache
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: original(*args, cache_dir=tmp_path, **kwargs))
-    assert find_geometry("some/model").transformer == find_geometry("playground").transformer
+    assert find_geometry("some/model").components == find_geometry("playground").components
     with pytest.raises(UserError, match="download it first"):
         find_geometry("some/model", revision="another")

@@ -18,10 +18,11 @@ from flowtilt.models.opening import load_pipeline
 from flowtilt.models.sd3 import SD3
 from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.nft import NFT
-from flowtilt.plan.geometry import KNOWN, find_geometry
+from flowtilt.plan.components import build_pipeline
+from flowtilt.plan.geometry import find_geometry
 from flowtilt.plan.judges import judging
 from flowtilt.plan.meter import measure
-from flowtilt.plan.network import batch, build_pipeline, conditioning, costs_of, training, weights_of
+from flowtilt.plan.network import batch, conditioning, costs_of, training, weights_of
 from flowtilt.plan.shapes import outcome
 from flowtilt.playground import pipeline_path
 from flowtilt.policy.lora import LoraPolicy
@@ -116,13 +117,13 @@ def test_published_pipelines_have_the_sizes_of_their_published_files():
         return 2 * weights_of(module).number / 1e9  # all are published in 16 bits
 
     # huggingface.co lists stable-diffusion-3.5-medium's files so; the T5's two are 4.99 and 4.53 GB
-    medium = build_pipeline(KNOWN[MEDIUM], "bfloat16")
+    medium = build_pipeline(find_geometry(MEDIUM), "bfloat16")
     published = {"transformer": 4.94, "text_encoder": 0.247, "text_encoder_2": 1.39, "text_encoder_3": 4.99 + 4.53, "vae": 0.168}
     assert {name: pytest.approx(gigabytes(getattr(medium, name)), rel=3e-3) for name in published} == published
     # total_size in stable-diffusion-3.5-large's index of its transformer's files, to the byte; stable-diffusion-3-medium's one file
-    large = build_pipeline(KNOWN["stabilityai/stable-diffusion-3.5-large"], "bfloat16")
+    large = build_pipeline(find_geometry("stabilityai/stable-diffusion-3.5-large"), "bfloat16")
     assert 2 * weights_of(large.transformer).number == 16_292_561_536
-    small = build_pipeline(KNOWN["stabilityai/stable-diffusion-3-medium-diffusers"], "bfloat16")
+    small = build_pipeline(find_geometry("stabilityai/stable-diffusion-3-medium-diffusers"), "bfloat16")
     assert gigabytes(small.transformer) == pytest.approx(4.17, rel=2e-3)
 
 
@@ -150,7 +151,7 @@ def test_a_caption_is_as_large_as_the_pipeline_makes_it(tmp_path):
             pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
         real = SD3(pipeline).encode(["two crosses"])
         geometry = find_geometry(str(tmp_path / folder))
-        given = conditioning(geometry, SD3(build_pipeline(geometry, "float32")))
+        given = conditioning(SD3(build_pipeline(geometry, "float32")))
         assert {k: (x.shape, x.dtype) for k, x in real.distinct.items()} == {k: (x.shape, x.dtype) for k, x in given.distinct.items()}
 
 
@@ -160,7 +161,7 @@ def without_numbers(dtype, rows, recompute=False):
     model = SD3(build_pipeline(geometry, dtype))
     with torch.device("meta"):
         policy = LoraPolicy(model, rank=32, alpha=64, seed=0)
-    return ready(policy, batch(model, conditioning(geometry, model), rows), recompute)
+    return ready(policy, batch(model, conditioning(model), rows), recompute)
 
 
 def with_numbers(dtype, shapes, recompute=False):
@@ -265,7 +266,7 @@ def test_every_recipe_of_sd35_medium_has_its_published_shapes():
     assert len(block) == 24 and [b.attn2 is not None for b in block] == [True] * 13 + [False] * 11  # MMDiT-X
     assert model.network.inner_dim == 1536 and block[0].attn.heads == 24
     assert model.latent_shape == (16, 64, 64) and model.protocol["shift"] == 3.0  # 512 pixels
-    shapes = {name: tuple(x.shape) for name, x in conditioning(geometry, model).distinct.items()}
+    shapes = {name: tuple(x.shape) for name, x in conditioning(model).distinct.items()}
     assert shapes == {"encoder_hidden_states": (1, 77 + 128, 4096), "pooled_projections": (1, 2048)}
     # r (1536 + 1536) for each of 8 layers in 24 blocks; the last has nothing to add to the caption
     for rank, alpha in {(r.lora.rank, r.lora.alpha) for r in recipes}:

@@ -10,8 +10,9 @@ from meta_shapes import Shapes
 
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.sd3 import SD3
-from flowtilt.plan.geometry import KNOWN
-from flowtilt.plan.network import build_pipeline, conditioning
+from flowtilt.plan.components import build_pipeline
+from flowtilt.plan.geometry import find_geometry
+from flowtilt.plan.network import conditioning
 from flowtilt.policy.lora import LoraPolicy
 
 PUBLISHED = {  # blocks, second attentions, normalised queries and keys
@@ -23,21 +24,20 @@ PUBLISHED = {  # blocks, second attentions, normalised queries and keys
 
 @cache
 def at_full_size(name, resolution, t5_length):
-    geometry = KNOWN[name]
-    model = SD3(build_pipeline(geometry, "bfloat16"), resolution=resolution, t5_length=t5_length)
+    model = SD3(build_pipeline(find_geometry(name), "bfloat16"), resolution=resolution, t5_length=t5_length)
     with torch.device("meta"):
         policy = LoraPolicy(model, rank=32, alpha=64.0, seed=0)
-    return geometry, model, policy
+    return model, policy
 
 
 @pytest.mark.parametrize(
     ("resolution", "t5_length", "name"), [*((512, None, name) for name in PUBLISHED), (None, 256, next(iter(PUBLISHED)))]
 )
 def test_a_velocity_has_the_shape_of_the_latents(name, resolution, t5_length):
-    geometry, model, policy = at_full_size(name, resolution, t5_length)
+    model, policy = at_full_size(name, resolution, t5_length)
     side = (resolution or 1024) // 8
     assert model.latent_shape == (16, side, side) and model.protocol["shift"] == 3.0 and model.t5_length == (t5_length or 128)
-    given = conditioning(geometry, model)
+    given = conditioning(model)
     assert given.distinct["encoder_hidden_states"].shape == (1, 77 + (t5_length or 128), 4096)
     x, t = torch.empty(2, *model.latent_shape, device="meta"), torch.empty(2, device="meta")
     with Shapes():
@@ -48,7 +48,7 @@ def test_a_velocity_has_the_shape_of_the_latents(name, resolution, t5_length):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_loras_go_on_the_eight_projections_of_each_joint_attention_and_nowhere_else(name):
     number, second, normalised = PUBLISHED[name]
-    _, model, policy = at_full_size(name, 512, None)
+    model, policy = at_full_size(name, 512, None)
     modules = [module for module, _ in model.network.named_modules()]
     assert len(model.blocks) == number and sum(module.endswith(".attn2") for module in modules) == second
     assert any(module.endswith("attn.norm_q") for module in modules) == normalised
@@ -59,11 +59,12 @@ def test_loras_go_on_the_eight_projections_of_each_joint_attention_and_nowhere_e
 
 
 def test_a_block_of_sd35_medium_trains_in_bfloat16_to_the_same_bits_when_recomputed():
-    geometry = KNOWN["stabilityai/stable-diffusion-3.5-medium"]
+    geometry = find_geometry("stabilityai/stable-diffusion-3.5-medium")
+    kind, published = geometry.components["transformer"]
     # block 0, with its second attention, and a last one; narrow and with few tokens, as half precision is slow on many CPUs
     narrow = {"num_attention_heads": 8, "caption_projection_dim": 512}
-    small = {**geometry.transformer, "num_layers": 2, "dual_attention_layers": (0,), "pos_embed_max_size": 16, **narrow}
-    pipeline = build_pipeline(replace(geometry, transformer=small), "bfloat16")
+    small = {**published, "num_layers": 2, "dual_attention_layers": (0,), "pos_embed_max_size": 16, **narrow}
+    pipeline = build_pipeline(replace(geometry, components={**geometry.components, "transformer": (kind, small)}), "bfloat16")
     torch.manual_seed(0)
     pipeline.transformer = SD3Transformer2DModel(**small).to(torch.bfloat16).requires_grad_(False)
     model = SD3(pipeline, resolution=64)

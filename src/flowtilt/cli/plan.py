@@ -15,9 +15,13 @@ def add(commands: Any) -> None:
     plan.add_argument("recipe", help="name (`flowtilt recipes` lists them) or .toml file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe")
     plan.add_argument("--gpu", help="its published peak counts: h100, h200, a100, l40s, 4090, 3090 (h100)")
-    plan.add_argument("--gpus", type=count, metavar="N", help="how many (1)")
+    plan.add_argument("--gpus", type=count, metavar="N", help="how many in all (1)")
+    plan.add_argument("--nodes", type=count, metavar="N", help="machines that they are in (1)")
+    plan.add_argument("--hours", type=float, metavar="H", help="propose a geometry that is done within so many hours")
     plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each (the GPU's own)")
     plan.add_argument("--utilisation", type=float, metavar="SHARE", help="of the peak (0.24 as measured, 0.37 with model.compile)")
+    plan.add_argument("--link", metavar="LINK", help="between the GPUs of a machine: nvlink, nvlink3, pcie or GB/s (what such GPUs have)")
+    plan.add_argument("--network", metavar="LINK", help="between machines: infiniband, ethernet or GB/s of a machine (infiniband)")
     plan.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, hours")
     plan.set_defaults(call=_plan)
 
@@ -25,14 +29,26 @@ def add(commands: Any) -> None:
 def _plan(args: argparse.Namespace) -> int:
     quieten()
     recipe = load_recipe(args.recipe, args.overrides)
-    if recipe.model.path == "playground" and not args.json and (args.gpu, args.gpus, args.gpu_memory, args.utilisation) == (None,) * 4:
+    asked = (args.gpu, args.gpus, args.gpu_memory, args.utilisation, args.hours, args.nodes)
+    if recipe.model.path == "playground" and not args.json and not any(asked):
         print(f"{recipe.name}: needs no GPU (docs/results/playground.md). To plan it for a GPU, name one: --gpu h100")
         return 0
-    from flowtilt.plan import Machine, make_plan
-    from flowtilt.plan.machine import REACHED
+    from flowtilt.plan import Machine, make_plan, proposal
     from flowtilt.plan.text import table
 
-    utilisation = REACHED[recipe.model.compile] if args.utilisation is None else args.utilisation
-    found = make_plan(recipe, Machine(args.gpu or "h100", args.gpus or 1, args.gpu_memory, utilisation))
-    print(json.dumps(found.as_json(), indent=2) if args.json else table(found))
+    machine = Machine(
+        gpu=args.gpu or "h100",
+        gpus=args.gpus or args.nodes or 1,
+        nodes=args.nodes or 1,
+        inside=args.link,
+        between=args.network or "infiniband",
+        memory=args.gpu_memory,
+        utilisation=args.utilisation,
+    )
+    if args.hours is not None:
+        found = proposal(recipe, machine, args.hours)
+        print(json.dumps(found.as_json(), indent=2) if args.json else found.text(args.recipe))
+        return 0
+    plan = make_plan(recipe, machine)
+    print(json.dumps(plan.as_json(), indent=2) if args.json else table(plan))
     return 0

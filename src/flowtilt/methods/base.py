@@ -5,7 +5,7 @@ watch. The loss may be in the same class (a user's own method, docs/guides/add-a
 names, so that reading a recipe needs no torch (the built-in methods).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
@@ -114,13 +114,28 @@ class Method(Table):
     """Whether a rollout's guidance is part of training, too: each row then passes the network twice."""
     affine: ClassVar[bool] = False
     """Whether the gradient of the loss is affine in the advantages, so that `combine = "marble"` can mix the rewards' gradients."""
-    memory_known: ClassVar[bool] = True
-    """Whether `flowtilt plan` can count the memory."""
+    decodes: ClassVar[bool] = True
+    """Whether the images of a step are decoded and scored."""
 
     @property
     def reference(self) -> bool:
         """Whether the reference is evaluated, one forward pass per trained row."""
         return False
+
+    @property
+    def other_roles(self) -> int:
+        """How many roles are trained beside "current"."""
+        return 0
+
+    @property
+    def graph_passes(self) -> int | None:
+        """Passes through the network that a row's loss keeps for its backward pass; none is one pass beside those of other roles."""
+        return None
+
+    @property
+    def followed(self) -> Sequence[str]:
+        """Names of the rewards whose gradient goes through the decoder."""
+        return ()
 
     @property
     def contrast(self) -> Contrast | None:

@@ -1,5 +1,6 @@
 """RTDMD, arXiv 2605.26108: "acdmd" distils a student of few steps, "rtdmd" reinforces it. The losses: objectives/rtdmd.py."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,7 +29,6 @@ class MatchingSettings(Method):
     normaliser: Literal["noisy", "mean"] = "noisy"
     """What divides a sample's gradient: its distance from the teacher's projection as sampled, with noise in it, or without."""
 
-    memory_known: ClassVar[bool] = False
     trains_all_weights: ClassVar[bool] = False
 
     def check_few_steps(self, recipe: "Recipe") -> None:
@@ -40,6 +40,16 @@ class MatchingSettings(Method):
             raise ValueError(f"rollout.guidance: a student of {self.type} samples without guidance; set it to 1 and see teacher_guidance")
         if recipe.shard == "base":
             raise ValueError(f'shard: {self.type} does not go with "base" yet; set it to "none"')
+
+    @property
+    def other_roles(self) -> int:
+        """The fake score."""
+        return 1
+
+    @property
+    def graph_passes(self) -> int:
+        """The fake score's."""
+        return self.fake_passes
 
     @property
     def fake_passes(self) -> int:
@@ -59,6 +69,7 @@ class ACDMDSettings(MatchingSettings):
     """Updates of the fake score for each of the student's."""
 
     learner: ClassVar[str] = "flowtilt.training.rtdmd.distil:begin"
+    decodes: ClassVar[bool] = False
     made: ClassVar[str] = "distilled"
     progress: ClassVar[tuple[str, str]] = ("teacher_gap", "teacher gap")
     hold: ClassVar[str] = "lower objective.teacher_guidance"
@@ -128,6 +139,16 @@ class RTDMDSettings(MatchingSettings):
                 near = get_close_matches(name, recipe.rewards, 1)
                 rather = f"did you mean {near[0]!r}?" if near else "add it there, with the weight 0 if it is not to be compared"
                 raise ValueError(f"objective.backprop: {name!r} is not in [rewards]; {rather}")
+
+    @property
+    def other_roles(self) -> int:
+        """The fake score, where it is asked."""
+        return 1 if self.matching else 0
+
+    @property
+    def followed(self) -> Sequence[str]:
+        """Those of `backprop`."""
+        return tuple(name for name, weight in self.backprop.items() if weight)
 
     def kept_steps(self, steps: int) -> int:
         return steps - 1

@@ -20,6 +20,10 @@ class AuraFlow(Family):
         )
         return {"encoder_hidden_states": embeds[0]}
 
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        return {"encoder_hidden_states": self.empty(tokens, self.network.config.joint_attention_dim)}
+
     def own_resolution(self) -> int:
         """The network's sample size in pixels."""
         return self.network.config.sample_size * self.scale

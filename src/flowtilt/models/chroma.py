@@ -29,6 +29,11 @@ class Chroma(Packed):
         )
         return {"encoder_hidden_states": found[0][0], "attention_mask": found[2][0]}
 
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        words = self.empty(tokens, self.network.config.joint_attention_dim)
+        return {"encoder_hidden_states": words, "attention_mask": self.empty(tokens)}
+
     def _mask(self, conditioning: Conditioning) -> Tensor:
         """The caption's mask, then ones for the image, [N, L]: numbers, which the network adds to its attention scores."""
         return pad(conditioning.tensors()["attention_mask"].to(self.dtype), (0, len(self._positions)), value=1.0)

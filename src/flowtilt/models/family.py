@@ -49,6 +49,8 @@ class Family:
     """The pipeline's own `max_sequence_length`, tokens of a caption."""
     ragged: ClassVar[bool] = False
     """Whether `read` gives as many tokens as the caption has; otherwise it pads all captions alike."""
+    row_by_row: ClassVar[bool] = False
+    """Whether the network's code goes over rows one by one, in Python; `flowtilt plan` then measures few of them."""
     negative: ClassVar[str] = ""
     """The caption that guidance leads away from."""
     guidable: ClassVar[bool] = True
@@ -87,6 +89,10 @@ class Family:
     def read(self, text: str) -> Mapping[str, Tensor]:
         """What the network reads of one caption, without a batch axis, as the pipeline's own `encode_prompt` makes it."""
         raise NotImplementedError(f"{type(self).__name__}.read: what the network reads of a caption")
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """Tensors like those that `read` gives of a caption of so many tokens, without its numbers; for `flowtilt plan` alone."""
+        raise UserError(f"plan: {type(self).__name__} does not say what its network reads of a caption; give it a method blank(tokens)")
 
     # what it may have otherwise ---------------------------------------------------------------------------
 
@@ -147,6 +153,10 @@ class Family:
     def pipeline_latents(self, noise: Tensor) -> Tensor:
         """See `Model.pipeline_latents`."""
         return self.pack(noise)
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor in the network's precision on its device; the numbers in it are arbitrary."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     # the same for all -------------------------------------------------------------------------------------
 

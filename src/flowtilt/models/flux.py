@@ -71,6 +71,12 @@ class Flux(Packed):
         embeds, pooled, _ = self.pipeline.encode_prompt(text, device=self.device, max_sequence_length=self.t5_length)
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
 
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        config = self.network.config
+        words = self.empty(tokens, config.joint_attention_dim)
+        return {"encoder_hidden_states": words, "pooled_projections": self.empty(config.pooled_projection_dim)}
+
     def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Tokens, captions, the embedded guidance, and where everything stands."""
         given = super().inputs(x, t, conditioning)

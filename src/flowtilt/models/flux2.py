@@ -43,6 +43,10 @@ class Flux2Klein(Family):
         embeds, _ = self.pipeline.encode_prompt(text, device=self.device, max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds[0]}
 
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        return {"encoder_hidden_states": self.empty(tokens, self.network.config.joint_attention_dim)}
+
     def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Tokens, captions, and where everything stands: frame, row, column, word."""
         given = super().inputs(x, t, conditioning)

@@ -4,6 +4,7 @@ The network counts time from noise to data and predicts data minus noise. A syst
 one. Guidance is rescaled to the norm of the conditional prediction, row of latents by row, as the pipeline does it.
 """
 
+import torch
 from torch import Tensor
 
 from flowtilt.models.captions import captions_of
@@ -20,6 +21,7 @@ class Lumina2(Family):
     block_lists = ("noise_refiner", "context_refiner", "layers")
     longest_text = 256
     negated = True
+    row_by_row = True
 
     def prepare(self) -> None:
         """A reader of the negative caption."""
@@ -31,6 +33,12 @@ class Lumina2(Family):
             text, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.text_length
         )
         return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0].bool()}
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        words = self.empty(tokens, self.network.config.cap_feat_dim)
+        # the network counts the words of each caption, so this one has values
+        return {"encoder_hidden_states": words, "encoder_attention_mask": torch.ones(tokens, dtype=torch.bool)}
 
     def read_plain(self, text: str) -> dict[str, Tensor]:
         """The caption alone, as the pipeline reads a negative one."""

@@ -63,10 +63,10 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     pipeline = load_pipeline(
         settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload, sharded=sharded
     )
-    model = _adapted(settings, pipeline, offload)
+    model = adapted(settings, pipeline, offload)
     if sharded:
         shard(model, device)
-        model = _adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
+        model = adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
     if settings.levels == "stock":
         model.levels = model.levels.stock()
         model.protocol = {**model.protocol, **model.levels.protocol()}
@@ -80,7 +80,7 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     return model
 
 
-def _adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
+def adapted(settings: ModelSettings, pipeline: Any, offload: bool) -> Model:
     """The pipeline's adapter, built with what the recipe sets for it."""
     family = _family(settings, pipeline)
     if getattr(family, "save_lora", None) is Family.save_lora and not hasattr(pipeline, "save_lora_weights"):

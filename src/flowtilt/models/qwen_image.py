@@ -20,12 +20,17 @@ class QwenImage(Packed):
 
     longest_text = 1024
     ragged = True
+    row_by_row = True
     negative = " "
 
     def read(self, text: str) -> dict[str, Tensor]:
         """The last hidden states of the caption's own tokens, without the template's."""
         embeds, _ = self.pipeline.encode_prompt(text, device=self.device, max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds[0]}
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        return {"encoder_hidden_states": self.empty(tokens, self.network.config.joint_attention_dim)}
 
     def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """Tokens, captions with their mask, and the image's rows and columns."""

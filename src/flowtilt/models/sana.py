@@ -45,6 +45,11 @@ class Sana(Family):
         )
         return {"encoder_hidden_states": embeds[0], "encoder_attention_mask": mask[0]}
 
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        words = self.empty(tokens, self.network.config.caption_channels)
+        return {"encoder_hidden_states": words, "encoder_attention_mask": self.empty(tokens).long()}
+
     def encode_negative(self) -> Conditioning:
         """Without the instruction."""
         return self._negative([self.negative])

@@ -71,3 +71,9 @@ class SD3(Family):
                 [text], [text], [text], device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_length
             )
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        config, clip = self.network.config, self.pipeline.tokenizer_max_length
+        words = self.empty(clip + tokens, config.joint_attention_dim)
+        return {"encoder_hidden_states": words, "pooled_projections": self.empty(config.pooled_projection_dim)}

@@ -19,6 +19,7 @@ class ZImage(Family):
     lora_targets = ATTENTION
     block_lists = ("noise_refiner", "context_refiner", "layers")
     ragged = True
+    row_by_row = True
     negated = True
 
     def read(self, text: str) -> dict[str, Tensor]:
@@ -27,6 +28,10 @@ class ZImage(Family):
             [text], self.device, do_classifier_free_guidance=False, max_sequence_length=self.text_length
         )
         return {"caption": embeds}
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        return {"caption": self.empty(tokens, self.network.config.cap_feat_dim)}
 
     def time(self, t: Tensor) -> Tensor:
         """1 - t: the network counts from noise to data."""

@@ -6,5 +6,6 @@ them: what is counted is what a run does. `docs/explain/plan.md` has the rules.
 
 from flowtilt.plan.machine import GPUS, Machine
 from flowtilt.plan.plan import Plan, make_plan
+from flowtilt.plan.within import Proposal, proposal
 
-__all__ = ["GPUS", "Machine", "Plan", "make_plan"]
+__all__ = ["GPUS", "Machine", "Plan", "Proposal", "make_plan", "proposal"]

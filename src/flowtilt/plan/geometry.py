@@ -2,111 +2,36 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
-
-Config = Mapping[str, Any]
+from flowtilt.models.opening import FAMILIES
+from flowtilt.plan.published import PUBLISHED, Component
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What the modules of a Stable Diffusion 3 pipeline are built from.
+    """What the modules of a pipeline are built from.
 
     Args:
         source: where that is known from.
-        transformer, vae: diffusers' configurations.
-        text_encoders: transformers' configurations of two CLIPs and the T5, none where there is none.
-        tokens: length of a prompt for the CLIPs and the T5.
-        shift: of the noise levels.
+        pipeline: diffusers' class.
+        components: class and configuration by name; those that the pipeline leaves empty are not there, and of tokenizers
+            no more than the longest caption is known.
     """
 
     source: str
-    transformer: Config
-    vae: Config
-    text_encoders: tuple[Config | None, ...]
-    tokens: tuple[int, int] = (77, 512)
-    shift: float = 3.0
-
-
-_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-    "scaling_factor": 1.5305,
-    "shift_factor": 0.0609,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-_CLIP_L = {
-    "model_type": "clip_text_model",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-    "eos_token_id": 2,
-}
-_CLIP_G = {
-    "model_type": "clip_text_model",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-    "eos_token_id": 2,
-}
-_T5_XXL = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
-_SD35_MEDIUM = Geometry("its published configuration", _MEDIUM, _VAE, (_CLIP_L, _CLIP_G, _T5_XXL))
-_LARGE = {**_MEDIUM, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
-
-KNOWN = {
-    "stabilityai/stable-diffusion-3.5-medium": _SD35_MEDIUM,
-    "stabilityai/stable-diffusion-3.5-large": replace(_SD35_MEDIUM, transformer={**_LARGE, "dual_attention_layers": ()}),
-    "stabilityai/stable-diffusion-3-medium-diffusers": replace(
-        _SD35_MEDIUM, transformer={**_MEDIUM, "pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
-    ),
-}
-"""Pipelines on the hub, whose configurations are facts that need no download."""
+    pipeline: str
+    components: Mapping[str, Component]
 
 
 def find_geometry(path: str, revision: str | None = None) -> Geometry:
-    """The geometry of a folder, of a hub id in the cache or in `KNOWN`, or of "playground".
+    """The geometry of a folder, of a hub id in the cache or in `PUBLISHED`, or of "playground".
 
     Raises:
-        UserError: it is none of them, or no Stable Diffusion 3 pipeline.
+        UserError: it is none of them, or of no known family.
     """
     if path == "playground":
         from flowtilt.playground import pipeline_path
@@ -115,11 +40,11 @@ def find_geometry(path: str, revision: str | None = None) -> Geometry:
     folder = Path(path) if Path(path).is_dir() else _cached(path, revision)
     if folder is not None:
         return _read(folder, path)
-    if path in KNOWN:
-        return KNOWN[path]
+    if path in PUBLISHED:
+        return Geometry("its published configuration", *PUBLISHED[path])
     raise UserError(
-        f"model {path}: neither a folder nor in the hub's cache, and plan knows the shapes of {', '.join(KNOWN)} alone; "
-        "give the folder, or download it first; families other than Stable Diffusion 3 can't be planned"
+        f"model {path}: neither a folder nor in the hub's cache, and its configuration is not among those that plan knows "
+        f"({', '.join(PUBLISHED)}); give the folder, or download it first"
     )
 
 
@@ -138,28 +63,27 @@ def _read(folder: Path, path: str) -> Geometry:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"model {path}: no model_index.json there; give the folder that save_pretrained wrote")
     index = _json(folder / "model_index.json", path)
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise UserError(f"model {path}: plan reads Stable Diffusion 3 pipelines, this is a {index.get('_class_name')}")
-
-    def part(name: str, file: str = "config.json") -> Config | None:
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise UserError(f"model {path}: a {kind}, whose network plan can't count; it counts {', '.join(FAMILIES)}")
+    components: dict[str, Component] = {}
+    for name, place in index.items():
         # a pipeline may be saved without its T5: [null, null]
-        return _json(folder / name / file, path) if (index.get(name) or [None])[0] else None
-
-    transformer, vae, scheduler = part("transformer"), part("vae"), part("scheduler", "scheduler_config.json")
-    if transformer is None or vae is None or scheduler is None:
-        raise UserError(f"model {path}: its model_index.json leaves out the transformer, the vae or the scheduler")
-    lengths = [part(name, "tokenizer_config.json") or {} for name in ("tokenizer", "tokenizer_3")]
-    return Geometry(
-        "its config.json files",
-        transformer,
-        vae,
-        tuple(part(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")),
-        (lengths[0].get("model_max_length", 77), lengths[1].get("model_max_length", 512)),
-        float(scheduler["shift"]),
-    )
+        if name.startswith("_") or not isinstance(place, list) or place[:1] == [None]:
+            continue
+        file = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+        if name.startswith(("tokenizer", "processor", "feature_extractor")):
+            file = folder / name / "tokenizer_config.json"
+            if not file.is_file():
+                continue
+        components[name] = str(place[1]), _json(file, path)
+    for name in ("transformer", "vae", "scheduler"):
+        if name not in components:
+            raise UserError(f"model {path}: its model_index.json leaves out the {name}")
+    return Geometry("its config.json files", str(kind), components)
 
 
-def _json(file: Path, path: str) -> Config:
+def _json(file: Path, path: str) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from flowtilt.errors import UserError
-from flowtilt.plan.meter import added, measure, scaled
+from flowtilt.plan.meter import Work, added, measure, scaled
 from flowtilt.plan.network import Weights, weights_of
 from flowtilt.rewards import find_reward
 from flowtilt.rewards.about import BuiltIn, Facts, built_in
@@ -51,12 +51,14 @@ class Judging:
     Args:
         models: those that work on the device, by name.
         readers: the models of a reward, by its name; the first reads every image.
+        sources: of each model, "module:function".
         beside: what is not counted, by the reward's name.
         off_device: whether a reward works elsewhere while images are drawn, so that they are drawn in parts.
     """
 
     models: Mapping[str, Model]
     readers: Mapping[str, tuple[str, ...]]
+    sources: Mapping[str, str]
     beside: Mapping[str, str]
     off_device: bool
 
@@ -70,6 +72,7 @@ def judging(rewards: Sequence[Named], resolution: int) -> Judging:
     """The models of rewards for images of `resolution` pixels."""
     models: dict[str, Model] = {}
     readers: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, str] = {}
     beside: dict[str, str] = {}
     off_device = False
     for one in rewards:
@@ -77,13 +80,14 @@ def judging(rewards: Sequence[Named], resolution: int) -> Judging:
         if isinstance(facts, BuiltIn) and facts.networks:
             models |= {name: _model(source, resolution) for name, source in facts.networks.items()}
             readers[one.name] = tuple(facts.networks)
+            sources |= facts.networks
         if isinstance(facts, str):
             beside[one.name] = facts
             continue
         if cost := facts.plan_note_for(one.options):
             beside[one.name] = cost
         off_device |= facts.off_device
-    return Judging(models, readers, beside, off_device)
+    return Judging(models, readers, sources, beside, off_device)
 
 
 def _facts(one: Named) -> Facts | str:
@@ -97,6 +101,19 @@ def _facts(one: Named) -> Facts | str:
     except UserError as error:
         return str(error)
     return found if found.plan_note else replace(found, plan_note="your own: neither its time nor its memory is known")
+
+
+@cache
+def gradient_of(source: str, resolution: int) -> Work:
+    """The network that "module:function" returns, through one chunk of images and back to them, divided by their number."""
+    place, _, function = source.partition(":")
+    with torch.device("meta"):
+        network: Network = getattr(import_module(place), function)(resolution)
+        network.module.requires_grad_(False)
+        images = torch.empty(network.chunk, *network.shape, requires_grad=True)
+        work = measure(lambda: network.judge(images).float().sum())
+    each = 1 / network.chunk
+    return Work(scaled(work.flops, each), work.alive * each, work.saved * each)
 
 
 @cache

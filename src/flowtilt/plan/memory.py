@@ -17,7 +17,7 @@ from flowtilt.device.placement import SMALL
 from flowtilt.errors import UserError
 from flowtilt.evaluate import BLOCK
 from flowtilt.models.captions import IN_MEMORY
-from flowtilt.plan.judges import Judging
+from flowtilt.plan.judges import Judging, gradient_of
 from flowtilt.plan.machine import Machine
 from flowtilt.plan.network import Costs
 from flowtilt.rewards.judging import PART
@@ -94,14 +94,23 @@ class Memory:
         """Bytes that stay on a GPU from the first optimizer step on."""
         costs, models = self.costs, {**self.train.models, **self.judge.models}
         beside = {"text encoders": costs.encoders.bytes, **{name: model.weights.bytes for name, model in models.items()}}
+        sharded = self.recipe.shard == "base" and self.machine.gpus > 1
+        roles, (*blocks, outside) = self.recipe.objective.other_roles, costs.shards
+        sharded_bytes = sum(costs.shards)
+        # one block works and the next one is on its way; what is outside the blocks is whole during a pass, tables always
+        parts = {
+            "this GPU's part of the network": sharded_bytes / self.machine.gpus + costs.network.bytes - sharded_bytes,
+            "gathered blocks": 2 * max(blocks) + outside,
+        }
         found = {
-            "network": costs.network.bytes,
+            **(parts if sharded else {"network": costs.network.bytes}),
             "vae": costs.vae.bytes,
             **({} if self.offload else beside),
-            f"{'weights' if self.recipe.train == 'full' else 'lora'} (current, old, ema)": 3 * costs.trained.bytes,
-            "gradient and AdamW": 3 * costs.trained.bytes,
+            f"{'weights' if self.recipe.train == 'full' else 'lora'} (current, old, ema{', fake' * roles})": (3 + roles)
+            * costs.trained.bytes,
+            "gradient and AdamW": 3 * (1 + roles) * costs.trained.bytes,
             # of the roles that draw, kept until they change
-            "as the network takes it (old, ema)": 2 * costs.injected_weights,
+            f"as the network takes it (old, ema{', fake' * roles})": (2 + roles) * costs.injected_weights,
             "CUDA context": CONTEXT,
         }
         return _there(found)
@@ -157,8 +166,8 @@ class Memory:
         phases = [
             self.encode(),
             self.sample(micro.size("sample")),
-            self.decode(micro.size("decode")),
-            self.reward(),
+            *([self.decode(micro.size("decode")), self.reward()] if self.recipe.objective.decodes else []),
+            *([self.follow(1)] if self.recipe.objective.followed else []),
             self.learn(micro.size("train"), recompute),
             max((self.evaluate(of, micro.size(of)) for of in ("encode", "sample", "decode", "reward")), key=lambda phase: phase.total),
         ]
@@ -192,9 +201,20 @@ class Memory:
         }
         if self.recipe.objective.guided_training and guidance != 1:
             rows, held = 2 * rows, {**held, "captions with the empty one": self._joined(self.captions)}
+        passes = self.recipe.objective.graph_passes
+        train = self.costs.update(passes, recompute) if passes else self.costs.train(self.recipe.objective.reference, recompute)
         # AdamW's step has another copy of the weights at hand, when the activations are gone
-        peak = max(self.costs.train(self.recipe.objective.reference, recompute).at(rows).peak, self.costs.trained.bytes)
+        peak = max(train.at(rows).peak, self.costs.trained.bytes)
         return self._phase("train", held, peak)
+
+    def follow(self, size: int) -> Phase:
+        """The gradient of rewards through the decoder, `size` images at once: first one reward's graph, then the decoder's."""
+        names = self.recipe.objective.followed
+        models = {name: self.train.readers[name][0] for name in names if name in self.train.readers}
+        weights = sum(self.train.models[model].weights.bytes for model in set(models.values()))
+        graphs = [gradient_of(self.train.sources[model], self.costs.resolution).peak for model in models.values()]
+        held = {**self._drawn, "rewards that are followed": weights if self.offload else 0, "images": 3 * size * self.costs.image}
+        return self._phase("rewards' gradient", held, size * max(graphs, default=0) + self.costs.decode_back().at(size).peak)
 
     def evaluate(self, of: str, size: int) -> Phase:
         """The work "encode", "sample", "decode" or "reward" of an evaluation, which goes block by block."""

@@ -85,9 +85,17 @@ def measure(forward: Callable[[], object]) -> Work:
     return _measured(forward, 0).fixed
 
 
-def measure_rows(forward: Callable[[], object]) -> Line:
+def measure_rows(work: Callable[[int], Callable[[], object]]) -> Line:
     """The same by rows, of work on `ROWS` rows; on the meta device, where it takes no longer than one row would."""
-    return _measured(forward, ROWS)
+    return _measured(work(ROWS), ROWS)
+
+
+def measure_few(work: Callable[[int], Callable[[], object]]) -> Line:
+    """The same of work on 2 and on 4 rows, for code that goes over rows one by one; of bytes the peak alone is known."""
+    few, more = (measure(work(rows)) for rows in (2, 4))
+    each = Work(scaled(added(more.flops, scaled(few.flops, -1)), 0.5), np.array([(more.peak - few.peak) / 2]), (more.saved - few.saved) / 2)
+    fixed = Work(added(few.flops, scaled(each.flops, -2)), np.array([few.peak - 2 * each.alive[0]]), few.saved - 2 * each.saved)
+    return Line(fixed, each)
 
 
 def _measured(forward: Callable[[], object], rows: int) -> Line:
@@ -189,4 +197,8 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to("meta")
     return _FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

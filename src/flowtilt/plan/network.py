@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,15 +10,18 @@ from torch import Tensor, nn
 
 from flowtilt.config import ModelSettings
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.models.opening import DTYPES
-from flowtilt.models.sd3 import SD3
+from flowtilt.models.opening import adapted
 from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.nft import NFT
-from flowtilt.plan.geometry import Config, Geometry, find_geometry
-from flowtilt.plan.meter import ROWS, Line, Work, measure, measure_rows
+from flowtilt.plan.components import build_pipeline, encoders_of
+from flowtilt.plan.geometry import find_geometry
+from flowtilt.plan.meter import Line, Work, measure, measure_few, measure_rows
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import Policy
 from flowtilt.policy.whole import WholePolicy
+
+CAPTION = 128
+"""Tokens of a caption, an assumption for families whose captions keep their own lengths."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,19 @@ class Costs:
             0 where the role's own weights are taken as they are.
         bringing: operations that make it.
         latent, caption, image: bytes of one image's latents, of what the network reads of a caption, of one decoded image.
+        caption_tokens: tokens of a caption where captions keep their own lengths, an assumption; none where all are padded alike.
         resolution: in pixels.
+        shards: bytes of the weights that FSDP2 gathers together: of each of the network's blocks, then of what is outside of them; tables
+            that are not trained stay whole.
         encode: one caption.
         forward: rows through a role's network, without a gradient.
+        reference: rows through the network without an adapter.
         train: rows through the objective and back, the old policy's pass among them; told whether the reference's is too, and whether
             activations are recomputed.
+        update: rows through a loss of so many passes of one role, and back, without the old policy's; told whether activations are
+            recomputed.
         decode: latents to images.
+        decode_back: the same and the images' gradient back to the latents.
     """
 
     source: str
@@ -68,50 +77,17 @@ class Costs:
     bringing: Mapping[str, float]
     latent: int
     caption: int
+    caption_tokens: int | None
     image: int
     resolution: int
+    shards: tuple[int, ...]
     encode: Work
     forward: Line
+    reference: Callable[[], Line]
     train: Callable[[bool, bool], Line]
+    update: Callable[[int, bool], Line]
     decode: Line
-
-
-def build_pipeline(geometry: Geometry, dtype: str) -> Any:
-    """What `SD3` reads of a pipeline, its modules on the meta device in the precisions that `load_pipeline` gives them."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-
-    with torch.device("meta"):
-        transformer: Any = SD3Transformer2DModel.from_config(dict(geometry.transformer))
-        vae: Any = AutoencoderKL.from_config(dict(geometry.vae))
-        encoders = [None if config is None else _encoder(config, dtype) for config in geometry.text_encoders]
-    modules = {"transformer": transformer.to(DTYPES[dtype]), "vae": vae}
-    modules |= {name: encoder for name, encoder in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), encoders, strict=True)}
-    for module in modules.values():
-        if module is not None:
-            module.requires_grad_(False)
-    return SimpleNamespace(
-        **modules,
-        components=modules,
-        tokenizer_3=SimpleNamespace(model_max_length=geometry.tokens[1]),
-        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
-        scheduler=SimpleNamespace(config=SimpleNamespace(shift=geometry.shift)),
-    )
-
-
-def _encoder(config: Config, dtype: str) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    if config["model_type"] == "t5":
-        encoder: Any = T5EncoderModel(T5Config.from_dict(dict(config)))
-    else:
-        encoder = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
-    encoder = encoder.to(DTYPES[dtype])
-    if dtype == "float16":
-        for name, parameter in encoder.named_parameters():
-            # transformers keeps these in fp32 where it is told fp16
-            if any(kept in name.split(".") for kept in encoder._keep_in_fp32_modules):
-                parameter.data = parameter.data.float()
-    return encoder
+    decode_back: Callable[[], Line]
 
 
 def costs_of(model: ModelSettings, rank: int, alpha: float, whole: bool = False) -> Costs:
@@ -124,51 +100,68 @@ def costs_of(model: ModelSettings, rank: int, alpha: float, whole: bool = False)
         UserError: the model's shapes are not known, or its settings do not fit them.
     """
     # a plan is for GPUs, where "auto" is bfloat16
-    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    return _costs(model.path, model.revision, dtype, model.t5_length, model.resolution, rank, alpha, whole)
+    given = model.model_copy(update={"dtype": "bfloat16"}) if model.dtype == "auto" else model
+    kept = given.model_dump_json(include={"path", "revision", "dtype", "t5_length", "resolution", "adapter", "options"})
+    return _costs(kept, rank, alpha, whole)
 
 
 @cache
-def _costs(
-    path: str, revision: str | None, dtype: str, t5_length: int | None, resolution: int | None, rank: int, alpha: float, whole: bool
-) -> Costs:
-    geometry = find_geometry(path, revision)
-    pipeline = build_pipeline(geometry, dtype)
-    model = SD3(pipeline, t5_length=t5_length, resolution=resolution)
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
-    network = weights_of(model.network)  # before adapters are on it
+def _costs(settings: str, rank: int, alpha: float, whole: bool) -> Costs:
+    model_settings = ModelSettings.model_validate_json(settings)
+    geometry = find_geometry(model_settings.path, model_settings.revision)
+    pipeline = build_pipeline(geometry, model_settings.dtype)
+    model: Any = adapted(model_settings, pipeline, offload=False)
+    # before adapters are on it
+    network, shards = weights_of(model.network), _shards(model)
     with torch.device("meta"):
         policy = WholePolicy(model) if whole else LoraPolicy(model, rank=rank, alpha=alpha, seed=0)
     policy.changed()  # so that the old policy is not the current one, and has its own pass
-    given = conditioning(geometry, model)
-    many = batch(model, given, ROWS)
+    given = conditioning(model)
     with torch.no_grad():
         bringing = measure(lambda: policy._weights_for("old"))  # once, and kept: no row's work
+    rows = measure_few if model.row_by_row else measure_rows
 
     @cache
     def train(reference: bool, recompute: bool) -> Line:
         policy.recompute(recompute)
-        return measure_rows(training(policy, many, reference))
+        return rows(lambda number: training(policy, batch(model, given, number), reference))
 
-    side = model.latent_shape[1] * pipeline.vae_scale_factor
+    @cache
+    def update(passes: int, recompute: bool) -> Line:
+        policy.recompute(recompute)
+        return rows(lambda number: matching(policy, batch(model, given, number), passes))
+
+    one = batch(model, given, 1)
+    encoders = encoders_of(pipeline)
+    side = model.side * model.scale
     return Costs(
         source=geometry.source,
-        dtype=dtype,
+        dtype=model_settings.dtype,
         network=network,
-        encoders=weights_of(*encoders),
+        encoders=weights_of(*encoders.values()),
         vae=weights_of(pipeline.vae),
         trained=Weights(sum(p.numel() for p in policy.parameters), sum(p.nbytes for p in policy.parameters)),
         injected_weights=_injected_weights(policy),
         bringing=bringing.flops,
-        latent=many.x0[0].nbytes,
+        latent=one.x0[0].nbytes,
         caption=sum(x.nbytes for x in given.distinct.values()),
+        caption_tokens=tokens_of(model) if model.ragged else None,
         image=3 * side * side * 4,
         resolution=side,
-        encode=_encode(geometry, model, encoders),
-        forward=_forward(policy, many),
+        shards=shards,
+        encode=_encode(model, encoders),
+        forward=_forward(policy, "old", model, given, rows),
+        reference=cache(lambda: _forward(policy, "reference", model, given, rows)),
         train=train,
+        update=update,
         decode=_decode(model),
+        decode_back=lambda: _decode_back(model),
     )
+
+
+def _shards(model: Any) -> tuple[int, ...]:
+    blocks = [sum(weight.nbytes for weight in block.parameters()) for block in model.blocks]
+    return (*blocks, sum(weight.nbytes for weight in model.network.parameters()) - sum(blocks))
 
 
 def _injected_weights(policy: Policy) -> int:
@@ -177,55 +170,98 @@ def _injected_weights(policy: Policy) -> int:
     return sum(weight.nbytes for weight in policy._weights_for("old").values() if weight.untyped_storage()._cdata not in held)
 
 
-def conditioning(geometry: Geometry, model: SD3) -> Conditioning:
-    """What the network reads of one caption, as the pipeline's `encode_prompt` makes it."""
-    config: Any = model.network.config
-    dtype = model.network.dtype
-    length = geometry.tokens[0] + model.t5_length
-    return Conditioning(
-        {
-            "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype, device="meta"),
-            "pooled_projections": torch.empty(1, config.pooled_projection_dim, dtype=dtype, device="meta"),
-        },
-        torch.zeros(1, dtype=torch.long, device="meta"),
-    )
+def tokens_of(model: Any) -> int:
+    """Tokens of a caption: all that the network can be given, or `CAPTION` where captions keep their own lengths."""
+    return min(model.text_length, CAPTION) if model.ragged else model.text_length
 
 
-def batch(model: SD3, given: Conditioning, rows: int) -> TrainingBatch:
+def conditioning(model: Any) -> Conditioning:
+    """What the network reads of one caption."""
+    tokens = tokens_of(model)
+    rows = torch.zeros(1, dtype=torch.long, device="cpu" if model.row_by_row else "meta")
+    lengths = torch.tensor([tokens]) if model.ragged else None
+    return Conditioning({name: x[None] for name, x in model.blank(tokens).items()}, rows, lengths)
+
+
+def batch(model: Any, given: Conditioning, rows: int) -> TrainingBatch:
     """A batch to train on, of shapes alone."""
     x0, eps = (torch.empty(rows, *model.latent_shape, device="meta") for _ in range(2))
     t, advantages = (torch.empty(rows, device="meta") for _ in range(2))
-    return TrainingBatch(x0, eps, t, advantages, given.select(torch.zeros(rows, dtype=torch.long, device="meta")))
+    return TrainingBatch(x0, eps, t, advantages, given.select(torch.zeros(rows, dtype=torch.long, device=given.rows.device)))
 
 
 def training(policy: Policy, rows: TrainingBatch, reference: bool) -> Callable[[], Tensor]:
     """The loss of one micro-batch, as `Learner` makes them; DiffusionNFT's stands for every method on the forward process."""
     objective = NFT(beta=1.0, advantage_clip=5.0, kl=float(reference), old_policy="linear")
-    for parameter in policy.parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    _with_gradients(policy)
     return lambda: objective.loss(policy, rows)[0].sum()
 
 
-@torch.no_grad()
-def _forward(policy: Policy, rows: TrainingBatch) -> Line:
-    return measure_rows(lambda: policy.velocity("old", rows.x0, rows.t, rows.conditioning))
+def matching(policy: Policy, rows: TrainingBatch, passes: int) -> Callable[[], Tensor]:
+    """A loss of so many passes of the current policy, all of them in one graph and without another role's."""
+    _with_gradients(policy)
+
+    def loss() -> Tensor:
+        parts = [policy.velocity("current", rows.x0, rows.t, rows.conditioning).square().mean() for _ in range(passes)]
+        return sum(parts[1:], parts[0])
+
+    return loss
+
+
+def _with_gradients(policy: Policy) -> None:
+    for parameter in policy.parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 @torch.no_grad()
-def _decode(model: SD3) -> Line:
-    latents = torch.empty(ROWS, *model.latent_shape, device="meta")
-    return measure_rows(lambda: model.decode(latents))
+def _forward(
+    policy: Policy, role: str, model: Any, given: Conditioning, rows: Callable[[Callable[[int], Callable[[], object]]], Line]
+) -> Line:
+    def work(number: int) -> Callable[[], object]:
+        one = batch(model, given, number)
+        return lambda: policy.velocity(role, one.x0, one.t, one.conditioning)
+
+    return rows(work)
 
 
 @torch.no_grad()
-def _encode(geometry: Geometry, model: SD3, encoders: tuple[Any, ...]) -> Work:
-    def ids(length: int) -> Tensor:
-        return torch.zeros(1, length, dtype=torch.long, device="meta")
+def _decode(model: Any) -> Line:
+    def work(number: int) -> Callable[[], object]:
+        latents = torch.empty(number, *model.latent_shape, device="meta")
+        return lambda: model.decode(latents)
+
+    return measure_rows(work)
+
+
+def _decode_back(model: Any) -> Line:
+    def work(number: int) -> Callable[[], object]:
+        latents = torch.empty(number, *model.latent_shape, device="meta", requires_grad=True)
+        return lambda: model.decode(latents).sum()
+
+    return measure_rows(work)
+
+
+@torch.no_grad()
+def _encode(model: Any, encoders: Mapping[str, Any]) -> Work:
+    """One caption through every text encoder.
+
+    Not counted: a chat's template, instructions before the caption, and what a language model says after it.
+    """
 
     def encode() -> None:
-        for encoder in (encoder for encoder in encoders[:2] if encoder is not None):
-            encoder(ids(geometry.tokens[0]), output_hidden_states=True)
-        if encoders[2] is not None:
-            encoders[2](ids(model.t5_length))
+        for encoder in encoders.values():
+            if "CLIP" in type(encoder).__name__:
+                encoder(_ids(model.pipeline.tokenizer_max_length), output_hidden_states=True)
+            elif encoder.config.model_type in ("t5", "umt5"):
+                encoder(_ids(tokens_of(model)))
+            else:
+                inner = getattr(encoder, "model", encoder)
+                words, length = getattr(inner, "language_model", inner), tokens_of(model)
+                seen = torch.zeros(1, 1, length, length, dtype=encoder.dtype, device="meta")  # or it would look for one in the numbers
+                words(_ids(length), attention_mask=seen, output_hidden_states=True, use_cache=False)
 
     return measure(encode)
+
+
+def _ids(length: int) -> Tensor:
+    return torch.zeros(1, length, dtype=torch.long, device="meta")

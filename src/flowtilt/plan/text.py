@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from flowtilt.io.columns import aligned, wrapped
+from flowtilt.plan.machine import LINK_REACHED, LINKS
 from flowtilt.plan.memory import CONTEXT, GIB, SPARE
 from flowtilt.plan.meter import added
 from flowtilt.plan.plan import Plan
@@ -22,6 +23,7 @@ def table(plan: Plan) -> str:
             _parameters(plan),
             _memory(plan),
             _work(plan),
+            *([_sent(plan)] if plan.messages else []),
             "\n".join(_notes(plan)),
             "\n".join(wrapped(summary(plan), "")),
         ]
@@ -41,7 +43,7 @@ def summary(plan: Plan) -> str:
     return (
         f"{plan.recipe.name}: {plan.recipe.rollouts} rollouts of {r.prompts} x {r.images_per_prompt} images = "
         f"{amount(evaluations)} network evaluations, {operations(flops)}, about {duration(plan.hours)} on {m.gpus} {m.gpu} "
-        f"at {100 * m.utilisation:.3g} % ({_rounded(plan.hours * m.gpus)} GPU-hours); {fit}"
+        f"at {100 * plan.utilisation:.3g} % ({_rounded(plan.hours * m.gpus)} GPU-hours); {fit}"
     )
 
 
@@ -91,7 +93,7 @@ def _work(plan: Plan) -> str:
     training = [effort for name, effort in plan.work.items() if name != "evaluate"]
     one = operations(sum(sum(effort.flops.values()) for effort in training) / steps)
     time = duration(sum(effort.hours for effort in training) / steps)
-    shares = {PRECISIONS[p]: plan.machine.hours({p: count}) / plan.hours for p, count in flops.items() if count}
+    shares = {PRECISIONS[p]: plan.machine.hours({p: count}, plan.utilisation) / plan.hours for p, count in flops.items() if count}
     spent = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
     said = [
         f"a rollout: {one}, {time}; {plan.evaluations} evaluations of {plan.recipe.evaluate.images} images",
@@ -102,9 +104,13 @@ def _work(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> Sequence[str]:
     assumed = (
-        f"assumed: {100 * plan.machine.utilisation:.3g} % of each precision's peak, twice the GPUs in half the time, every image scored, "
-        f"{CONTEXT / GIB:g} GiB for the CUDA context"
+        f"assumed: {100 * plan.utilisation:.3g} % of each precision's peak, every image scored, {CONTEXT / GIB:g} GiB for the CUDA context"
     )
+    if plan.costs.caption_tokens:
+        assumed += f", captions of {plan.costs.caption_tokens} tokens"
+    if plan.machine.gpus > 1:
+        where = f", {_link(plan.machine.between)} between machines" if plan.machine.nodes > 1 else ""
+        assumed += f", {_link(plan.machine.link)} between the GPUs of a machine{where}, of which messages reach {100 * LINK_REACHED:.0f} %"
     beside = [f"not counted, reward {name}: {why}" for name, why in plan.beside.items()]
     asked = [_asked(name, found) for name, found in plan.requests.items()]
     return [line for note in (assumed, *beside, *asked) for line in wrapped(note, "")]
@@ -115,6 +121,21 @@ def _asked(name: str, found: Requests) -> str:
     tokens = f"about {amount(found.whole * found.tokens)} tokens if a picture is one per {PATCH} x {PATCH} pixels{money}"
     ends = f"; {found.ends}" if found.ends else ""
     return f"requests to {name}: {amount(found.rollout)} per rollout, {amount(found.whole)} with all evaluations, {tokens}{ends}"
+
+
+def _link(told: str) -> str:
+    return f"{told} ({LINKS[told]:g} GB/s)" if told in LINKS else f"{told} GB/s"
+
+
+def _sent(plan: Plan) -> str:
+    """What each GPU sends to the others."""
+    rows = [["sent by each GPU, a rollout", "messages", "MiB"]]
+    rows += [[name, f"{one.number:,.0f}", f"{one.sent / 2**20:,.3g}"] for name, one in plan.messages.items()]
+    efficiency = (
+        f"efficiency {100 * plan.efficiency:.3g} %: the rest goes to messages and uneven shares; "
+        f"{plan.images_per_gpu_second:.3g} images a GPU and second"
+    )
+    return "\n".join([aligned(rows), *wrapped(efficiency)])
 
 
 def amount(number: float) -> str:
