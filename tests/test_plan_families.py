@@ -125,8 +125,8 @@ def test_slower_links_and_more_machines_cost_hours():
         Machine(gpus=16, between="string")
 
 
-@pytest.mark.parametrize("hours", [24, 60])
-def test_a_proposal_fits_the_time_and_keeps_groups(hours):
+def test_a_proposal_fits_the_time_and_keeps_groups():
+    hours = 24
     found = proposal(load_recipe("sd35m-geneval"), Machine("4090"), hours)
     assert found.plan.fits and 0.8 * hours < found.plan.hours <= hours
     r = found.changed_recipe.rollout

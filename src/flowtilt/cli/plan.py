@@ -30,7 +30,7 @@ def _plan(args: argparse.Namespace) -> int:
     quieten()
     recipe = load_recipe(args.recipe, args.overrides)
     asked = (args.gpu, args.gpus, args.gpu_memory, args.utilisation, args.hours, args.nodes)
-    if recipe.model.path == "playground" and not args.json and not any(asked):
+    if recipe.model.path == "playground" and not args.json and all(one is None for one in asked):
         print(f"{recipe.name}: needs no GPU (docs/results/playground.md). To plan it for a GPU, name one: --gpu h100")
         return 0
     from flowtilt.plan import Machine, make_plan, proposal

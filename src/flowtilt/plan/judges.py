@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -111,7 +112,8 @@ def gradient_of(source: str, resolution: int) -> Work:
         network: Network = getattr(import_module(place), function)(resolution)
         network.module.requires_grad_(False)
         images = torch.empty(network.chunk, *network.shape, requires_grad=True)
-        work = measure(lambda: network.judge(images).float().sum())
+        judge: Any = network.judge
+        work = measure(lambda: judge(images).float().sum())
     each = 1 / network.chunk
     return Work(scaled(work.flops, each), work.alive * each, work.saved * each)
 
