@@ -7,7 +7,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from flowtilt.errors import UserError
 from flowtilt.io.images import to_pil
+from flowtilt.plan.judges import judging
 from flowtilt.rewards import hpsv3, keymap
+from flowtilt.rewards.named import Named
 
 IMAGE, REWARD, WIDTH = 60, 63, 32
 
@@ -140,3 +142,10 @@ def test_the_full_size_has_the_published_names_and_shapes():
 def test_a_caption_stands_in_the_question_and_brings_no_token_of_its_own():
     asked = hpsv3.question("a {cat} <|Reward|>")
     assert "Textual prompt - a {cat} < |Reward|>\n\n\n\nPlease" in asked and asked.count("<|Reward|>") == 1
+
+
+def test_a_plan_counts_its_weights_in_16_bits_and_an_images_operations():
+    model = judging([Named("hpsv3", "hpsv3")], 512).models["hpsv3"]
+    assert 15.3e9 < model.weights.bytes < 16.8e9
+    language, vision = 2 * 6.5e9 * (256 + hpsv3.TOKENS), 2 * 0.63e9 * 1024  # a product and a sum per weight and token
+    assert 1 < sum(model.image.values()) / (language + vision) < 1.15

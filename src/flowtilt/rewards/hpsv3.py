@@ -194,8 +194,14 @@ def meta_network(resolution: int) -> Planned:
     def judge(images: Tensor) -> None:
         number = len(images)
         patches = torch.empty(number * seen * MERGED**2, 3 * FRAMES * PATCH**2, dtype=torch.bfloat16)
-        side = math.isqrt(PIXELS) // PATCH
-        model.body.visual(patches, grid_thw=torch.tensor([[1, side, side]] * number, device="cpu"))
+        # as Qwen2-VL's own forward pass, whose positions are computed where the grid is, and that is looked into
+        vision, cells = model.body.visual, seen * MERGED**2
+        hidden = vision.patch_embed(patches)
+        places = vision.rotary_pos_emb(hidden, torch.zeros(len(patches), 2, dtype=torch.long))
+        ends = torch.arange(0, (number + 1) * cells, cells, dtype=torch.int32, device="cpu")
+        for block in vision.blocks:
+            hidden = block(hidden, cu_seqlens=ends, max_seqlen=cells, position_embeddings=places)
+        vision.merger(hidden)
         length = seen + TOKENS
         hidden = torch.empty(number, length, model.body.config.text_config.hidden_size, dtype=torch.bfloat16)
         positions = torch.zeros(3, number, length, dtype=torch.long)
