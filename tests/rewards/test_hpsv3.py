@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from flowtilt.errors import UserError
 from flowtilt.io.images import to_pil
 from flowtilt.plan.judges import judging
+from flowtilt.prompts import Prompt
 from flowtilt.rewards import hpsv3, keymap
 from flowtilt.rewards.named import Named
 
@@ -149,3 +153,22 @@ def test_a_plan_counts_its_weights_in_16_bits_and_an_images_operations():
     assert 15.3e9 < model.weights.bytes < 16.8e9
     language, vision = 2 * 6.5e9 * (256 + hpsv3.TOKENS), 2 * 0.63e9 * 1024  # a product and a sum per weight and token
     assert 1 < sum(model.image.values()) / (language + vision) < 1.15
+
+
+def test_the_reward_tokenizes_pads_and_finds_its_token(both, monkeypatch):
+    monkeypatch.setattr(hpsv3, "PIXELS", 4 * 28 * 28)
+    monkeypatch.setattr(hpsv3, "ROWS", REWARD + 1)
+    special = {"<|image_pad|>": IMAGE, "<|vision_start|>": 61, "<|vision_end|>": 62, hpsv3.REWARD: REWARD}
+    words = WordLevel({"<unk>": 0, "<pad>": 1, "cat": 2, "dog": 3, **{f"unused{k}": k for k in range(4, 60)}, **special}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", additional_special_tokens=list(special))
+    reward = object.__new__(hpsv3.HPSv3)
+    reward.network, reward.tokenizer, reward._mrope = both[2], fast, False
+    images = torch.rand(5, 3, 40, 60, generator=torch.Generator().manual_seed(1))
+    prompts = [Prompt("a cat " + "dog " * k) for k in range(5)]
+    found = reward(images, prompts)
+    assert found.scores.shape == found.details["log_sigma"].shape == (5,) and len(set(found.scores.tolist())) == 5
+    for n in range(5):
+        alone = reward(images[n : n + 1], prompts[n : n + 1])
+        assert float(alone.scores) == pytest.approx(float(found.scores[n]), rel=1e-3)

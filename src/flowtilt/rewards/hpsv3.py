@@ -216,7 +216,7 @@ class HPSv3:
     """mu as the score, `log_sigma` as a detail.
 
     Args:
-        device: where the network is, 16.6 GB.
+        device: where the network is, 15.5 GB.
         positions: "sequential", as the published code numbers them, or "mrope".
 
     Raises:
