@@ -59,6 +59,6 @@ def test_without_a_compiler_training_goes_on_uncompiled(inputs, monkeypatch):
 
 def test_a_trainer_says_that_it_compiles_and_why_not(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(trainer, "compile_blocks", lambda policy: "no compiler here")
-    Trainer(quick(tmp_path / "run", "rollouts=1", "model.compile=true")).run()
+    Trainer(quick(tmp_path / "run", "rollouts=1", "model.compile=true")).close()
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model.compile: ")]
     assert len(said) == 2 and "a minute or two" in said[0] and said[1].endswith("going on without (no compiler here)")
