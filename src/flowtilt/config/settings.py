@@ -90,7 +90,7 @@ def _known_eta(eta: Any, info: ValidationInfo) -> Any:
 
 class RolloutSettings(Table):
     prompts: int = Field(default=48, ge=1, le=IMAGES)
-    """Prompts a rollout."""
+    """Prompts per rollout."""
     images_per_prompt: int = Field(default=24, ge=1, le=IMAGES)
     """Images of each prompt: the group within which rewards are compared, so two at least where there are any."""
     train_per_prompt: int | None = Field(default=None, ge=2, le=IMAGES)

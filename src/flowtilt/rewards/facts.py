@@ -43,8 +43,8 @@ def facts_of(name: str, reward: Any) -> Facts:
     bases = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
     base = next((found for one in bases if (found := _by_source().get(_source(one)))), Facts())
     if isinstance(base, BuiltIn) and _source(kind) == base.source:
-        told = getattr(plain, "facts", None)  # what depends on its options
-        return told if isinstance(told, Facts) else base
+        own = getattr(plain, "facts", None)  # what depends on its options
+        return own if isinstance(own, Facts) else base
     known = {field.name: getattr(base, field.name) for field in fields(Facts)}
     if not isinstance(known["plan_note"], str):
         known["plan_note"] = ""  # it is for the built-in one's options
