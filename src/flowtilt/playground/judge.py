@@ -102,12 +102,16 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: a line for each image would be all that is seen."""
 
 
-def server(port: int) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """Many clients at once may wait to be heard."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+
+def server(port: int) -> Server:
     """The judge at a port of this machine, 0 taking a free one; `serve_forever` starts it."""
-    found = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    found.daemon_threads = True
-    found.request_queue_size = 64
-    return found
+    return Server(("127.0.0.1", port), Handler)
 
 
 def main() -> None:
