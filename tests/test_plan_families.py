@@ -13,10 +13,12 @@ from flowtilt.models.opening import FAMILIES, adapted, load_pipeline
 from flowtilt.plan import Machine, make_plan, proposal
 from flowtilt.plan.components import build_pipeline
 from flowtilt.plan.geometry import find_geometry
+from flowtilt.plan.judges import gradient_of, judging
 from flowtilt.plan.meter import measure
 from flowtilt.plan.network import conditioning, costs_of, weights_of
 from flowtilt.plan.published import PUBLISHED
 from flowtilt.plan.wire import gathered, summed
+from flowtilt.rewards.named import parse
 
 CPU = torch.device("cpu")
 TINY = ["flux2_klein", "qwen_image", "z_image", "sana", "lumina2", "chroma", "aura_flow"]
@@ -155,3 +157,10 @@ def test_stages_of_rtdmd_have_a_fake_score_and_follow_rewards():
         assert plan.resident["gradient and AdamW"] == 6 * plan.costs.trained.bytes
     assert {"decode", "reward"} & {phase.name for phase in cold.phases} == set() and "decode" not in cold.work
     assert cold.costs.update(3, False).at(4).saved == pytest.approx(3 * cold.costs.update(1, False).at(4).saved, rel=0.05)
+
+
+def test_a_followed_reward_costs_its_network_and_the_way_back():
+    (found,) = judging(parse(["clipscore"]), 512).sources.values()
+    forward = sum(judging(parse(["clipscore"]), 512).models["clip-l"].image.values())
+    # to the images alone: weights have no gradient, so the way back costs about as much as the way there
+    assert 1.9 < sum(gradient_of(found, 512).flops.values()) / forward < 2.6

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowtilt.errors import UserError
 from flowtilt.plan.meter import Work, added, measure, scaled
@@ -112,10 +112,15 @@ def gradient_of(source: str, resolution: int) -> Work:
         network: Network = getattr(import_module(place), function)(resolution)
         network.module.requires_grad_(False)
         images = torch.empty(network.chunk, *network.shape, requires_grad=True)
-        judge: Any = network.judge
-        work = measure(lambda: judge(images).float().sum())
+        work = measure(lambda: _summed(network.judge(images)))
     each = 1 / network.chunk
     return Work(scaled(work.flops, each), work.alive * each, work.saved * each)
+
+
+def _summed(found: object) -> Tensor:
+    """A scalar that depends on all that a network gives."""
+    values = found.values() if isinstance(found, Mapping) else [found]
+    return torch.stack([x.float().sum() for x in values if isinstance(x, Tensor)]).sum()
 
 
 @cache
