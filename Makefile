@@ -23,7 +23,7 @@ check: .venv/installed  ## lint, format and types
 	touch $@
 
 docs: .venv/docs-installed  ## the site, in build/site; it opens from disk
-	$(BIN)/python docs/tools/site.py
+	$(BIN)/python docs/tools/site_builder.py
 
 .venv/docs-installed: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

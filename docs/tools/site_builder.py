@@ -1,4 +1,4 @@
-"""Builds the documentation site: `make docs`, or `python docs/tools/site.py`. The site is in build/site and opens from disk.
+"""Builds the documentation site: `make docs`, or `python docs/tools/site_builder.py`. The site is in build/site and opens from disk.
 
 Pages are staged in build/docs: the README as the first page, the pages of docs/, and those that `reference` generates from the code.
 On the way formulas become MathML, and links to files outside of docs/ become links to copies. Nothing is loaded from a network.
