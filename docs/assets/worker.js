@@ -6,7 +6,7 @@ if (location.protocol === "file:") {
       this.frame.hidden = true
       document.body.appendChild(this.frame)
       const inner = this.frame.contentWindow
-      const deliver = data => setTimeout(() => this.onmessage?.(new MessageEvent("message", { data })))
+      const deliver = data => setTimeout(() => this.onmessage?.(new MessageEvent("message", { data: structuredClone(data) })))
       inner.postMessage = deliver
       inner.importScripts = (...urls) => Promise.all(urls.map(one => new Promise((done, failed) => {
         const script = inner.document.createElement("script")
@@ -18,7 +18,7 @@ if (location.protocol === "file:") {
     postMessage(data) {
       this.ready.then(() => {
         const inner = this.frame.contentWindow
-        inner.dispatchEvent(new inner.MessageEvent("message", { data }))
+        inner.dispatchEvent(new inner.MessageEvent("message", { data: inner.structuredClone(data) }))
       })
     }
     terminate() { this.frame.remove() }
