@@ -57,12 +57,14 @@ def passes_per_rank(recipe: Recipe, needed: Memory, found: Fitted) -> float:
     """How often one rank passes through the network in a rollout, whatever the rows: backward passes gather the weights once more."""
     one = passes_of(recipe, 2)
     size = needed.machine.gpus
-    sample = -(-needed.part // found.micro_batches["sample"]) * (needed.images / needed.part)
+    # the sizes found are cut to an average share, and a sharded base wants a number
+    given = recipe.micro_batch if isinstance(recipe.micro_batch, int) else 0
+    sample = -(-needed.part // max(given, found.micro_batches["sample"])) * (needed.images / needed.part)
     per_image = one.sample / max(1, recipe.rollout.images())
     double = 2 if recipe.rollout.guidance != 1 else 1  # both halves of a guided pass go through at once
     updates = recipe.optimizer.steps_per_rollout
     rows = _largest(recipe.rollout.trained(), updates, size) * recipe.rows_per_image()
-    train = math.ceil(rows / found.micro_batches["train"]) * updates
+    train = math.ceil(rows / max(given, found.micro_batches["train"])) * updates
     beside = (one.old + one.reference) / max(1, one.pairs)
     return sample * per_image / double + train * (2 + beside) if size > 1 else 0.0
 
