@@ -48,7 +48,7 @@ def test_a_prompt_whose_images_differ_comes_more_often():
     for step in range(300):
         drawn = teaching.take(step, 3)
         seen.update(p.text for p in drawn)
-        teaching.learn(torch.cat([torch.tensor([0.0, 1.0]) if p.text == "a 3" else torch.tensor([0.5, 0.51]) for p in drawn]))
+        teaching.learn(step, torch.cat([torch.tensor([0.0, 1.0]) if p.text == "a 3" else torch.tensor([0.5, 0.51]) for p in drawn]))
     others = [seen[p.text] for p in PROMPTS[:10] if p.text != "a 3"]
     assert seen["a 3"] > 1.2 * max(others) and min(others) > 0
 
@@ -57,7 +57,7 @@ def test_tags_of_low_reward_come_more_often_and_each_within_one_of_its_share():
     teaching = TeachingPrompts(PROMPTS, 0, None, by_variance=False)
     for step in range(20):
         drawn = teaching.take(step, 6)
-        teaching.learn(torch.cat([torch.full((2,), 0.1 if p.tag == "a" else 0.9) for p in drawn]))
+        teaching.learn(step, torch.cat([torch.full((2,), 0.1 if p.tag == "a" else 0.9) for p in drawn]))
     counts = Counter(p.tag for p in teaching.take(99, 6))
     share = tag_shares({"a": 0.1, "b": 0.9}, ["a", "b"])[0]
     assert abs(counts["a"] - 6 * share) <= 1 and counts["b"] >= 0
@@ -66,7 +66,7 @@ def test_tags_of_low_reward_come_more_often_and_each_within_one_of_its_share():
 def test_a_missing_reward_teaches_nothing():
     teaching = TeachingPrompts(PROMPTS, 0, None, by_variance=True)
     teaching.take(1, 4)
-    teaching.learn(torch.full((8,), float("nan")))
+    teaching.learn(1, torch.full((8,), float("nan")))
     assert teaching.state()["reward"] == {}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.config import Recipe
+from flowtilt.config.prompt_data import parse
 from flowtilt.errors import UserError
 from flowtilt.io.files import digest, read_errors, shown, write_json
 from flowtilt.io.run_folder import RunFolder
@@ -22,6 +23,7 @@ from flowtilt.io.user_code import neighbours
 from flowtilt.lora.find import find
 from flowtilt.methods import is_own
 from flowtilt.models.opening import fingerprint
+from flowtilt.prompts import datasets
 from flowtilt.prompts.sets import is_path
 
 ONCE = ("lora.init", "lora.on", "objective.fake")
@@ -44,6 +46,9 @@ def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
         return change(key, place[: alpha.start()]) + alpha[0] if alpha else change(key, place)
 
     def prompts(key: str, source: str) -> str:
+        if data := parse(source):
+            local = os.path.isabs(data.dataset) or os.path.isdir(data.dataset)
+            return data.moved(change(key, data.dataset)).source() if local else source
         return change(key, source) if is_path(source) else source
 
     def reward(key: str, value: Any) -> Any:
@@ -92,11 +97,20 @@ def found_again(recipe: Recipe, run: Path) -> Recipe:
 
 
 def pinned(recipe: Recipe, run: Path) -> Recipe:
-    """A run's recipe with the commit of the hub model that it began with, where it names no revision."""
-    known = [entry["commit"] for entry in _load(run).get("files", []) if "commit" in entry and entry["path"] == recipe.model.path]
-    if recipe.model.revision or not known:
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": known[0]})})
+    """A run's recipe with the commits of the hub's model and data sets that it began with, where it names no revision."""
+    known = {entry["path"]: entry["commit"] for entry in _load(run).get("files", []) if "commit" in entry}
+
+    def prompts(source: str | None) -> str | None:
+        data = parse(source)
+        if not data or data.revision or source not in known:
+            return source
+        return data.model_copy(update={"revision": known[source]}).source()
+
+    m, e = recipe.model, recipe.evaluate
+    update: dict[str, Any] = {"prompts": prompts(recipe.prompts), "evaluate": e.model_copy(update={"prompts": prompts(e.prompts)})}
+    if not m.revision and m.path in known:
+        update["model"] = m.model_copy(update={"revision": known[m.path]})
+    return recipe.model_copy(update=update)
 
 
 def changes(recipe: Recipe, run: Path, begun: bool) -> list[str]:
@@ -155,6 +169,13 @@ def save(recipe: Recipe, run: Path, step: int | None, accepted: list[str]) -> No
     files += [_entry("import", str(path), run) for path in neighbours(places)]
     if not os.path.isdir(recipe.model.path) and (commit := fingerprint(recipe.model.path, recipe.model.revision).get("commit")):
         files.append({"key": "model", "path": recipe.model.path, "commit": commit})
+    begun = pinned(recipe, run)
+    for key, source, now in (
+        ("prompts", recipe.prompts, begun.prompts),
+        ("evaluate.prompts", recipe.evaluate.prompts, begun.evaluate.prompts),
+    ):
+        if (data := parse(now)) and (commit := datasets.commit(data)):
+            files.append({"key": key, "path": source, "commit": commit})
     noted = [*old.get("changed", []), *([{"step": step, "what": accepted}] if accepted else [])]
     write_json(RunFolder(run).sources, {"files": files} | ({"changed": noted} if noted else {}))
 

@@ -9,7 +9,23 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import flowtilt
-from flowtilt.cli import check_model, compare, completion, demo, evaluate, export, pairs, plan, push, recipes, rewards, sweep, train, watch
+from flowtilt.cli import (
+    check_model,
+    compare,
+    completion,
+    convert,
+    demo,
+    evaluate,
+    export,
+    pairs,
+    plan,
+    push,
+    recipes,
+    rewards,
+    sweep,
+    train,
+    watch,
+)
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError, printable
 from flowtilt.io.quiet import quieten
@@ -80,7 +96,23 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"flowtilt {flowtilt.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, watch, demo, recipes, sweep, plan, compare, evaluate, rewards, export, pairs, push, check_model, completion):
+    for module in (
+        train,
+        watch,
+        demo,
+        recipes,
+        convert,
+        sweep,
+        plan,
+        compare,
+        evaluate,
+        rewards,
+        export,
+        pairs,
+        push,
+        check_model,
+        completion,
+    ):
         module.add(commands)
     return top
 

@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     )
     train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
     train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
+    train.add_argument("--or-resume", action="store_true", help="go on with the run in run=FOLDER if there is one, else begin it")
     train.add_argument("--changed", action="store_true", help="resume although prompts, reward files or the model have changed")
     train.add_argument("--trust", action="store_true", help=TRUST)
     train.set_defaults(call=_train)
@@ -59,10 +60,13 @@ def _train(args: argparse.Namespace) -> int:
         args.recipe, args.overrides = None, [args.recipe, *args.overrides]
     if args.init_lora:
         args.overrides = [*args.overrides, f"lora.init={json.dumps(args.init_lora)}"]
+    asked = args.overrides
+    if args.or_resume:
+        args.resume, args.overrides = _begun(args)
     if args.resume:
         from flowtilt.runs.folder import open_run
 
-        believed = load_recipe(args.recipe, args.overrides) if args.recipe else None
+        believed = load_recipe(args.recipe, asked) if args.recipe else None
         given = of_recipe(believed) if believed else {}
 
         def trusted(found: Recipe) -> None:
@@ -100,6 +104,20 @@ def _train(args: argparse.Namespace) -> int:
         return torchrun.interrupted_status()
     report(recipe, summary, folder)
     return 0
+
+
+def _begun(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
+    """The run to go on with, if it has begun, and the overrides that belong to that."""
+    from flowtilt.runs.folder import MAY_CHANGE
+
+    if args.resume or not args.recipe:
+        raise UserError("train: --or-resume wants a recipe and run=FOLDER, and no --resume")
+    recipe = load_recipe(args.recipe, args.overrides)
+    if not recipe.run:
+        raise UserError("train: --or-resume goes on with the run in a folder; name it: run=FOLDER")
+    if not RunFolder(recipe.run).is_run():
+        return None, args.overrides
+    return Path(recipe.run), [item for item in args.overrides if item.partition("=")[0].partition(".")[0].strip() in MAY_CHANGE]
 
 
 def report(recipe: Recipe, summary: dict, folder: Path) -> None:

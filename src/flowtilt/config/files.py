@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from flowtilt.config.errors import explain
 from flowtilt.config.renamed import RENAMED, hint, with_new_names
 from flowtilt.config.settings import Recipe
+from flowtilt.config.version import VERSION, check_version
 from flowtilt.errors import UserError
 from flowtilt.io.user_code import is_missing_file
 
@@ -74,6 +75,7 @@ def _drop_examples(tree: dict[str, Any], origins: dict[str, str]) -> None:
 
 def validate(tree: dict[str, Any], origins: dict[str, str], where: str, stored: bool = False) -> Recipe:
     """Checks a tree of values; `origins` says where a key was set, `stored` is as for `load_recipe`."""
+    check_version(tree, where)
     for key, value in _values(tree):
         if isinstance(value, int) and abs(value) > 10**LONGEST_NUMBER:  # which JSON would not write
             raise UserError(f"recipe {where}: {key:.80}: a number of more than {LONGEST_NUMBER} digits [{origins.get(key, where):.200}]")
@@ -87,7 +89,7 @@ def validate(tree: dict[str, Any], origins: dict[str, str], where: str, stored: 
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that `load_recipe` reads back equal; what is none is left out."""
-    tree = recipe.model_dump(mode="json", exclude_none=True)
+    tree = {"version": VERSION, **recipe.model_dump(mode="json", exclude_none=True)}
     plain = [f"{key} = {toml_value(value)}" for key, value in tree.items() if not isinstance(value, dict)]
     tables = [
         f"\n[{key}]\n" + "\n".join(f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items())
@@ -119,6 +121,7 @@ def read(source: str, seen: tuple[str, ...] = (), stored: bool = False) -> tuple
         tree = tomllib.loads(text)
     except ValueError as error:  # tomllib's own, or Python's of a number of thousands of digits
         raise UserError(f"recipe {where}: not TOML: {error}") from None
+    check_version(tree, where)
     for old, new in with_new_names(tree):
         if not stored:
             hint(f"recipe {where}", old, new)

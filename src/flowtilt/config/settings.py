@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flowtilt.config.keys import Key, keys_of
+from flowtilt.config.prompt_data import as_source, shown
 from flowtilt.io.user_code import absolute
 from flowtilt.methods import Objective
-from flowtilt.methods.base import LEVELS, NO_CLIP, ROLLOUTS, WEIGHT, Table, Weight
+from flowtilt.methods.base import LEVELS, MOST_LAG, NO_CLIP, ROLLOUTS, WEIGHT, Table, Weight
 from flowtilt.methods.nft import NFTSettings
 from flowtilt.methods.schedule import Schedule
 
@@ -103,6 +104,8 @@ class RolloutSettings(Table):
     """Solver steps."""
     guidance: float = Field(default=1.0, ge=1, le=WEIGHT)
     """Classifier-free guidance scale of the rollout; 1 turns it off."""
+    lag: int = Field(default=0, ge=0, le=MOST_LAG)
+    """Sample with the policy of this many rollouts before, so that rewards are computed elsewhere meanwhile (docs/guides/lag.md)."""
 
     _eta = field_validator("eta", mode="before")(_known_eta)
 
@@ -147,11 +150,16 @@ class CheckpointSettings(Table):
     """Newest checkpoints that are kept."""
 
 
+class LogSettings(Table):
+    rollouts: bool = False
+    """Write every rollout's images, scores and advantages into rollouts/ of the run, as a Parquet table that `datasets` reads."""
+
+
 class EvaluateSettings(Table):
     every: int = Field(default=10, ge=0, le=ROLLOUTS)
     """Rollouts between evaluations; 0 evaluates only before and after."""
     prompts: str | None = None
-    """Prompt file or a set's name; none takes the other split of a playground run, else the training prompts."""
+    """As `prompts`; none takes the other split of a playground run, else the training prompts."""
     rewards: tuple[str, ...] = ()
     """Rewards to report, the first of them as the score, "geneval/strict" being a detail of one; none takes those of `[rewards]`."""
     images: int = Field(default=240, ge=1, le=IMAGES)
@@ -167,6 +175,7 @@ class EvaluateSettings(Table):
     samples: int = Field(default=24, ge=0, le=IMAGES)
     """Images of each evaluation that are kept for the report."""
 
+    _prompts = field_validator("prompts", mode="before")(as_source)
     _eta = field_validator("eta", mode="before")(_known_eta)
 
 
@@ -204,7 +213,7 @@ class Recipe(Table):
     model: ModelSettings
     """The base model."""
     prompts: str = Field(min_length=1)
-    """Training prompts: a .txt, .csv or .jsonl file, or a set's name: "playground", "ocr-train", … (`flowtilt prompts` lists them)."""
+    """Training prompts: a .txt, .csv or .jsonl file, a set ("ocr-train", see `flowtilt prompts`), or {dataset, column, split} of a hub."""
     tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] | Literal["auto"] = Field(default_factory=dict)
     """Turns of a tag among the training prompts: tag = number, 1 where it is not named, 0 leaves it out; "auto" prefers low rewards."""
     prompts_by: Literal["turn", "variance"] = "turn"
@@ -235,11 +244,14 @@ class Recipe(Table):
     shard: Literal["none", "base"] = "none"
     """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a device; needs a micro_batch."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     guards: Literal["warn", "stop", "off"] = "warn"
     """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
     track: tuple[Literal["wandb", "tensorboard", "trackio", "mlflow"], ...] = ()
     """Trackers that get metrics, scores and samples, too; each needs flowtilt[track], mlflow its own package (docs/guides/trackers.md)."""
+
+    _prompts = field_validator("prompts", mode="before")(as_source)
 
     @field_validator("rewards")
     @classmethod
@@ -271,6 +283,11 @@ class Recipe(Table):
         self.objective.check(self)
         if self.combine == "marble":
             self._check_marble()
+        if self.rollout.lag > (most := self.objective.most_lag):
+            takes = f"at most {most}" if most else "the images of the trained policy alone"
+            raise ValueError(f"rollout.lag: {self.objective.type} takes {takes}, not a lag of {self.rollout.lag}; lower it")
+        if self.log.rollouts and not self.objective.scores:
+            raise ValueError(f"log.rollouts: {self.objective.type} has no scored rollouts; leave it out")
         if self.train == "full":
             self._check_full()
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
@@ -330,7 +347,7 @@ class Recipe(Table):
         e = self.evaluate
         judged = e.rewards[0] if e.rewards else next(iter(self.rewards))
         eta = "" if e.eta is None else f" of eta {e.eta:g}"
-        prompts = os.path.basename(e.prompts or self.prompts)
+        prompts = shown(e.prompts or self.prompts)
         images = f"{e.images} images of {prompts} prompts, {e.steps} {e.solver} steps{eta}, guidance {e.guidance:g}"
         return f"{judged}, EMA weights, {images}, noise seed {self.seed}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flowtilt.build import default_evaluation, judges_of, load_prompts, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config import ModelSettings, Recipe, load_recipe
+from flowtilt.config.prompt_data import shown
 from flowtilt.config.trust import of_model, of_rewards
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.device.placement import storage_device
@@ -165,7 +166,7 @@ def _load_sets(sources: Sequence[str]) -> dict[str, list[Prompt]]:
     """Prompts by the set's own name, or the file's without its ending."""
     found: dict[str, list[Prompt]] = {}
     for source in sources:
-        name = (Path(source).stem if is_path(source) else source) or "prompts"
+        name = (Path(source).stem if is_path(source) else shown(source)) or "prompts"
         if name in found:
             raise UserError(f"evaluate: two sets of prompts are called {name}; rename a file")
         found[name] = load_prompts(source)

@@ -97,7 +97,7 @@ def fetch_hub(repo: str, revision: str, files: Sequence[str], *, to: Path | None
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    with _hub_errors(repo):
+    with hub_errors(repo):
         infos = {info.path: info for info in HfApi().get_paths_info(repo, list(files), revision=revision)}
     missing = [file for file in files[:2] if file not in infos]
     if missing:
@@ -107,7 +107,7 @@ def fetch_hub(repo: str, revision: str, files: Sequence[str], *, to: Path | None
         if file not in infos:
             continue
         info: Any = infos[file]
-        with _hub_errors(repo):
+        with hub_errors(repo):
             path = Path(hf_hub_download(repo, file, revision=revision, local_dir=to))
         sums = {"sha256": info.lfs.sha256} if info.lfs else {"git_blob": info.blob_id}
         if problem := wrong(path, size=info.size, **sums):
@@ -119,7 +119,7 @@ def fetch_hub(repo: str, revision: str, files: Sequence[str], *, to: Path | None
 
 
 @contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
+def hub_errors(repo: str) -> Iterator[None]:
     """One line for whatever the hub's library raises, which comes from several packages."""
     try:
         yield

@@ -52,6 +52,8 @@ class RunFolder(_Folder):
     """RTDMD's."""
     checkpoints = _Named("checkpoints")
     samples = _Named("samples")
+    rollouts = _Named("rollouts")
+    """Where `log.rollouts` is set."""
     tensorboard = _Named("tensorboard")
     judges = _Named("judges")
     """The answers of judges, a file for each judge and process."""
@@ -64,7 +66,7 @@ class RunFolder(_Folder):
     @classmethod
     def by_step(cls) -> tuple[str, ...]:
         """The folders with a folder for each of some steps."""
-        return cls.checkpoints, cls.samples
+        return cls.checkpoints, cls.samples, cls.rollouts
 
     @classmethod
     def written(cls, trackers: tuple[str, ...]) -> set[str]:
@@ -87,6 +89,9 @@ class RunFolder(_Folder):
 
     def samples_at(self, step: int) -> "SamplesFolder":
         return SamplesFolder(self.samples / step_name(step))
+
+    def rollout(self, step: int) -> "RolloutFolder":
+        return RolloutFolder(self.rollouts / step_name(step))
 
     def role(self, name: str) -> Path:
         """Where the LoRA of a further role is written."""
@@ -111,6 +116,12 @@ class SamplesFolder(_Folder):
     """A row per kept image."""
     scores = _Named("scores.json")
     """The score of every image; see `report.image_scores`."""
+
+
+class RolloutFolder(_Folder):
+    """A rollout's images, and a table with a row for each; see `training.rollout_log`."""
+
+    table = _Named("metadata.parquet")
 
 
 class EvaluationFolder(_Folder):

@@ -114,6 +114,35 @@ def in_threads(tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:
     return [results[i] for i in range(len(tasks))]
 
 
+class Turns:
+    """A lock that threads get in the order in which they ask, so that one with much to do keeps none waiting; who has it may ask again."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: list[int] = []
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        own = threading.get_ident()
+        with waiting(), self._changed:
+            if own not in self._queue:
+                self._queue.append(own)
+                try:
+                    self._changed.wait_for(lambda: self._queue[0] == own)
+                except BaseException:  # interrupted while it waited
+                    self._queue.remove(own)
+                    self._changed.notify_all()
+                    raise
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                del self._queue[0]
+                self._changed.notify_all()
+
+
 class Background:
     """One thread that does what it is given, in that order."""
 

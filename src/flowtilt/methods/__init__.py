@@ -8,14 +8,14 @@ import pkgutil
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import SerializeAsAny, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from flowtilt.errors import UserError
 from flowtilt.io.user_code import absolute, from_file
-from flowtilt.methods.base import Method
+from flowtilt.methods.base import MOST_LAG, Method
 
 DEFAULT = "nft"
 """A table without a type is DiffusionNFT's."""
@@ -25,6 +25,8 @@ _own: dict[tuple[str, str], type[Method]] = {}
 
 class Stored(Method, extra="allow"):
     """A user's method in a recipe that is only read, such as that of a finished run: plain values, no code."""
+
+    most_lag: ClassVar[int] = MOST_LAG
 
     def check(self, recipe: Any) -> None:
         """Nothing: what it can't do, its own class knows."""

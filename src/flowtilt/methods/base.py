@@ -25,6 +25,8 @@ ROLLOUTS = 1_000_000_000
 """Bound of rollouts, and of what counts them."""
 BALANCED_EVERY = 10
 """Updates from one weighing of the rewards by their gradients to the next, as MARBLE published it."""
+MOST_LAG = 2
+"""Bound of a rollout's lag; what it costs to go further was not measured."""
 Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT)]
 
 
@@ -102,6 +104,8 @@ class Method(Table):
     """How the model card says that its LoRA was made."""
     samples: ClassVar[bool] = True
     """Whether a step samples images of the recipe's prompts; false where it reads them from files."""
+    scores: ClassVar[bool] = True
+    """Whether a step scores what it samples."""
     progress: ClassVar[tuple[str, str]] = ("reward/total", "reward")
     """The metric that is shown while a run is going, and what it is called there."""
     hold: ClassVar[str] = "raise objective.kl"
@@ -116,6 +120,8 @@ class Method(Table):
     """Whether the gradient of the loss is affine in the advantages, so that `combine = "marble"` can mix the rewards' gradients."""
     decodes: ClassVar[bool] = True
     """Whether the images of a step are decoded and scored."""
+    most_lag: ClassVar[int] = 0
+    """The greatest `rollout.lag`: how many rollouts old the policy may be whose images are trained on. 0 is on-policy."""
 
     @property
     def reference(self) -> bool:

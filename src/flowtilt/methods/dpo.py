@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from flowtilt.methods.base import LEVELS, WEIGHT, Guard, Method, Passes, sampled, trained_rewards
+from flowtilt.methods.base import LEVELS, MOST_LAG, WEIGHT, Guard, Method, Passes, sampled, trained_rewards
 
 if TYPE_CHECKING:
     from flowtilt.config import Recipe
@@ -79,6 +79,8 @@ class OnlineDPOSettings(PairSettings):
     """The method; "dpo" is online DPO: the best against the worst image of each prompt of a rollout."""
 
     learner: ClassVar[str] = "flowtilt.training.dpo.online:begin"
+    most_lag: ClassVar[int] = MOST_LAG
+    """Pairs are compared with the reference, whoever sampled them."""
 
     def check(self, recipe: "Recipe") -> None:
         super().check(recipe)
@@ -100,6 +102,7 @@ class OfflineDPOSettings(PairSettings):
     learner: ClassVar[str] = "flowtilt.training.dpo.offline:begin"
     made: ClassVar[str] = "trained on pairs of images"
     samples: ClassVar[bool] = False
+    scores: ClassVar[bool] = False
     progress: ClassVar[tuple[str, str]] = ("accuracy", "accuracy")
 
     @field_validator("pairs")

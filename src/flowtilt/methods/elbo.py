@@ -1,11 +1,14 @@
 """Policy gradients on the evidence lower bound: EPG, PEPG and PAR. The losses: objectives/elbo.py."""
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from flowtilt.methods.base import WEIGHT, Contrast
 from flowtilt.methods.forward import AdvantageSettings
+
+if TYPE_CHECKING:
+    from flowtilt.config import Recipe
 
 
 class ELBOSettings(AdvantageSettings):
@@ -15,6 +18,11 @@ class ELBOSettings(AdvantageSettings):
     """Multiplies advantages, which the authors' code takes without a standard deviation: `advantage = "none"`."""
     ratio: bool = True
     """Importance weights exp(elbo - elbo_old); false has 1."""
+
+    def check(self, recipe: "Recipe") -> None:
+        super().check(recipe)
+        if recipe.rollout.lag and not self.ratio:
+            raise ValueError("rollout.lag: nothing corrects for an older policy's images; set objective.ratio = true, or lag = 0")
 
 
 class EPGSettings(ELBOSettings):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from flowtilt.methods.base import LEVELS, WEIGHT, Passes, as_tuple, sampled
+from flowtilt.methods.base import LEVELS, MOST_LAG, WEIGHT, Passes, as_tuple, sampled
 from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class ForwardSettings(GuideSettings):
 
     reads_reference: ClassVar[bool] = False
     """Whether the method's own loss reads the reference's velocity, of every row."""
+    most_lag: ClassVar[int] = MOST_LAG
+    """The losses compare with v_old, the policy that sampled the image."""
 
     @property
     def reference(self) -> bool:
@@ -96,7 +98,8 @@ class ForwardSettings(GuideSettings):
         images, updates = recipe.rollout.trained(), recipe.optimizer.steps_per_rollout
         pairs = round(images * self.times_per_image * self.row_share)
         # the rollout before left the old policy equal to the current one, which the first update moves
-        equal = step == 1 or old_policy_decay(self.old_policy, (step - 1) * updates) == 0
+        lagging = recipe.rollout.lag > 0
+        equal = step == 1 or (not lagging and old_policy_decay(self.old_policy, (step - 1) * updates) == 0)
         first = round(self.first_share(images, updates, images // recipe.rollout.prompts) * self.times_per_image * self.row_share)
         old = pairs - (first if equal else 0)
         return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=self.reference_passes(pairs, step))

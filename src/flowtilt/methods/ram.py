@@ -18,6 +18,8 @@ class RAMSettings(ForwardSettings):
 
     objective: ClassVar[str] = "flowtilt.objectives.ram:RAM"
     hold: ClassVar[str] = "lower objective.multiplier"
+    most_lag: ClassVar[int] = 0
+    """The target is an expectation under the trained policy, without a ratio to correct for another."""
 
     reads_reference: ClassVar[bool] = True
 

@@ -71,6 +71,7 @@ class ACDMDSettings(MatchingSettings):
     learner: ClassVar[str] = "flowtilt.training.rtdmd.distil:begin"
     decodes: ClassVar[bool] = False
     made: ClassVar[str] = "distilled"
+    scores: ClassVar[bool] = False
     progress: ClassVar[tuple[str, str]] = ("teacher_gap", "teacher gap")
     hold: ClassVar[str] = "lower objective.teacher_guidance"
 
@@ -119,6 +120,8 @@ class RTDMDSettings(MatchingSettings):
     """The LoRA from which the fake score goes on; none takes `fake` of the last run in `lora.on`."""
 
     learner: ClassVar[str] = "flowtilt.training.rtdmd.reinforce:begin"
+    most_lag: ClassVar[int] = 1
+    """SubGRPO's ratios are stored and the last step is evaluated anew, but the fake score learns the student of a rollout before."""
     hold: ClassVar[str] = "raise objective.matching"
 
     @field_validator("fake")
@@ -159,7 +162,8 @@ class RTDMDSettings(MatchingSettings):
     def passes(self, recipe: "Recipe", step: int) -> Passes:
         r, updates = recipe.rollout, recipe.optimizer.steps_per_rollout
         images = r.images()
-        again = images - images // updates  # the last step anew, once an update has moved the weights that sampled it
+        # the last step anew, once an update has moved the weights that sampled it
+        again = images if r.lag and step > 1 else images - images // updates
         return Passes(
             sample=images * r.steps + again,
             pairs=images * (self.trained_steps + 1 + (self.fake_passes if self.matching else 0)),

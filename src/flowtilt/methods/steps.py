@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from flowtilt.methods.base import LEVELS, ROLLOUTS, WEIGHT, Passes, as_tuple, sampled
+from flowtilt.methods.base import LEVELS, MOST_LAG, ROLLOUTS, WEIGHT, Passes, as_tuple, sampled
 from flowtilt.methods.guide import GuideSettings
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class StepSettings(GuideSettings):
     """First step that may be stochastic and one past the last; none leaves out only the last step, which follows the ODE."""
 
     kl_of_velocities: ClassVar[bool] = False
+    most_lag: ClassVar[int] = MOST_LAG
+    """The ratio's log-densities are stored with the steps, and its clip bounds what they allow."""
     guided_training: ClassVar[bool] = True
 
     @property

@@ -92,7 +92,7 @@ class Memory:
     @cached_property
     def resident(self) -> dict[str, float]:
         """Bytes that stay on a GPU from the first optimizer step on."""
-        costs, models = self.costs, {**self.train.models, **self.judge.models}
+        costs, models, lag = self.costs, {**self.train.models, **self.judge.models}, self.recipe.rollout.lag
         beside = {"text encoders": costs.encoders.bytes, **{name: model.weights.bytes for name, model in models.items()}}
         sharded = self.recipe.shard == "base" and self.machine.gpus > 1
         roles, (*blocks, outside) = self.recipe.objective.other_roles, costs.shards
@@ -108,9 +108,11 @@ class Memory:
             **({} if self.offload else beside),
             f"{'weights' if self.recipe.train == 'full' else 'lora'} (current, old, ema{', fake' * roles})": (3 + roles)
             * costs.trained.bytes,
+            "policies of rollouts under way": (lag + 1 if lag else 0) * costs.trained.bytes,
+            "rollouts under way": lag * (self.captions + self.images * costs.latent),
             "gradient and AdamW": 3 * (1 + roles) * costs.trained.bytes,
             # of the roles that draw, kept until they change
-            f"as the network takes it (old, ema{', fake' * roles})": (2 + roles) * costs.injected_weights,
+            f"as the network takes it (old, ema{', fake' * roles})": (2 + roles + lag) * costs.injected_weights,
             "CUDA context": CONTEXT,
         }
         return _there(found)
@@ -243,9 +245,11 @@ class Memory:
         # parts pile up until they are joined, and then are there twice; an update's noise goes when the next one's is there
         updates = min(2, self.recipe.optimizer.steps_per_rollout)
         moments = {"the pipeline while it is loaded": loaded, "images": 2 * self.images * costs.image}
-        moments["a checkpoint"] = 5 * costs.trained.bytes  # three roles and AdamW's two averages
+        moments["a checkpoint"] = (5 + r.lag) * costs.trained.bytes  # three roles, AdamW's two averages, the kept policies
+        if r.lag and self.train.off_device:
+            stay["images that wait for their scores"] = r.lag * self.images * costs.image
         if steps := self.recipe.objective.kept_steps(self.recipe.rollout.steps):
-            moments["steps that are trained"] = 2 * self.images * (2 * steps + 1) * costs.latent
+            moments["steps that are trained"] = (2 + r.lag) * self.images * (2 * steps + 1) * costs.latent
         else:
             moments["noise of the training pairs"] = updates * self.pairs * costs.latent
         most = max(moments, key=lambda name: moments[name])

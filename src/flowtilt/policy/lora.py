@@ -113,6 +113,14 @@ class LoraPolicy(Policy):
                     base_tensors[name] = (a, b * (scale / self._layers[name].scaling[_SLOT]))
         return base_tensors
 
+    def keep(self, role: str, name: str) -> None:
+        super().keep(role, name)
+        self._base_tensors[name] = self._base_tensors[role]
+
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        self._base_tensors.pop(name, None)
+
     def knows(self) -> tuple[str, ...]:
         """Every role that has a velocity, "reference" and "teacher" too."""
         return tuple(self._base_tensors)

@@ -1,11 +1,13 @@
 """The trained network and its weights by role: current (trained), old (collects), ema (kept), reference and teacher (none).
 
 What a role's weights are is the subclass's: LoRAs on a frozen base (`policy.lora`), or all weights (`policy.whole`). Each is a
-set of fp32 tensors, and each forward brings those of its role along: weights of the base are never written.
+set of fp32 tensors, and each forward brings those of its role along: weights of the base are never written. `keep` copies a role
+as it is now, for as long as images that it sampled are trained on.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class Policy(ABC):
         self._clock = 0
         self._kept: dict[str, tuple[int, dict[str, Tensor]]] = {}
         self._injected_weights: dict[str, Tensor] = {}
+        self._stand_ins: dict[str, str] = {}
         self.evaluations = 0
         """Network evaluations so far: samples times forwards, a backward counting as two."""
         self.recomputes = False
@@ -70,6 +73,27 @@ class Policy(ABC):
         """
         raise UserError(f'there is no further role {role!r} where all weights are trained; set train = "lora"')
 
+    @torch.no_grad()
+    def keep(self, role: str, name: str) -> None:
+        """Copies a role's weights as they are now into a further role, which nothing trains."""
+        self._weights[name] = {key: weight.detach().clone() for key, weight in self._weights[role].items()}
+        self._version[name] = self._version[role]
+        self._kept.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Removes a role that `keep` has made."""
+        for table in (self._weights, self._version, self._kept):
+            table.pop(name, None)
+
+    @contextmanager
+    def read_as(self, role: str, other: str) -> Iterator[None]:
+        """Inside, who asks for a role's velocity, or whether it equals another, gets those of `other`; `average` still moves the role."""
+        self._stand_ins[role] = other
+        try:
+            yield
+        finally:
+            del self._stand_ins[role]
+
     def _bare(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self._injected_weights = {}
         return self.model.velocity(x_t, t, conditioning)
@@ -91,6 +115,7 @@ class Policy(ABC):
 
     def forward(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As `velocity`, neither counted nor in turn."""
+        role = self._stand_ins.get(role, role)
         if role not in self.knows():
             raise UserError(f"the policy has no role {role!r}; there are {', '.join(self.knows())}")
         if self._is_bare(role):
@@ -158,7 +183,7 @@ class Policy(ABC):
 
     def same_version(self, role: str, other: str) -> bool:
         """Whether two roles have the same weights, known without looking at them."""
-        return self._version[role] == self._version[other]
+        return self._version[self._stand_ins.get(role, role)] == self._version[self._stand_ins.get(other, other)]
 
     def state(self, role: str) -> dict[str, Tensor]:
         """The weights of a role by name, copies on the CPU."""

@@ -44,7 +44,7 @@ class WholePolicy(Policy):
 
     def knows(self) -> tuple[str, ...]:
         """Every role that has a velocity."""
-        return (*ROLES, *BARE)
+        return (*self._weights, *BARE)
 
     def _is_bare(self, role: str) -> bool:
         return role in BARE

@@ -4,7 +4,7 @@ The suffix names the format. Each reader yields prompts in the file's order, eac
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,12 @@ def load_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
     return list(found.values())
 
 
-def read_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
-    """As `load_prompts`, with repeated captions: one prompt for each line."""
+def read_prompts(path: str | Path, *, quiet: bool = False, caption: str | None = None) -> list[Prompt]:
+    """As `load_prompts`, with repeated captions: one prompt for each line.
+
+    Args:
+        caption: the column or key with the captions; none takes the first of `CAPTIONS` that there is.
+    """
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -59,7 +63,7 @@ def read_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
     lines = decode(data, str(path)).split("\n")
     cleaned = [visible(line) for line in lines]
     reader = READERS.get(path.suffix.lower(), _text)
-    found = list(reader("\n".join(cleaned), str(path)))
+    found = list(reader("\n".join(cleaned), str(path), caption))
     if not found:
         raise UserError(f"prompts {path}: no prompt in the file; write one per line")
     if not quiet:
@@ -94,7 +98,7 @@ def _lines(text: str, path: str) -> Iterator[tuple[str, str]]:
             yield line.strip(), f"{path}:{number}"
 
 
-def _text(text: str, path: str) -> Iterator[Prompt]:
+def _text(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
     for k, (line, where) in enumerate(_lines(text, path)):
         if k == 0 and line.startswith("{") and _is_record(line):
             raise UserError(f"prompts {where}: a JSON object in a text file; name the file .jsonl")
@@ -108,8 +112,8 @@ def _is_record(line: str) -> bool:
         return False
 
 
-def _json_lines(text: str, path: str) -> Iterator[Prompt]:
-    key = ""
+def _json_lines(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
+    key = caption or ""
     for line, where in _lines(text, path):
         try:
             record = json.loads(line)
@@ -121,8 +125,8 @@ def _json_lines(text: str, path: str) -> Iterator[Prompt]:
         yield _from_record(record, key, where, 'write {"prompt": "…"} on each line')
 
 
-def _json_list(text: str, path: str) -> Iterator[Prompt]:
-    key = ""
+def _json_list(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
+    key = caption or ""
     for record, number in _elements(text, path):
         where = f"{path}:{number}"
         if isinstance(record, str) and visible(record).strip():
@@ -186,29 +190,30 @@ def _prompt(caption: str, where: str, tag: str = "", rest: Mapping[str, Any] | N
     return Prompt(visible(caption).strip(), visible(tag).strip(), rest or {}, where)
 
 
-def _table(text: str, path: str) -> Iterator[Prompt]:
-    return _from_rows(read_rows(text, path, _delimiter(text, DELIMITERS[Path(path).suffix.lower()])))
+def _table(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
+    captions = (caption.lower(),) if caption else CAPTIONS
+    return _from_rows(read_rows(text, path, _delimiter(text, DELIMITERS[Path(path).suffix.lower()], captions)), captions)
 
 
-def _delimiter(text: str, known: str) -> str:
+def _delimiter(text: str, known: str, captions: Sequence[str]) -> str:
     header = next((line for line in text.split("\n") if line.strip()), "")
     for delimiter in known:
-        if any(cell.strip(' "').lower() in CAPTIONS for cell in header.split(delimiter)):
+        if any(cell.strip(' "').lower() in captions for cell in header.split(delimiter)):
             return delimiter
     return known[0]
 
 
-def _from_rows(rows: list[Row]) -> Iterator[Prompt]:
+def _from_rows(rows: list[Row], captions: Sequence[str]) -> Iterator[Prompt]:
     if not rows:
         return
     header, where = rows[0]
     names = [name.lower() for name in header]
-    caption = next((names.index(name) for name in CAPTIONS if name in names), None)
+    caption = next((names.index(name) for name in captions if name in names), None)
     if caption is None:
         has = ", ".join(header)
         has = has if len(has) <= 200 else f"{has[:199]}…"
         raise UserError(
-            f"prompts {where}: no column {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; it has {has}; "
+            f"prompts {where}: no column {' or '.join(filter(None, (', '.join(captions[:-1]), captions[-1])))}; it has {has}; "
             "add a header, or name a file of one caption per line .txt"
         )
     tag = next((names.index(name) for name in TAGS if name in names), None)
@@ -224,7 +229,7 @@ def _from_rows(rows: list[Row]) -> Iterator[Prompt]:
         yield Prompt(cells[caption], "" if tag is None else cells[tag], rest, where)
 
 
-READERS: dict[str, Callable[[str, str], Iterator[Prompt]]] = {
+READERS: dict[str, Callable[[str, str, str | None], Iterator[Prompt]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_list,

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from flowtilt.config.prompt_data import SCHEME, parse
 from flowtilt.errors import UserError
 from flowtilt.io.download import fetch
 from flowtilt.io.files import cache_folder
+from flowtilt.prompts import datasets
 from flowtilt.prompts.files import load_prompts
 from flowtilt.prompts.prompt import Prompt
 
@@ -110,7 +112,7 @@ def folder() -> Path:
 
 
 def load(source: str | Path) -> list[Prompt]:
-    """The prompts of a named set or of a file; see `load_prompts`.
+    """The prompts of a named set, of a file (see `load_prompts`), or of a data set (see `config.prompt_data`).
 
     Whatever has a slash or a dot in it is a path ("mine.txt", "./geneval"), whatever has neither is a set's name;
     so a stray file never changes what a name means. A set that is not in `folder()` yet is fetched.
@@ -119,6 +121,12 @@ def load(source: str | Path) -> list[Prompt]:
         UserError: there is no such set or file, the set can't be fetched, or its file is not the published one.
     """
     text = str(source)
+    try:
+        data = parse(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if data:
+        return datasets.load(data)
     if is_path(source):
         return load_prompts(source)
     if text not in SETS:
@@ -133,7 +141,9 @@ def load(source: str | Path) -> list[Prompt]:
 
 
 def is_path(source: str | Path) -> bool:
-    """Whether this is a file's path and no set's name."""
+    """Whether this is a file's path, and no set's or data set's name."""
+    if isinstance(source, str) and source.startswith(SCHEME):
+        return False
     return isinstance(source, Path) or any(mark in source for mark in ("/", os.sep, "."))
 
 

@@ -56,22 +56,25 @@ class TeachingPrompts:
         self._reward: dict[str, float] = {}
         self._met = dict.fromkeys(self._tags, 0)
         self._recent: list[list[float]] = [[0.5] for _ in prompts]
-        self._last: list[int] = []
+        self._drawn: dict[int, list[int]] = {}
 
     def take(self, step: int, count: int) -> list[Prompt]:
-        """The prompts of rollout number `step`, from 1; distinct as far as a tag has as many."""
-        self._last = []
-        for number, (tag, wanted) in enumerate(zip(self._tags, self._counts(step, count), strict=True)):
-            choose = self._varied if self._by_variance else self._next
-            self._last += choose(step, number, tag, wanted)
-        return [self._prompts[k] for k in self._last]
+        """The prompts of rollout number `step`, from 1, chosen when it is first asked for; distinct as far as a tag has as many."""
+        if step not in self._drawn:
+            found: list[int] = []
+            for number, (tag, wanted) in enumerate(zip(self._tags, self._counts(step, count), strict=True)):
+                choose = self._varied if self._by_variance else self._next
+                found += choose(step, number, tag, wanted)
+            self._drawn[step] = found
+        return [self._prompts[k] for k in self._drawn[step]]
 
-    def learn(self, rewards: Tensor) -> None:
-        """Remembers the rewards [N] of the images of the prompts that were drawn last, an equal number each; NaN is a missing one."""
-        groups = rewards.double().view(len(self._last), -1)
-        self._remember_tags(groups)
+    def learn(self, step: int, rewards: Tensor) -> None:
+        """Remembers the rewards [N] of the images of rollout `step`, an equal number for each of its prompts; NaN is a missing one."""
+        drawn = self._drawn.pop(step)
+        groups = rewards.double().view(len(drawn), -1)
+        self._remember_tags(drawn, groups)
         if self._by_variance:
-            self._remember_variances(groups)
+            self._remember_variances(drawn, groups)
 
     def probability(self, prompt: int) -> float:
         """P of a prompt, in [0.1, 1]."""
@@ -80,12 +83,14 @@ class TeachingPrompts:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs of it."""
-        return {"reward": self._reward, "met": self._met, "recent": self._recent if self._by_variance else []}
+        learnt = {"reward": self._reward, "met": self._met, "recent": self._recent if self._by_variance else []}
+        return learnt | ({"drawn": {str(step): drawn for step, drawn in self._drawn.items()}} if self._drawn else {})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's `state`."""
         self._reward, self._met = dict(state["reward"]), dict(state["met"])
         self._recent = [list(values) for values in state["recent"]] or self._recent
+        self._drawn = {int(step): list(drawn) for step, drawn in state.get("drawn", {}).items()}
 
     def _counts(self, step: int, count: int) -> list[int]:
         """Prompts of each tag, as systematic sampling gives them: each within 1 of its share."""
@@ -120,18 +125,18 @@ class TeachingPrompts:
             found += [*kept, *passed][: wanted - len(found)]
         return found
 
-    def _remember_tags(self, groups: Tensor) -> None:
+    def _remember_tags(self, drawn: list[int], groups: Tensor) -> None:
         for tag in self._tags:
-            rows = [k for k, prompt in enumerate(self._last) if self._prompts[prompt].tag == tag]
+            rows = [k for k, prompt in enumerate(drawn) if self._prompts[prompt].tag == tag]
             mean = float(groups[rows].nanmean()) if rows else float("nan")
             if mean == mean:
                 self._reward[tag] = (self._reward[tag] + mean) / 2 if tag in self._reward else mean
 
-    def _remember_variances(self, groups: Tensor) -> None:
+    def _remember_variances(self, chosen: list[int], groups: Tensor) -> None:
         """P' of each prompt: its variance between the tag's least and greatest; those that were not drawn come nearer to 1."""
         for tag in self._tags:
             variances: dict[int, float] = {}
-            for k, prompt in enumerate(self._last):
+            for k, prompt in enumerate(chosen):
                 known = groups[k][~groups[k].isnan()]
                 if self._prompts[prompt].tag == tag and len(known) > 1:
                     variances[prompt] = min(float(known.var()), GREATEST)

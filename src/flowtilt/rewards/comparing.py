@@ -20,6 +20,7 @@ from flowtilt.io.threads import Background
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, modules_of, score
 from flowtilt.rewards.facts import facts_of
+from flowtilt.rewards.judging import TURNS
 
 PART = 64
 """Images that travel at once."""
@@ -129,7 +130,7 @@ class Groups:
         seen = torch.stack(list(images)).float() / 255
         columns: Columns = {}
         for name, reward in self._rewards.items():
-            with on_device(modules_of(reward), torch.device(self._device)):
+            with TURNS, on_device(modules_of(reward), torch.device(self._device)):
                 columns |= score({name: reward}, seen.to(self._device), [prompt] * len(seen))[0]
         return columns
 

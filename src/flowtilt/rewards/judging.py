@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from flowtilt.device.placement import on_device
+from flowtilt.io.threads import Turns
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, modules_of, score
 
 PART = 64
 """Images that are on the device at once."""
+TURNS = Turns()
+"""Whose turn it is to ask rewards: users' code is asked by one thread at a time, be it for a rollout or for an evaluation."""
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -36,7 +39,7 @@ def judge(
     found: dict[str, Tensor] = {}
     notes = [""] * len(prompts)
     for name, reward in rewards.items():
-        with on_device(modules_of(reward), device):
+        with TURNS, on_device(modules_of(reward), device):
             parts = [
                 score({name: reward}, images[start : start + PART].to(device), prompts[start : start + PART])
                 for start in range(0, len(prompts), PART)

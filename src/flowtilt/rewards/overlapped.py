@@ -1,4 +1,4 @@
-"""A rollout's scores, part by part: what a server judges is on its way while the next part is sampled."""
+"""A rollout's scores, part by part: what a server judges is on its way while the next part is sampled, or the next rollout."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -13,7 +13,7 @@ from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, applies, score
 from flowtilt.rewards.comparing import Groups, Shares, refuse_comparing
 from flowtilt.rewards.facts import facts_of
-from flowtilt.rewards.judging import joined, judge
+from flowtilt.rewards.judging import TURNS, joined, judge
 
 PARTS = 8
 """Parts of a rollout where a reward works off the device: the last part's scores are waited for, the others are not."""
@@ -22,7 +22,7 @@ PARTS = 8
 class Scoring:
     """Takes images as they are drawn and gives all scores in the end; a context, so that no request outlives it.
 
-    Rewards in this process share its device with the sampler and wait for the end.
+    Rewards in this process share its device with the sampler and wait for the end, or for `here`.
 
     Args:
         rewards: name -> reward; those with a true `off_device` (a server, the CPU) are asked at once, and those with a true
@@ -47,11 +47,16 @@ class Scoring:
         self._asked: list[Future[tuple[dict[str, Tensor], list[str]]]] = []
         self._images: list[Tensor] = []
         self._prompts: list[Prompt] = []
+        self._here: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Scoring":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Asks nobody any more, and waits for nothing."""
         if self._background:
             self._background.close()
 
@@ -65,9 +70,20 @@ class Scoring:
         if self._local:
             self._images.append(images)
         if self._background and self._elsewhere:
-            self._asked.append(self._background.submit(partial(score, self._elsewhere, images, list(prompts))))
+            self._asked.append(self._background.submit(partial(_asked, self._elsewhere, images, list(prompts))))
         if self._groups:
             self._groups.add(images, prompts, self._background)
+
+    def here(self) -> None:
+        """Asks the rewards of this process now, and lets go of the images.
+
+        Raises:
+            UserError: a reward failed.
+        """
+        if self._images:
+            images = self._images[0] if len(self._images) == 1 else torch.cat(self._images)
+            self._here = judge(self._local, images, self._prompts, self._device)[0]
+            self._images = []
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Scores [N] by column, and for each reward where [N] it has none though it applies to the prompt.
@@ -76,9 +92,8 @@ class Scoring:
             UserError: a reward failed.
         """
         found = joined([future.result()[0] for future in self._asked])
-        if self._local:
-            images = self._images[0] if len(self._images) == 1 else torch.cat(self._images)
-            found |= judge(self._local, images, self._prompts, self._device)[0]
+        self.here()
+        found |= self._here
         if self._groups:
             found |= self._groups.finish()
         found = {column: found[column] for name in self._names for column in found if column.partition("/")[0] == name}
@@ -86,3 +101,8 @@ class Scoring:
             able = {name: [not applies(self._rewards[name], prompt) for prompt in self._prompts] for name in self._names}
         missing = {name: found[name].isnan() & torch.tensor(able[name], dtype=torch.bool) for name in self._names}
         return found, missing
+
+
+def _asked(rewards: Mapping[str, Reward], images: Tensor, prompts: list[Prompt]) -> tuple[dict[str, Tensor], list[str]]:
+    with TURNS:
+        return score(rewards, images, prompts)

@@ -24,8 +24,8 @@ from flowtilt.io.run_folder import CheckpointFolder, RunFolder, step_of
 from flowtilt.io.tensors import save_file
 
 FORMAT = 4
-READABLE = (3, 4)
-"""Format 3 is of flowtilt 0.1.0, which had no checksum of state.json."""
+OLDEST = 3
+"""That of flowtilt 0.1.0: its state.json has no checksum and no "method"."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,7 @@ def _read(folder: Path) -> Checkpoint:
     with read_errors(folder):
         try:
             record = json.loads((CheckpointFolder(folder).state).read_bytes().decode())
-            if record["format"] not in READABLE:
-                raise ValueError(f"format {record['format']}, this version reads {' and '.join(map(str, READABLE))}")
-            if record["format"] > 3 and record.pop("own_sha256") != _checksum(record):
-                raise ValueError("state.json is not what was written")
+            _check(record, folder)
             for name, expected in record["sha256"].items():
                 if digest(folder / name) != expected:
                     raise ValueError(f"{name} is not what was written")
@@ -131,7 +128,22 @@ def _read(folder: Path) -> Checkpoint:
             raise ValueError(f"{Path(error.filename or folder).name} is missing") from error
     if record["step"] != step_of(folder.name):
         raise ValueError(f"it is a copy of the one of step {record['step']}")
-    return Checkpoint(record["step"], record["state"], tensors)
+    return Checkpoint(record["step"], {"method": {}, **record["state"]}, tensors)
+
+
+def _check(record: dict[str, Any], folder: Path) -> None:
+    """Raises UserError where a state.json is of another version, and ValueError where it is damaged."""
+    found = record["format"]
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise ValueError(f"format {found!r:.40}")
+    if found > FORMAT:
+        raise UserError(
+            f"{folder}: is of a later flowtilt (format {found}, this one reads up to {FORMAT}); upgrade it: pip install -U flowtilt"
+        )
+    if found < OLDEST:
+        raise UserError(f"{folder}: is of a flowtilt before 0.1.0 (format {found}); begin a new run with lora.init={folder.parent.parent}")
+    if found > OLDEST and record.pop("own_sha256") != _checksum(record):
+        raise ValueError("state.json is not what was written")
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from flowtilt.runs.tracking import TRACKERS
 
 WRITTEN = RunFolder.written(TRACKERS) | {HOLDER}
 """What flowtilt writes into a run's folder, besides the folders with a folder per step."""
-MAY_CHANGE = ("rollouts", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard")
+MAY_CHANGE = ("rollouts", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard", "log")
 """Keys that a resumed run may set anew: they do not touch what was computed before."""
 RUN = "a training run"
 PATIENCE = 60.0
@@ -218,10 +218,11 @@ def rewind(folder: Path, step: int) -> None:
             if damaged or (folder / name).exists():
                 read_lines(folder / name)  # warns of what is damaged
                 write_lines(folder / name, kept)
-        for number, samples in checkpoint.numbered(RunFolder(folder).samples):
+        run = RunFolder(folder)
+        for number, images in [*checkpoint.numbered(run.samples), *checkpoint.numbered(run.rollouts)]:
             if number > step:
-                with disk_errors(samples):
-                    shutil.rmtree(samples)
+                with disk_errors(images):
+                    shutil.rmtree(images)
 
 
 def scores(folder: Path) -> tuple[float | None, float | None]:

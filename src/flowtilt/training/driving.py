@@ -94,12 +94,16 @@ class Driver(ABC):
             if self.unsaved and not self._failed and not self._folder.closed:
                 self.save()
         finally:
+            self._let_go()
             self._display.close()
             self.trackers.close()
             with suppress(UserError):  # what the disk has no room for was said by what failed before
                 self._end_page()
             self._begun = False
             self._folder.close()
+
+    def _let_go(self) -> None:
+        """Ends what goes on in the background."""
 
     def __enter__(self) -> Self:
         return self

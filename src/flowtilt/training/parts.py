@@ -14,6 +14,7 @@ from flowtilt.prompts import PromptWalk
 from flowtilt.rewards import Reward
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.preview import Preview
+from flowtilt.training.rollout_log import RolloutLog
 from flowtilt.training.timing import Phases
 
 
@@ -24,6 +25,7 @@ class Parts:
     Args:
         resume: the folder of the run that goes on; none for a new one.
         show: takes the first images of each rollout; none where nobody looks.
+        log: writes rollouts; none where that is not asked for.
     """
 
     recipe: Recipe
@@ -34,6 +36,7 @@ class Parts:
     micro_batch: MicroBatch
     resume: Path | None = None
     show: Callable[[Preview], None] | None = None
+    log: RolloutLog | None = None
 
 
 class Training(Protocol):
@@ -64,4 +67,8 @@ class Training(Protocol):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's `state`."""
+        ...
+
+    def close(self) -> None:
+        """Ends what goes on in the background; `step` may be called again."""
         ...

@@ -45,7 +45,7 @@ def restore(found: Checkpoint, recipe: Recipe, micro_batch: MicroBatch, policy: 
     micro_batch.restore(found.state["micro_batch"])
     if recipe.model.recompute == "auto" and found.state["recompute"]:
         policy.recompute()
-    method.load(found.state.get("method", {}))  # checkpoints before 0.2 have none
+    method.load(found.state["method"])
     for role in policy.roles:
         policy.load_state(role, found.tensors[role])
     for role, update in method.updates.items():

@@ -50,6 +50,7 @@ from flowtilt.training.guards import Guards
 from flowtilt.training.pace import Pace
 from flowtilt.training.parts import Parts, Training
 from flowtilt.training.preview import Preview
+from flowtilt.training.rollout_log import RolloutLog
 from flowtilt.training.state import Clock, checkpoint_of, restore
 from flowtilt.training.timing import Phases
 
@@ -108,19 +109,19 @@ class Trainer(Driver):
             raise UserError(f"rollout: {images} images for {self.world.size} processes; each needs one at least")
         self.rewards, self.eval_rewards = load_rewards(recipe, self.world.device, self._objects)
         refuse_comparing(self.eval_rewards, "evaluate.rewards")
-        self.prompts = training_prompts(recipe)
+        # a checkpoint has the weights, whatever has become of what they began with
+        opened = inputs.pinned(recipe, resume) if resume else recipe
+        self.prompts = training_prompts(opened)
         self.walk = PromptWalk(self.prompts, recipe.seed, {} if recipe.tags == "auto" else recipe.tags)
         weights = {name: reward.weight for name, reward in recipe.reward_table().items()}
         # a distillation only measures
         check_prompts({name: reward for name, reward in self.rewards.items() if weights[name]} or self.rewards, self.prompts)
-        self.test_prompts = evaluation_prompts(recipe, self.prompts)
+        self.test_prompts = evaluation_prompts(opened, self.prompts)
         # after a resume the run has copies of what it read once
         files = {} if resume else inputs.contents(recipe)
         self.world.agree(digests({"prompts": self.prompts, "evaluate.prompts": self.test_prompts}) | files)
         self.base_loras = self._read_base_loras(resume)
         self.parents = list(map(fingerprint, self.base_loras))  # each reads through all of its weights
-        # a checkpoint has the weights, whatever has become of what they began with
-        opened = inputs.pinned(recipe, resume) if resume else recipe
         self.policy = build_policy(opened, self.world, self.base_loras, start=not (resume and self._folder.begun()))
         notice_cut(self.policy.model, [*self.prompts, *self.test_prompts])
         preflight(
@@ -142,6 +143,7 @@ class Trainer(Driver):
             self.micro_batch,
             resume,
             show=self._keep_preview if self._on_rollout else None,
+            log=RolloutLog(lambda: self._folder.path, recipe.seed, self.world) if recipe.log.rollouts else None,
         )
         self.method: Training = named(recipe.objective.learner)(parts)
         # after recomputation, which it would not see
@@ -278,6 +280,10 @@ class Trainer(Driver):
         if self.recipe.guards != "off" and "stds" in record:
             self.guards.check_evaluation(record["rewards"], record["stds"], record["images"])
 
+    def _let_go(self) -> None:
+        if method := getattr(self, "method", None):  # none where opening failed
+            method.close()
+
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as diffusers loads it."""
         if self.world.rank == 0:
@@ -289,7 +295,7 @@ class Trainer(Driver):
 
     def _write_results(self) -> None:
         write_result(self.policy, self.run_folder, self.recipe, self.clock.step, self.parents)
-        for role in self.policy.roles:
+        for role in self.method.updates:
             if role not in ROLES:
                 base = self.method.base_loras.get(role)
                 write_role(self.policy, role, self.run_folder, [fingerprint(base)] if base else [])

@@ -18,7 +18,7 @@ from flowtilt.report.markup import flat
 from flowtilt.report.numbers import Array, number
 from flowtilt.report.reading import Reader
 
-APART = {"name", "seed", "run", "rollouts", "micro_batch", "checkpoint", "evaluate", "guards", "track", "model", "rewards"}
+APART = {"name", "seed", "run", "rollouts", "micro_batch", "checkpoint", "evaluate", "guards", "track", "log", "model", "rewards"}
 """Keys that make no other method; `model` and `evaluate` are the protocol's, `rewards` are put in one form."""
 
 

@@ -80,6 +80,9 @@ class Offline:
     def load(self, state: Mapping[str, Any]) -> None:
         """Nothing to go on with."""
 
+    def close(self) -> None:
+        """Nothing goes on in the background."""
+
     def step(self, step: int, phases: Phases) -> dict[str, float]:
         """Step number `step`, from 1; returns metrics."""
         number, updates = self._recipe.rollout.prompts, self._recipe.optimizer.steps_per_rollout

@@ -130,6 +130,9 @@ class ACDMDLearner:
     def load(self, state: Mapping[str, Any]) -> None:
         """Nothing to go on with."""
 
+    def close(self) -> None:
+        """Nothing goes on in the background."""
+
     def _simulated(self, step: int, draw: int, captions: list[Prompt]) -> tuple[Stopped, Samples]:
         """This rank's share of a batch of the student's samples."""
         r, policy, seed = self.recipe.rollout, self.policy, self.recipe.seed

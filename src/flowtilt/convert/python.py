@@ -1,0 +1,388 @@
+"""Values of a configuration that is written as Python: read from its syntax tree, never executed.
+
+DiffusionNFT's and flow_grpo's configurations are files of functions that fill an `ml_collections.ConfigDict`. Here they are walked
+through node by node: assignments, arithmetic, comparisons, `if`, `while` and `for`, calls of functions in the same file and of the
+file beside it that is loaded as `base`. Everything else is code, and refused with its line.
+"""
+
+import ast
+import operator
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flowtilt.errors import UserError
+
+STEPS = 100_000
+"""Nodes that are evaluated at most: a configuration has some hundred."""
+LARGEST = 10**15
+"""A number beyond this is no setting."""
+GPUS = ("gpu_number", "n_gpus", "num_gpus", "gpu_num")
+"""Names that these configurations give to the number of GPUs."""
+MODULES = ("os", "imp", "importlib", "ml_collections", "copy", "math")
+
+_OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+_CALLS: dict[str, Callable[..., Any]] = {
+    "int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min, "max": max, "round": round, "abs": abs, "list": list,
+    "tuple": tuple, "dict": dict, "os.path.join": os.path.join, "os.path.basename": os.path.basename, "os.path.dirname": os.path.dirname,
+    "os.getcwd": lambda: "", "ml_collections.ConfigDict": lambda *given: Config(*given),
+    "ml_collections.config_dict.ConfigDict": lambda *given: Config(*given), "config_dict.ConfigDict": lambda *given: Config(*given),
+}  # fmt: skip
+
+
+class Config(dict[str, Any]):
+    """A ConfigDict: keys that are read and set as attributes."""
+
+    def flat(self, prefix: str = "") -> dict[str, Any]:
+        """Values by dotted key; a plain dict is a value."""
+        found: dict[str, Any] = {}
+        for key, value in self.items():
+            found |= value.flat(f"{prefix}{key}.") if isinstance(value, Config) else {prefix + key: value}
+        return found
+
+
+@dataclass
+class Read:
+    """What one configuration says.
+
+    Args:
+        values: by dotted key.
+        own: the keys that the file itself sets; the others are defaults of the file beside it.
+        gpus: how many it was written for, where it says so.
+    """
+
+    values: dict[str, Any]
+    own: set[str]
+    gpus: int | None
+
+
+class _Returned(Exception):
+    def __init__(self, value: Any):
+        self.value = value
+
+
+class _Left(Exception):
+    """`break` and `continue`."""
+
+    def __init__(self, again: bool):
+        self.again = again
+
+
+@dataclass
+class _File:
+    """A file, read once: its functions and what it assigns at the top."""
+
+    path: Path
+    functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)
+
+
+def configurations(path: Path) -> list[str]:
+    """The names of the functions in a file that take nothing: its configurations."""
+    tree = _parsed(path)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [one.name for one in functions if not one.name.startswith("_") and not one.args.args and not one.args.kwonlyargs]
+
+
+def read_python(path: Path, name: str) -> Read:
+    """What the configuration `name` of a file says.
+
+    Raises:
+        UserError: there is no such function, or something that would have to be executed, with its line.
+    """
+    reader = _Reader()
+    file = reader.load(path)
+    if name not in file.functions:
+        raise UserError(f"convert {path}: there is no function {name}; there are {', '.join(configurations(path)) or 'none'}")
+    found = reader.call(file, file.functions[name], [], {}, file.functions[name])
+    if not isinstance(found, Config):
+        raise UserError(f"convert {path}: {name} returns no ConfigDict")
+    values = found.flat()
+    own = set(values) if not reader.base else reader.assigned & values.keys()
+    return Read(values, own, reader.gpus)
+
+
+def _parsed(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"convert {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"convert {path}: not Python: {getattr(error, 'msg', error)}, line {getattr(error, 'lineno', 1)}") from None
+
+
+class _Reader:
+    """Walks through the files of one configuration."""
+
+    def __init__(self) -> None:
+        self.gpus: int | None = None
+        self.base = False
+        """Whether values come from another file, too."""
+        self.assigned: set[str] = set()
+        """Dotted keys that the file itself assigns."""
+        self._files: dict[Path, _File] = {}
+        self._left = STEPS
+        self._depth = 0
+        self._main: Path | None = None
+
+    def load(self, path: Path) -> _File:
+        """A file's functions and names."""
+        if path in self._files:
+            return self._files[path]
+        self._main = self._main or path
+        file = self._files[path] = _File(path)
+        for node in _parsed(path).body:
+            match node:
+                case ast.FunctionDef():
+                    file.functions[node.name] = node
+                case ast.Import() | ast.ImportFrom():
+                    self._imported(file, node)
+                case ast.Expr(value=ast.Constant()):
+                    pass
+                case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+                    self._statement(file, node, file.names)
+                case _:
+                    self._refuse(file, node)
+        return file
+
+    def _imported(self, file: _File, node: ast.Import | ast.ImportFrom) -> None:
+        names = [one.name for one in node.names]
+        modules = names if isinstance(node, ast.Import) else [node.module or ""]
+        for module in modules:
+            beside = file.path.parent / f"{module.rpartition('.')[2]}.py"
+            if module.partition(".")[0] in (*MODULES, "__future__", "typing"):
+                continue
+            if not beside.is_file():
+                self._refuse(file, node)
+            there = self.load(beside)
+            if isinstance(node, ast.Import):
+                file.names[node.names[0].asname or module.rpartition(".")[2]] = there
+            else:
+                file.names |= {one.asname or one.name: there.functions.get(one.name, there.names.get(one.name)) for one in node.names}
+
+    def call(self, file: _File, function: ast.FunctionDef, given: list[Any], named: Mapping[str, Any], node: ast.AST) -> Any:
+        """What a function of a file returns."""
+        if self._depth > 20:
+            self._refuse(file, node)
+        arguments = function.args.args + function.args.kwonlyargs
+        defaults = [None] * (len(function.args.args) - len(function.args.defaults)) + list(function.args.defaults)
+        defaults += list(function.args.kw_defaults)
+        local: dict[str, Any] = {}
+        for k, (argument, default) in enumerate(zip(arguments, defaults, strict=True)):
+            if k < len(given):
+                local[argument.arg] = given[k]
+            elif argument.arg in named:
+                local[argument.arg] = named[argument.arg]
+            elif default is not None:
+                local[argument.arg] = self._value(file, default, file.names)
+            else:
+                self._refuse(file, node)
+        self._note_gpus(local)
+        self._depth += 1
+        try:
+            self._block(file, function.body, local)
+        except _Returned as returned:
+            self.base |= file.path != self._main
+            return returned.value
+        finally:
+            self._depth -= 1
+        return None
+
+    def _note_gpus(self, local: Mapping[str, Any]) -> None:
+        for name in GPUS:
+            if isinstance(value := local.get(name), int) and not isinstance(value, bool):
+                self.gpus = value
+
+    # statements ------------------------------------------------------------------------------------------
+
+    def _block(self, file: _File, body: list[ast.stmt], local: dict[str, Any]) -> None:
+        for node in body:
+            self._statement(file, node, local)
+
+    def _statement(self, file: _File, node: ast.stmt, local: dict[str, Any]) -> None:
+        self._spend(file, node)
+        match node:
+            case ast.Expr(value=ast.Constant()) | ast.Pass() | ast.Import() | ast.ImportFrom():
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    self._imported(file, node)
+            case ast.Return(value=value):
+                raise _Returned(value and self._value(file, value, local))
+            case ast.Assign(targets=targets, value=value):
+                found = self._value(file, value, local)
+                for target in targets:
+                    self._assign(file, target, found, local)
+            case ast.AnnAssign(target=target, value=value) if value is not None:
+                self._assign(file, target, self._value(file, value, local), local)
+            case ast.AugAssign(target=target, op=op, value=value):
+                before = self._value(file, target, local)
+                self._assign(file, target, self._combined(file, node, op, before, self._value(file, value, local)), local)
+            case ast.If(test=test, body=body, orelse=other):
+                self._block(file, body if self._value(file, test, local) else other, local)
+            case ast.While(test=test, body=body, orelse=[]):
+                while self._value(file, test, local):
+                    if not self._round(file, body, local):
+                        break
+            case ast.For(target=target, iter=values, body=body, orelse=[]):
+                for value in self._value(file, values, local):
+                    self._assign(file, target, value, local)
+                    if not self._round(file, body, local):
+                        break
+            case ast.With(items=[ast.withitem(context_expr=ast.Call(func=ast.Attribute(attr="unlocked")))], body=body):
+                self._block(file, body, local)
+            case ast.Assert(test=test):
+                if not self._value(file, test, local):
+                    raise UserError(f"convert {file.path}:{node.lineno}: what it asserts does not hold: {ast.unparse(test)[:80]}")
+            case ast.Break() | ast.Continue():
+                raise _Left(isinstance(node, ast.Continue))
+            case _:
+                self._refuse(file, node)
+
+    def _round(self, file: _File, body: list[ast.stmt], local: dict[str, Any]) -> bool:
+        """One round of a loop; false where it was left."""
+        try:
+            self._block(file, body, local)
+        except _Left as left:
+            return left.again
+        return True
+
+    def _assign(self, file: _File, target: ast.expr, value: Any, local: dict[str, Any]) -> None:
+        match target:
+            case ast.Name(id=name):
+                local[name] = value
+                self._note_gpus({name: value})
+                return
+            case ast.Attribute(value=owner, attr=name) if isinstance(found := self._value(file, owner, local), Config):
+                found[name] = value
+                if file.path == self._main and (dotted := _dotted(target)):
+                    self.assigned.add(dotted.partition(".")[2])
+                return
+            case ast.Subscript(value=owner, slice=key) if isinstance(found := self._value(file, owner, local), dict):
+                found[self._value(file, key, local)] = value
+                return
+            case ast.Tuple(elts=targets) if isinstance(value, list | tuple) and len(value) == len(targets):
+                for one, part in zip(targets, value, strict=True):
+                    self._assign(file, one, part, local)
+                return
+        self._refuse(file, target)
+
+    # expressions -----------------------------------------------------------------------------------------
+
+    def _value(self, file: _File, node: ast.expr, local: Mapping[str, Any]) -> Any:
+        self._spend(file, node)
+        ask = lambda one: self._value(file, one, local)  # noqa: E731
+        match node:
+            case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
+                return value
+            case ast.Name(id=name):
+                for names in (local, file.names, {"__file__": str(file.path)}):
+                    if name in names:
+                        return names[name]
+            case ast.Attribute(value=owner, attr=name) if not _module(node):
+                found = ask(owner)
+                if isinstance(found, Config) and name in found:
+                    return found[name]
+            case ast.List(elts=elements):
+                return [ask(one) for one in elements]
+            case ast.Tuple(elts=elements):
+                return tuple(ask(one) for one in elements)
+            case ast.Dict(keys=keys, values=values) if all(keys):
+                return {ask(key): ask(value) for key, value in zip(keys, values, strict=True) if key}
+            case ast.Subscript(value=owner, slice=key) if not isinstance(key, ast.Slice):
+                try:
+                    return ask(owner)[ask(key)]
+                except (LookupError, TypeError):
+                    pass
+            case ast.BinOp(left=left, op=op, right=right):
+                return self._combined(file, node, op, ask(left), ask(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand) if isinstance(value := ask(operand), int | float):
+                return -value
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not ask(operand)
+            case ast.BoolOp(op=op, values=values):
+                found = None
+                for one in values:
+                    found = ask(one)
+                    if bool(found) == isinstance(op, ast.Or):
+                        break
+                return found
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                sides = [ask(left), *map(ask, others)]
+                return all(self._combined(file, node, op, a, b) for op, a, b in zip(ops, sides, sides[1:], strict=False))
+            case ast.IfExp(test=test, body=body, orelse=other):
+                return ask(body) if ask(test) else ask(other)
+            case ast.JoinedStr(values=values) if not any(isinstance(one, ast.FormattedValue) and one.format_spec for one in values):
+                return "".join(str(ask(one.value) if isinstance(one, ast.FormattedValue) else ask(one)) for one in values)
+            case ast.Call():
+                return self._called(file, node, local)
+        self._refuse(file, node)
+
+    def _called(self, file: _File, node: ast.Call, local: Mapping[str, Any]) -> Any:
+        name = _dotted(node.func)
+        given = [self._value(file, one, local) for one in node.args if not isinstance(one, ast.Starred)]
+        named = {one.arg: self._value(file, one.value, local) for one in node.keywords if one.arg}
+        if len(given) < len(node.args) or len(named) < len(node.keywords):
+            self._refuse(file, node)
+        if name in ("imp.load_source", "importlib.import_module"):
+            beside = file.path.parent / f"{str(given[0]).rpartition('.')[2]}.py" if given else file.path
+            if not beside.is_file():
+                raise UserError(f"convert {file.path}:{node.lineno}: needs {beside.name}, which is not beside it; put it there")
+            return self.load(beside)
+        if name in _CALLS:
+            try:
+                return _CALLS[name](*given, **named)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UserError(f"convert {file.path}:{node.lineno}: {ast.unparse(node)[:80]}: {error}") from None
+        owner, _, last = name.rpartition(".")
+        where = local.get(owner, file.names.get(owner)) if owner else file
+        if isinstance(where, _File) and last in where.functions:
+            return self.call(where, where.functions[last], given, named, node)
+        if isinstance(function := file.names.get(name), ast.FunctionDef):
+            there = next((other for other in self._files.values() if function in other.functions.values()), file)
+            return self.call(there, function, given, named, node)
+        self._refuse(file, node)
+
+    def _combined(self, file: _File, node: ast.AST, op: ast.AST, a: Any, b: Any) -> Any:
+        """An operator's value; only numbers are multiplied, and only numbers, texts and lists are added."""
+        plain = all(isinstance(one, int | float) for one in (a, b))
+        if type(op) in _OPERATORS and (plain or not isinstance(op, ast.Mult | ast.Mod)):
+            try:
+                found = _OPERATORS[type(op)](a, b)
+            except (TypeError, ZeroDivisionError, OverflowError) as error:
+                raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: {ast.unparse(node)[:80]}: {error}") from None
+            if not plain or abs(found) < LARGEST:
+                return found
+        if isinstance(op, ast.Pow) and plain and 0 < abs(a) <= 1024 and isinstance(b, int) and abs(b) <= 32:
+            return a**b
+        self._refuse(file, node)
+
+    # bounds ----------------------------------------------------------------------------------------------
+
+    def _spend(self, file: _File, node: ast.AST) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: a loop that does not end")
+
+    def _refuse(self, file: _File, node: ast.AST) -> NoReturn:
+        line, text = getattr(node, "lineno", 1), " ".join(ast.unparse(node).split())
+        short = text if len(text) <= 80 else text[:79] + "…"
+        raise UserError(f"convert {file.path}:{line}: `{short}` is code, and a configuration is not executed; write its value there")
+
+
+def _module(node: ast.Attribute) -> bool:
+    return _dotted(node).partition(".")[0] in MODULES
+
+
+def _dotted(node: ast.AST) -> str:
+    """a.b.c as text; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (owner := _dotted(node.value)):
+        return f"{owner}.{node.attr}"
+    return ""
