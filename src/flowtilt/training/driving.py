@@ -102,6 +102,7 @@ class Driver(ABC):
             self._begun = False
             self._folder.close()
 
+    @abstractmethod
     def _let_go(self) -> None:
         """Ends what goes on in the background."""
 
