@@ -25,7 +25,7 @@ def from_pretrained(place: str | Path, **how: Any) -> Any:
     if not Path(place).is_dir():
         return _LIBRARY.from_pretrained(place, **how)
     files = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(place).rglob("*"))]
-    key = (str(place), *files, *sorted(how.items(), key=str))
+    key = (str(place), *files, str(sorted(how.items(), key=str)))
     if key not in _read:
         _read[key] = _LIBRARY.from_pretrained(place, **how)
     pipeline = copy.copy(_read[key])

@@ -24,6 +24,7 @@ def fetched(monkeypatch, tmp_path) -> list[tuple[str, str, Path | None]]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("FLOWTILT_PROMPTS", str(tmp_path / "prompts"))
+    monkeypatch.setattr(catalogue, "missing_size", lambda entry: 0)
     monkeypatch.setattr(catalogue, "download_weights", lambda name, to: record("weights", name, to))
     monkeypatch.setattr(sets, "download", lambda name, to: [record("prompts", name, to)])
     return asked
@@ -68,7 +69,7 @@ def test_the_list_has_every_reward_that_reads_weights_and_every_set(fetched, tmp
 def test_sizes_are_those_that_are_told_or_here_and_never_guessed(fetched, tmp_path):
     sizes = {(item.kind, item.name): item.size for item in catalogue.listing()}
     assert sizes["prompts", "geneval"] == 85_209 and sizes["prompts", "hpdv2"] == 62_816 + 85_787 + 81_338 + 44_606
-    assert sizes["prompts", "ocr-train"] is None and sizes["weights", "aesthetic"] is None and sizes["weights", "hpsv2"] is None
+    assert sizes["prompts", "ocr-train"] is None and sizes["weights", "aesthetic"] is None and sizes["weights", "pickscore"] is None
     clip = tmp_path / "weights" / "openai" / "clip-vit-large-patch14"
     clip.mkdir(parents=True)
     for file in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):

@@ -273,5 +273,7 @@ def test_a_folder_of_several_says_where_they_are(tmp_path):
         (tmp_path / name).mkdir()
         torch.save({}, tmp_path / name / "generator_ema.pt")
     assert "cold_start and" in refused(tmp_path) and "rtdmd have one" in refused(tmp_path)
-    with pytest.raises(UserError, match="`hf download Harahan/SD35M-RTDMD` prints"):
-        read_lora("Harahan/SD35M-RTDMD@64")
+    (tmp_path / "cold_start" / "generator_ema.pt").unlink()
+    (tmp_path / "rtdmd" / "step-100").mkdir()
+    (tmp_path / "rtdmd" / "generator_ema.pt").rename(tmp_path / "rtdmd" / "step-100" / "generator_ema.pt")
+    assert "step-100 has one" in refused(tmp_path)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -26,6 +25,7 @@ from flowtilt.lora import Lora
 from flowtilt.lora.read import read_lora
 from flowtilt.models.base import Model
 from flowtilt.models.opening import open_model
+from flowtilt.models.stock import stock_images
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.tuned_model import TunedModel
 from flowtilt.sampling.sampler import Sampler, decode
@@ -120,23 +120,10 @@ class Conformance:
         latents = Sampler("euler", steps, guidance)(stack, "tuned", _noise(model).to(model.device), given, len(captions))
         return decode(stack, latents, len(captions))
 
-    @torch.no_grad()
     def _stock(self, model: Model, steps: int, guidance: float) -> Tensor:
         """The stock pipeline's images from the same noise, its rule for the levels applied once."""
-        pipeline = model.pipeline
-        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=model.levels.shift(steps))
-        pipeline.set_progress_bar_config(disable=True)
-        options = dict(model.call_options(guidance))
-        if isinstance(options.get("negative_prompt"), str):
-            options["negative_prompt"] = [options["negative_prompt"]] * len(CAPTIONS)
         noise = model.pipeline_latents(_noise(model).to(model.device))
-        sigmas = [1 - k / steps for k in range(steps)]
-        return (
-            pipeline(prompt=list(CAPTIONS), num_inference_steps=steps, sigmas=sigmas, latents=noise, output_type="pt", **options)
-            .images.float()
-            .cpu()
-        )
+        return stock_images(model.pipeline, CAPTIONS, noise, steps, model.levels.shift(steps), model.call_options(guidance))
 
     # velocities -------------------------------------------------------------------------------------------
 

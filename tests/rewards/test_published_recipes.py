@@ -15,6 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiny_pipelines import sd35
 
 from flowtilt import Trainer, load_recipe
+from flowtilt.check import check
 from flowtilt.evaluate.assess import assess
 from flowtilt.io.files import read_lines
 from flowtilt.prompts.geneval import generate, to_lines
@@ -80,6 +81,17 @@ def test_a_published_recipe_trains_resumes_and_evaluates(name, model, prompts, t
     drawn = StableDiffusion3Pipeline.from_pretrained(model)
     drawn.load_lora_weights(tmp_path / "run" / "lora")
     assert drawn.get_list_adapters() == {"transformer": ["default_0"]}
+
+
+@pytest.mark.parametrize("name", ["sd35m-geneval", "sd35m-multireward"])
+def test_check_finds_a_published_recipe_ready_with_the_true_reward_classes(name, model, prompts, tmp_path):
+    lines = []
+    small = [f"model.path={model}", *SMALL, f"run={tmp_path / 'run'}", f"prompts={prompts}", f"evaluate.prompts={prompts}"]
+    failed = check(
+        load_recipe(name, [*small, "evaluate.steps=2", "rollout.prompts=4", "rollout.steps=3", "objective.times_per_image=2"]), lines.append
+    )
+    assert not failed, lines
+    assert not (tmp_path / "run").exists() and any("stock diffusers draws the same image" in line for line in lines)
 
 
 def test_rtdmds_two_published_stages_train_evaluate_and_stack(model, tmp_path):

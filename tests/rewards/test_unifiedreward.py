@@ -18,7 +18,8 @@ from flowtilt.errors import UserError
 from flowtilt.io.images import from_pil, to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
-from flowtilt.rewards.unifiedreward import KEY, URL, UnifiedReward, points
+from flowtilt.rewards.unified_versions import QUESTION_2, QUESTION_QWEN, mean_of_axes, points, version_of
+from flowtilt.rewards.unifiedreward import KEY, URL, UnifiedReward
 
 QUESTION = (Path(__file__).parent / "golden" / "unifiedreward_question.txt").read_text()
 """As flow_grpo sends it, {prompt} standing for the caption."""
@@ -314,3 +315,56 @@ def test_a_key_is_no_option_and_a_broken_one_is_refused_unseen(server, monkeypat
     with pytest.raises(UserError, match=KEY) as caught:
         UnifiedReward(device="cpu", server=server.url)
     assert "sec" not in str(caught.value)
+
+
+# the versions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "version"),
+    [
+        ("UnifiedReward-7b-v1.5", "1.5"),
+        ("UnifiedReward-qwen-32b", "qwen"),
+        ("CodeGoat24/UnifiedReward-2.0-qwen-7b", "2.0"),
+        ("UnifiedReward-2.0-qwen3vl-8b", "2.0"),
+        ("judge", "1.5"),
+    ],
+)
+def test_the_models_name_tells_its_version(model, version):
+    assert version_of(model) == version
+
+
+@pytest.mark.parametrize("model", ["UnifiedReward-Think-qwen-7b", "UnifiedReward-Flex-qwen35-9b"])
+def test_a_model_that_compares_two_images_is_refused(server, model):
+    with pytest.raises(UserError, match="compares two images"):
+        UnifiedReward(server=server.url, model=model)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("Alignment Score (1-5): 2.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 3.5", (3.0, 2.5, 3.0, 3.5)),
+        ("- **Alignment**: 4.0 / 5\n- **Coherence**: 3.0 / 5\n- **Style**: 5 / 5", (4.0, 4.0, 3.0, 5.0)),
+    ],
+)
+def test_version_2_gives_three_scores_and_their_mean(answer, found):
+    mean, axes = mean_of_axes(answer)
+    assert (mean, *axes.values()) == pytest.approx(found)
+
+
+def test_an_answer_of_version_2_that_lacks_a_score_is_missing():
+    mean, axes = mean_of_axes("Alignment Score (1-5): 3.0\nThe image is well composed.")
+    assert mean != mean and axes["alignment"] == 3 and axes["style"] != axes["style"]
+
+
+def test_each_version_is_asked_its_own_question_and_read_its_own_way(server):
+    server.script["x"] = ["Alignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 4"]
+    found = judge(server, ["x"], model="UnifiedReward-2.0-qwen-7b")
+    assert found.scores.tolist() == pytest.approx([0.6]) and found.details["style"].tolist() == [4.0]
+    judge(server, ["y"], model="another", version="qwen")
+    asked = [json.loads(body)["messages"][0]["content"][1]["text"] for *_, body in server.requests]
+    assert asked == [QUESTION_2.replace("{prompt}", "x"), QUESTION_QWEN.replace("{prompt}", "y")]
+    with pytest.raises(UserError, match="no version '3'"):
+        UnifiedReward(server=server.url, version="3")
+    with pytest.raises(UserError, match="compat reads a final score"):
+        UnifiedReward(server=server.url, version="2.0", compat=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 
 from flowtilt.build.inputs import found_again
-from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe
+from flowtilt.config import CPS_ETA, EvaluateSettings, ModelSettings, Recipe, RolloutSettings, load_recipe, recipe_names
 from flowtilt.config.held_out import SPLIT
 from flowtilt.config.trust import check as check_trust
 from flowtilt.device.placement import storage_device
@@ -20,7 +21,7 @@ from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora
 from flowtilt.lora.find import run_of
 from flowtilt.lora.fit import check, shapes_of
-from flowtilt.lora.stacked import read_onto
+from flowtilt.lora.stacked import read_onto, read_stack
 from flowtilt.methods.base import Method
 from flowtilt.models.opening import open_model
 from flowtilt.objectives import Objective
@@ -63,6 +64,21 @@ def build_policy(recipe: Recipe, world: World, base_loras: Sequence[Lora] = (), 
     if sharded:
         Lockstep(policy, world)
     return policy
+
+
+def loras_beneath(places: Sequence[Path | str]) -> list[Lora]:
+    """The LoRAs of `lora.on`, or a run's copies of them.
+
+    Raises:
+        UserError: one is not there, or can't be read.
+    """
+    for place in places:
+        if (name := Path(place).name) in recipe_names() and not Path(place).exists():
+            raise UserError(f"lora.on: there is no {place}; make it with `flowtilt train {name}`, or name another")
+    try:
+        return read_stack(places)
+    except UserError as error:
+        raise UserError(f"lora.on: {error}") from None
 
 
 def build_objective(settings: Method) -> Objective:
@@ -163,16 +179,28 @@ def vouch(place: Path, parts: Mapping[str, str], given: bool) -> None:
         check_trust(run, parts, given)
 
 
-def model_settings(path: str | None, recipe: Recipe | None, resolution: int | None = None) -> ModelSettings:
+def model_settings(path: str | None, recipe: Recipe | None, **given: Any) -> ModelSettings:
     """The model of that path (none is the recipe's own, else the playground), otherwise as in the recipe of its LoRA.
 
     Args:
-        resolution: instead of the recipe's.
+        given: keys of `[model]` in place of the recipe's; those that are none are left out.
+
+    Raises:
+        UserError: a value that the key does not take.
     """
     settings = recipe.model if recipe else ModelSettings(path="playground")
+    changed = {key: value for key, value in given.items() if value is not None}
     if path not in (None, settings.path):
-        settings = settings.model_copy(update={"path": path, "revision": None})
-    return settings if resolution is None else settings.model_copy(update={"resolution": resolution})
+        changed |= {"path": path, "revision": None}
+    try:
+        return ModelSettings.model_validate({**settings.model_dump(), **changed}) if changed else settings
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+EVALUATED_AT = 512
+"""Pixels at which a model without a recipe is evaluated, as published, where its own resolution is larger."""
 
 
 def default_evaluation(path: str | None) -> EvaluateSettings:

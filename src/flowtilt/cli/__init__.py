@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import flowtilt
 from flowtilt.cli import (
+    check,
     check_model,
     compare,
     completion,
@@ -34,6 +35,7 @@ EPILOG = """examples:
   flowtilt train playground                      the first run: a laptop's CPU, minutes
   flowtilt train playground rollouts=20 seed=1   override any key of the recipe
   flowtilt init my.toml --from sd35m-geneval     a recipe of your own, every key explained
+  flowtilt check sd35m-geneval                   try it on this machine without training: files, memory, hours
   flowtilt watch runs/playground                 see a run in a browser while it goes on
   flowtilt train --resume runs/playground        go on where it was killed, to the same bits
   flowtilt sample "a red circle left of a blue square" --lora runs/playground
@@ -96,8 +98,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"flowtilt {flowtilt.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (
+    modules = (
         train,
+        check,
         watch,
         demo,
         recipes,
@@ -112,7 +115,8 @@ def parser() -> argparse.ArgumentParser:
         push,
         check_model,
         completion,
-    ):
+    )
+    for module in modules:
         module.add(commands)
     return top
 

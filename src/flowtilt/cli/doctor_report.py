@@ -4,10 +4,9 @@ import importlib.util
 import os
 from collections.abc import Collection
 
-from flowtilt.errors import UserError
 from flowtilt.io.environment import PACKAGES, floors, is_older, processor, versions
 from flowtilt.playground import pipeline_path
-from flowtilt.rewards.about import BuiltIn, built_in, find_weights
+from flowtilt.rewards.about import BuiltIn, built_in, lacking
 from flowtilt.runs.tracking import TRACKERS
 
 
@@ -56,14 +55,5 @@ def _tracker(name: str) -> str:
 
 def _reward(about: BuiltIn) -> str:
     """Whether a reward's weights, packages or server are there; nothing is loaded."""
-    missing = [package for package in about.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        return f"note    reward {about.name}: {', '.join(missing)} not installed - pip install {' '.join(missing)}"
-    if about.variable and not os.environ.get(about.variable):
-        return f"note    reward {about.name}: {about.variable} is not set"
-    try:
-        for entry in about.weights:
-            find_weights(entry.name)
-    except UserError as error:
-        return f"note    reward {about.name}: {error}"
-    return f"ok      reward {about.name}"
+    why = lacking(about)
+    return f"note    reward {about.name}: {why}" if why else f"ok      reward {about.name}"

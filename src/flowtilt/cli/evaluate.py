@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.words import TRUST, count, say, words
+from flowtilt.cli.words import LORA, TRUST, count, model_keys, model_options, say, words
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
 from flowtilt.io.run_folder import EvaluationFolder
@@ -22,13 +22,13 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="RUN",
-        help="a run, a checkpoint, a LoRA folder or file, PATH@64 telling its alpha; several add up",
+        help=LORA,
     )
     evaluate.add_argument("--prompts", type=words, default=[], help="sets or files, comma-separated (default: the run's own evaluation)")
     evaluate.add_argument("--rewards", type=words, default=[], help=REWARDS)
     evaluate.add_argument("--images-per-prompt", type=count, metavar="N", help="images of every prompt (1)")
     evaluate.add_argument("--images", type=count, metavar="N", help="instead: this many in all, spread over tags and prompts")
-    evaluate.add_argument("--resolution", type=count, metavar="PIXELS", help="height and width (the run's, else the pipeline's own)")
+    model_options(evaluate, "the run's")
     evaluate.add_argument("--solver", choices=("euler", "ddim", "dpm1", "dpm2", "heun", "cps"), help="(the recipe's evaluation)")
     evaluate.add_argument("--eta", type=float, help="how much of the noise is new in a step of cps, at most 1 (the recipe's, else 0.9)")
     evaluate.add_argument("--steps", type=count, help="solver steps (the recipe's evaluation)")
@@ -74,7 +74,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             rewards=args.rewards,
             images=args.images,
             images_per_prompt=args.images_per_prompt,
-            resolution=args.resolution,
+            **model_keys(args),
             solver=args.solver,
             steps=args.steps,
             guidance=args.guidance,

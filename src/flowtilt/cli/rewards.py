@@ -21,9 +21,13 @@ def add(commands: Any) -> None:
     serve.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
     serve.set_defaults(call=_serve)
 
-    download = commands.add_parser("download", help="fetch rewards' weights and prompt sets, with checksums")
-    download.add_argument("names", nargs="*", default=[], metavar="NAME", help="rewards or prompt sets, as --list shows them")
-    download.add_argument("--to", type=Path, metavar="FOLDER", help="for FLOWTILT_WEIGHTS and FLOWTILT_PROMPTS to point at (the caches)")
+    download = commands.add_parser("download", help="fetch models, rewards' weights and prompt sets, with checksums")
+    download.add_argument(
+        "names", nargs="*", default=[], metavar="NAME", help="recipes (all that they need), rewards, prompt sets, or a model's hub id"
+    )
+    download.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="for FLOWTILT_WEIGHTS, FLOWTILT_PROMPTS and model.path to point at (the caches)"
+    )
     download.add_argument("--list", action="store_true", help="what there is, and what is here")
     download.set_defaults(call=_download)
 
@@ -39,6 +43,13 @@ def add(commands: Any) -> None:
     doctor.add_argument(
         "--rewards", type=words, nargs="?", const=["all"], metavar="NAMES", help="load rewards and compare with published reference scores"
     )
+    doctor.add_argument(
+        "--public",
+        action="store_true",
+        help="reproduce published numbers: PickScore on DrawBench of SD3.5-Medium and of DiffusionNFT's public LoRA (a GPU, some minutes)",
+    )
+    doctor.add_argument("--images", type=count, default=50, metavar="N", help="of each number of --public (%(default)s)")
+    doctor.add_argument("-o", "--output", type=Path, default=Path("doctor-public"), metavar="FOLDER", help="of --public (%(default)s)")
     doctor.set_defaults(call=_doctor)
 
 
@@ -62,7 +73,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _download(args: argparse.Namespace) -> int:
-    quieten(progress=sys.stderr.isatty())
+    quieten()
     from flowtilt.cli import catalogue
 
     if args.list:
@@ -102,6 +113,8 @@ def _prompts(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     quieten()
+    if args.public:
+        return _public(args)
     from flowtilt.cli.doctor_report import diagnose
     from flowtilt.rewards.about import of_paper
     from flowtilt.rewards.reference import compare
@@ -113,3 +126,13 @@ def _doctor(args: argparse.Namespace) -> int:
         print(line, flush=True)
         failed |= line.startswith(("WRONG", "MISSING"))
     return 1 if failed else 0
+
+
+def _public(args: argparse.Namespace) -> int:
+    from flowtilt.evaluate.public import reproduce
+
+    lines = []
+    for line in reproduce(args.output, images=args.images, say=say):
+        print(line, flush=True)
+        lines.append(line)
+    return 1 if any(line.startswith(("WRONG", "MISSING")) for line in lines) else 0

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli.words import TRUST, count, seeds
+from flowtilt.cli.check import run as check_recipe
+from flowtilt.cli.words import LORA, TRUST, count, model_keys, model_options, seeds
 from flowtilt.config import Recipe, load_recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
 from flowtilt.config.trust import check, of_recipe
@@ -27,6 +28,7 @@ def add(commands: Any) -> None:
     train.add_argument("--or-resume", action="store_true", help="go on with the run in run=FOLDER if there is one, else begin it")
     train.add_argument("--changed", action="store_true", help="resume although prompts, reward files or the model have changed")
     train.add_argument("--trust", action="store_true", help=TRUST)
+    train.add_argument("--dry-run", action="store_true", help="train nothing: `flowtilt check` with the same recipe")
     train.set_defaults(call=_train)
 
     sample = commands.add_parser("sample", help="sample prompts, base and tuned side by side from the same noise")
@@ -38,8 +40,9 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="RUN",
-        help="a run, a checkpoint, a LoRA folder or file, PATH@64 telling its alpha; several add up",
+        help=LORA,
     )
+    model_options(sample, "the run's")
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's evaluation)")
     sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")
     sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2, heun or cps")
@@ -60,6 +63,10 @@ def _train(args: argparse.Namespace) -> int:
         args.recipe, args.overrides = None, [args.recipe, *args.overrides]
     if args.init_lora:
         args.overrides = [*args.overrides, f"lora.init={json.dumps(args.init_lora)}"]
+    if args.dry_run:
+        if args.resume or not args.recipe:
+            raise UserError("train --dry-run: give a recipe; it checks what a new run would do")
+        return check_recipe(args.recipe, args.overrides)
     asked = args.overrides
     if args.or_resume:
         args.resume, args.overrides = _begun(args)
@@ -154,6 +161,7 @@ def _sample(args: argparse.Namespace) -> int:
         seeds=args.seed,
         copies=args.images,
         save_each=args.save_each,
+        **model_keys(args),
         steps=args.steps,
         guidance=args.guidance,
         solver=args.solver,

@@ -2,11 +2,27 @@
 
 import argparse
 import sys
+from typing import Any
 
 from flowtilt.errors import printable
 
 TRUST = "run the Python files and contact the servers that a recipe from elsewhere names (docs/guides/lora.md)"
 """The help of --trust."""
+LORA = "a run, a checkpoint, a folder or file, or a hub id (owner/name, owner/name/folder); PATH@64 sets its alpha; several add up"
+"""The help of --lora."""
+
+
+def model_options(command: Any, of: str) -> None:
+    """The options that set a key of `[model]`; `of` says what they default to."""
+    command.add_argument("--resolution", type=count, metavar="PIXELS", help=f"height and width ({of}, else 512 at most)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=f"of the network ({of}, else bfloat16 on a GPU)")
+    command.add_argument("--t5-length", type=int, metavar="TOKENS", help=f"tokens of SD3's T5 prompt ({of}, else 128)")
+    command.add_argument("--levels", choices=("rule", "stock"), help=f"noise levels, stock as published code for SD3 ({of}, else rule)")
+
+
+def model_keys(args: argparse.Namespace) -> dict[str, Any]:
+    """What `model_options` were given."""
+    return {key: getattr(args, key) for key in ("resolution", "dtype", "t5_length", "levels")}
 
 
 def words(text: str) -> list[str]:

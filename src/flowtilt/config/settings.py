@@ -233,6 +233,8 @@ class Recipe(Table):
     lora: LoraSettings = LoraSettings()
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
+    ema_every: int = Field(default=1, ge=1, le=ROLLOUTS)
+    """Updates from one step of that average to the next; published FlowGRPO code has 8."""
     rollouts: int = Field(default=1000, ge=1, le=ROLLOUTS)
     """Rollouts of the run: each samples images, scores them and trains on them."""
     seed: int = Field(default=0, ge=0, le=2**64 - 1)

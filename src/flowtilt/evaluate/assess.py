@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.build import default_evaluation, judges_of, load_prompts, model_settings, recipe_of, sampler_of, vouch
+from flowtilt.build import EVALUATED_AT, default_evaluation, judges_of, load_prompts, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config import ModelSettings, Recipe, load_recipe
 from flowtilt.config.prompt_data import shown
 from flowtilt.config.trust import of_model, of_rewards
@@ -43,6 +43,9 @@ def assess(
     images: int | None = None,
     images_per_prompt: int | None = None,
     resolution: int | None = None,
+    dtype: str | None = None,
+    t5_length: int | None = None,
+    levels: str | None = None,
     solver: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -63,6 +66,8 @@ def assess(
     Args:
         prompts: files or names of sets.
         rewards: see `rewards.named.parse`.
+        resolution, dtype, t5_length, levels: keys of `[model]`. A model without a recipe is evaluated at 512 pixels, or its own resolution
+            where that is smaller.
         images: spread over the prompts; or else `images_per_prompt` of each.
         compare_base: also draw the model without LoRAs, from the same noise, and give paired differences.
         compat: upstream's numbers, of the rewards that have such a mode.
@@ -78,7 +83,7 @@ def assess(
     if compare_base and not added:
         raise UserError("evaluate: --compare base needs a --lora to compare with it")
     recipe = _recipe_for(model, added, complete=bool(prompts and rewards))
-    settings = model_settings(model, recipe, resolution)
+    settings = model_settings(model, recipe, resolution=resolution, dtype=dtype, t5_length=t5_length, levels=levels)
     if added.leading and recipe:
         theirs = [] if rewards else [(one.name, one.source, one.options) for one in judges_of(recipe)]
         vouch(added.leading, of_model(settings) | of_rewards(theirs), trust)
@@ -92,7 +97,7 @@ def assess(
     refuse_comparing(eval_rewards, "evaluate --rewards")
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, eval_rewards, left_out, say if world.rank == 0 else None)
-    stack = added.on(open_model(settings, world.device))
+    stack = added.on(open_model(settings, world.device, at_most=None if recipe else EVALUATED_AT))
     notice_cut(stack.model, [prompt for members in loaded.values() for prompt in members])
     variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
     seed = seed if seed is not None else recipe.seed if recipe else 0

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flowtilt.build import default_evaluation, model_settings, recipe_of, sampler_of, vouch
+from flowtilt.build import EVALUATED_AT, default_evaluation, model_settings, recipe_of, sampler_of, vouch
 from flowtilt.config.trust import of_model
 from flowtilt.errors import UserError
 from flowtilt.io.files import disk_errors, write_atomic, write_lines
@@ -40,6 +40,8 @@ class SideBySide:
 
     Args:
         base_too: also sample the base where there is a LoRA.
+        resolution, dtype, t5_length, levels: keys of `[model]`. A model without a recipe is sampled at 512 pixels, or its own resolution
+            where that is smaller.
         trust: the recipe that lies with the LoRA may run its own code; a run of this user's may anyway.
 
     Raises:
@@ -52,6 +54,10 @@ class SideBySide:
         *,
         model: str | None = None,
         loras: Sequence[Path] = (),
+        resolution: int | None = None,
+        dtype: str | None = None,
+        t5_length: int | None = None,
+        levels: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         solver: str | None = None,
@@ -63,10 +69,11 @@ class SideBySide:
         recipe = recipe_of(added.leading) if added.leading else None
         e = recipe.evaluate if recipe else default_evaluation(model)
         self._sampler = sampler_of(e, solver=solver, steps=steps, guidance=guidance, eta=eta)
-        settings = model_settings(model, recipe)
+        settings = model_settings(model, recipe, resolution=resolution, dtype=dtype, t5_length=t5_length, levels=levels)
         if added.leading:
             vouch(added.leading, of_model(settings), trust)
-        self._stack = added.on(open_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._stack = added.on(open_model(settings, device, at_most=None if recipe else EVALUATED_AT))
         self.roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), copies: int = 1, same_noise: bool = False) -> Images:

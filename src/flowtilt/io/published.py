@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowtilt.errors import UserError
+from flowtilt.io import hub
 from flowtilt.io.download import fetch, fetch_hub, wrong
 from flowtilt.io.files import cache_folder
+from flowtilt.io.notices import notice
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Hub:
         files: their names there; the hub names each one's size and SHA-256.
         licence: as the publisher states it; "" where it is not known.
         size: bytes of all files, where they are known.
+        former: ids that the repository had before; caches under them have the same commits.
+        elsewhere: where other programs keep a single file, "~" being the user's home.
     """
 
     name: str
@@ -33,6 +37,8 @@ class Hub:
     files: Sequence[str]
     licence: str = ""
     size: int | None = None
+    former: Sequence[str] = ()
+    elsewhere: Sequence[str] = ()
 
     @property
     def source(self) -> str:
@@ -50,6 +56,7 @@ class Url:
         licence: as the publisher states it; "" where it is not known.
         size: bytes, where they are known.
         alias: another name under which users have the file.
+        mirror: another address of the same file, which is tried first.
     """
 
     name: str
@@ -58,6 +65,7 @@ class Url:
     licence: str = ""
     size: int | None = None
     alias: str | None = None
+    mirror: str | None = None
 
     @property
     def files(self) -> tuple[str]:
@@ -94,15 +102,35 @@ def find(entry: Published, download_as: str) -> Path:
     if isinstance(entry, Hub):
         from huggingface_hub import try_to_load_from_cache
 
-        cached = [try_to_load_from_cache(entry.repo, file, revision=entry.revision) for file in entry.files[:2]]
-        if all(isinstance(path, str) for path in cached):
-            return Path(str(cached[0])) if len(entry.files) == 1 else Path(str(cached[0])).parent
+        for repo in (entry.repo, *entry.former):
+            cached = [try_to_load_from_cache(repo, file, revision=entry.revision) for file in entry.files[:2]]
+            if all(isinstance(path, str) for path in cached):
+                return Path(str(cached[0])) if len(entry.files) == 1 else Path(str(cached[0])).parent
+        for place in map(os.path.expanduser, entry.elsewhere):
+            if os.path.isfile(place):
+                return Path(place)
     what = entry.files[0] if len(entry.files) == 1 else entry.name
     cache = isinstance(entry, Hub) and not os.environ.get("FLOWTILT_WEIGHTS")
     raise UserError(
         f"{what} is missing: `flowtilt download {download_as}` fetches it from {entry.source} "
         f"into {'the hub cache' if cache else folder()}; or point FLOWTILT_WEIGHTS at the folder that has it"
     )
+
+
+def missing_size(entry: Published) -> int:
+    """Bytes that are to come of an entry; 0 where it is here, or nobody says."""
+    try:
+        find(entry, entry.name)
+        return 0
+    except UserError:
+        pass
+    if entry.size is None and isinstance(entry, Hub):
+        try:
+            files = hub.look_up(entry.repo, entry.revision).files
+        except Exception:  # what keeps it from being fetched is said when it is
+            return 0
+        return sum(files[name].size for name in entry.files if name in files)
+    return entry.size or 0
 
 
 def download(entry: Published, to: Path | None = None) -> Path:
@@ -119,10 +147,20 @@ def download(entry: Published, to: Path | None = None) -> Path:
         place = to or folder()
         if entry.alias and (place / entry.alias).is_file() and not wrong(place / entry.alias, sha256=entry.sha256, size=entry.size):
             return place / entry.alias
-        return fetch(entry.source, place / entry.files[0], sha256=entry.sha256, size=entry.size)
+        return _fetch(entry, place / entry.files[0])
     if to is None and os.environ.get("FLOWTILT_WEIGHTS"):
         to = folder()
     if to and len(entry.files) > 1:
         to = to / entry.repo
     paths = fetch_hub(entry.repo, entry.revision, entry.files, to=to)
     return paths[0] if len(entry.files) == 1 else paths[0].parent
+
+
+def _fetch(entry: Url, path: Path) -> Path:
+    """The file of an address, from its mirror where that answers; what one has sent the other goes on with."""
+    if entry.mirror and not path.exists():
+        try:
+            return fetch(entry.mirror, path, sha256=entry.sha256, size=entry.size)
+        except UserError as error:
+            notice(f"{error}; trying {entry.source}")
+    return fetch(entry.source, path, sha256=entry.sha256, size=entry.size)

@@ -1,11 +1,11 @@
 """What a `--lora` means: a run, one of its checkpoints, a folder of diffusers, PEFT or RTDMD, or a file, each also as PATH@ALPHA."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowtilt.errors import UserError
+from flowtilt.io.hub import is_hub_id, lora_file
 from flowtilt.io.run_folder import CheckpointFolder, RunFolder
 
 CONFIG = "adapter_config.json"
@@ -43,14 +43,14 @@ class Found:
 
 
 def split_alpha(place: Path | str) -> tuple[Path, float | None]:
-    """PATH@ALPHA as its parts; a path that exists is never split.
+    """PATH@ALPHA as its parts, PATH also being a hub id; a path that exists is never split.
 
     Raises:
         UserError: what follows the @ is not a positive number, and what precedes it exists.
     """
     text = str(place)
     before, at, after = text.rpartition("@")
-    if not at or Path(text).exists() or not Path(before).exists():
+    if not at or Path(text).exists() or not (Path(before).exists() or is_hub_id(before)):
         return Path(text), None
     try:
         alpha = float(after)
@@ -62,13 +62,16 @@ def split_alpha(place: Path | str) -> tuple[Path, float | None]:
 
 
 def find(place: Path | str) -> Found:
-    """The files of a place.
+    """The files of a place; those of a hub id, "owner/name" or a folder of it, are fetched.
 
     Raises:
         UserError: there is no LoRA.
     """
     path, alpha = split_alpha(place)
-    weights = path if path.is_file() else _inside(path)
+    if not path.exists() and is_hub_id(str(path)):
+        weights = lora_file(str(path), [name for name in FILES if name != CheckpointFolder.ema], FOLDERS, (CONFIG, f"transformer/{CONFIG}"))
+    else:
+        weights = path if path.is_file() else _inside(path)
     beside = (weights.parent / CONFIG, weights.parent / "transformer" / CONFIG)
     return Found(weights, alpha, next((file for file in beside if file.is_file()), None), run_of_checkpoint(weights.parent))
 
@@ -94,17 +97,17 @@ def _inside(path: Path) -> Path:
         raise UserError(f'lora {path}: a run of train = "full" has all weights and no LoRA; export it, and give that as the model')
     if file := first_in(path):
         return file
-    if path.exists():
-        inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and first_in(folder)] if path.is_dir() else []
-        where = f"; {' and '.join(map(str, inner[:4]))} have one" if inner else ""
+    if path.is_dir():
+        inner = [folder for folder in _folders(path) if first_in(folder)]
+        where = f"; {' and '.join(map(str, inner[:4]))} have one" if len(inner) > 1 else f"; {inner[0]} has one" if inner else ""
         rather = "give a run, a checkpoint, a folder of diffusers or PEFT, or the file itself"
         raise UserError(f"lora {path}: no LoRA there{where or f'; {rather}'}")
-    repository = str(path).rpartition("@")[0] or str(path)  # an alpha may follow
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", repository)
-    raise UserError(
-        f"lora {path}: no such file or folder"
-        + (f"; if it is on the hub, give the folder that `hf download {repository}` prints" if on_hub else "")
-    )
+    raise UserError(f"lora {path}: no such file or folder")
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in a folder, to two levels: a repository's may have one for each stage, with one for each checkpoint."""
+    return [folder for pattern in ("*", "*/*") for folder in sorted(path.glob(pattern)) if folder.is_dir()]
 
 
 def first_in(path: Path) -> Path | None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowtilt.errors import UserError
+from flowtilt.io import hub
 from flowtilt.io.tensors import save_file
 from flowtilt.io.user_errors import first_line
 from flowtilt.lora import Lora
@@ -38,7 +39,9 @@ def pipeline_folder(path: str, revision: str | None) -> Path:
     if folder:
         return folder
     try:
-        return Path(DiffusionPipeline.download(path, revision=revision))
+        return hub.pipeline_folder(path, revision)
+    except UserError:
+        raise
     except Exception as error:  # the hub and the disk each raise their own
         raise UserError(f"model {path}: neither a folder nor to be had from the hub: {first_line(error)}") from error
 

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flowtilt.config import ModelSettings
 from flowtilt.device.placement import should_offload
 from flowtilt.errors import UserError
+from flowtilt.io import hub
 from flowtilt.io.containment import contained
 from flowtilt.io.files import digest, shown
 from flowtilt.io.user_code import from_file, search_path
@@ -50,10 +43,11 @@ FAMILIES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_model(settings: ModelSettings, device: torch.device, sharded: bool = False) -> Model:
+def open_model(settings: ModelSettings, device: torch.device, sharded: bool = False, at_most: int | None = None) -> Model:
     """Loads a model.
 
     Args:
+        at_most: the resolution where the settings have none and the pipeline's own is larger.
         sharded: every rank loads the network into the computer's memory and keeps its part of it on `device`.
 
     Raises:
@@ -64,6 +58,9 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
         settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload, sharded=sharded
     )
     model = adapted(settings, pipeline, offload)
+    if at_most and settings.resolution is None and model.resolution > at_most:
+        settings = settings.model_copy(update={"resolution": at_most})
+        model = adapted(settings, pipeline, offload)
     if sharded:
         shard(model, device)
         model = adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
@@ -133,7 +130,8 @@ def load_pipeline(
 ) -> Any:
     """Loads a folder or hub id; "playground" is the pipeline inside the package.
 
-    Components that the folder leaves empty, such as SD3's T5, stay empty. The VAE is always fp32.
+    Components that the folder leaves empty, such as SD3's T5, stay empty. The VAE is fp32 as it was saved: the eight bits of a bfloat16
+    are fewer than a picture's eight near white, and every score is of pictures.
 
     Args:
         dtype: of the other modules; "auto" is bfloat16 on a GPU and float32 on a CPU.
@@ -153,9 +151,13 @@ def load_pipeline(
     for logging in loggers:
         logging.disable_progress_bar()
     try:
-        index: Any = DiffusionPipeline.load_config(place, revision=revision)
+        if not os.path.isdir(place):
+            place = str(hub.pipeline_folder(place, revision))
+        index: Any = DiffusionPipeline.load_config(place)
         empty = {name: None for name, value in index.items() if value == [None, None]}
-        pipeline: Any = DiffusionPipeline.from_pretrained(place, revision=revision, dtype=DTYPES[dtype], **empty)
+        pipeline: Any = DiffusionPipeline.from_pretrained(place, dtype={"default": DTYPES[dtype], "vae": torch.float32}, **empty)
+    except UserError:
+        raise
     except Exception as error:  # the hub, the disk and three libraries each raise their own
         raise UserError(f"model {path}: {_why(path, error)}") from error
     finally:
@@ -166,8 +168,6 @@ def load_pipeline(
             module.requires_grad_(False).eval()
             if not (offload and name.startswith("text_encoder")) and not (sharded and name == "transformer"):
                 module.to(device)
-    # eight bits of a bfloat16 are fewer than a picture's eight near white, and every score is of pictures
-    pipeline.vae.float()
     return pipeline
 
 
@@ -182,32 +182,26 @@ def folder_of(path: str) -> str:
 
 def _why(path: str, error: Exception) -> str:
     """What to do about a pipeline that can't be loaded."""
-    kinds = tuple(type(one) for one in _chain(error))
+    kinds = tuple(type(one) for one in hub.chain(error))
     if os.path.isdir(path):
         return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
     if path.startswith((".", "/", "~")):
         return "no such folder"
     if any(issubclass(kind, GatedRepoError) for kind in kinds):
-        return f"its licence has to be accepted at https://huggingface.co/{path}, then `hf auth login`; or give a folder that has it"
+        return f"it is gated: {hub.licence(path)}; or give a folder that has it"
     if any(issubclass(kind, RepositoryNotFoundError) for kind in kinds):
         return "neither a folder here nor a model on the hub; a private one needs `hf auth login`"
-    if any(issubclass(kind, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for kind in kinds) or "offline" in str(error).lower():
+    if hub.is_offline(error) or "offline" in str(error).lower():
         how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
-        return f"not on this machine, and {how}; fetch it where there is a network with `hf download {path}`, or give a folder that has it"
-    if any(issubclass(kind, EntryNotFoundError) for kind in kinds) and "model_index.json" in str(error):
+        return f"not on this machine, and {how}; {hub.FETCH.format(path)}, or give a folder that has it"
+    if any(issubclass(kind, EntryNotFoundError) for kind in kinds) and hub.INDEX in str(error):
         return (
-            "no pipeline of diffusers (it has no model_index.json); a LoRA is given as --lora, the folder that "
-            f"`hf download {path}` prints, and a pipeline may be in a repository of another name, such as one with -diffusers at its end"
+            f"no pipeline of diffusers (it has no {hub.INDEX}); if it is a LoRA, give it as --lora {path} and its base as --model; "
+            f"pipelines are sometimes in a repository of another name, such as {path}-diffusers"
         )
     if any(issubclass(kind, HfHubHTTPError) for kind in kinds):
         return f"the hub refused: {first_line(error)}"
     return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def fingerprint(path: str, revision: str | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from flowtilt.errors import UserError
 from flowtilt.models.family import JOINT, Family
 
 T5_LENGTH = 128
-"""DiffusionNFT's, in training and evaluation; diffusers' own default is 256."""
+"""DiffusionNFT's, in training and the evaluations of a run; its evaluation script and diffusers read 256."""
 
 
 @contextmanager

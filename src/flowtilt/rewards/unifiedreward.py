@@ -5,12 +5,11 @@ picture and rule are flow_grpo's and DiffusionNFT's: the image squashed to 512 x
 
     reward = points / 5, in 0.2 ... 1
 
-An answer without points gives NaN; there it counts as 0, which lies outside the scale.
+An answer without points gives NaN; there it counts as 0, which lies outside the scale. The newer versions are asked and read as their
+authors do (`unified_versions`).
 """
 
-import math
 import os
-import re
 from base64 import b64encode
 from collections.abc import Mapping
 from functools import partial
@@ -28,34 +27,11 @@ from flowtilt.io.threads import in_threads
 from flowtilt.io.web import Refused, post_json
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
+from flowtilt.rewards.unified_versions import VERSIONS, points, version_of
 
 URL, KEY = "FLOWTILT_UNIFIEDREWARD_URL", "FLOWTILT_UNIFIEDREWARD_KEY"
 START = "python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 --chat-template chatml-llava --port 17140"
 SIDE = 512
-# word for word as the model was trained with it, the line that says <image> included
-QUESTION = """<image>
-You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on two key criteria:
-1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider the accuracy of depicted objects, \
-their relationships, and attributes as described in the caption.
-2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail preservation, color accuracy, and overall \
-aesthetic appeal.
-Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.
-Your task is provided as follows:
-Text Caption: [{prompt}]"""
-POINTS = re.compile(r"final score[\s*]*:[\s*]*([1-5](?:\.\d+)?)(?!\d)", re.IGNORECASE)
-POINTS_COMPAT = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)")
-
-
-def points(answer: str, *, compat: bool = False) -> float:
-    """The points in an answer, 1 to 5, the first where there are several; NaN where there are none.
-
-    Args:
-        compat: as flow_grpo reads them: 0 where there are none, "10" is 1, above 5 as it is, and "**Final Score:** 4" is none.
-    """
-    found = (POINTS_COMPAT if compat else POINTS).search(answer)
-    if compat:
-        return float(found[1]) if found else 0.0
-    return min(float(found[1]), 5.0) if found else math.nan
 
 
 class UnifiedReward:
@@ -68,14 +44,15 @@ class UnifiedReward:
         device: not used; the model runs in the server.
         server: the address up to "/v1"; without one, FLOWTILT_UNIFIEDREWARD_URL.
         model: the name under which the server has it.
+        version: "1.5", "qwen" or "2.0"; none takes that of the model's name.
         workers: images that are asked for at the same time.
         timeout: seconds for one try.
         patience: seconds for which a failed request is tried again.
         max_missing: the share of a batch whose answers may be without points; one always may.
-        compat: see `points`.
+        compat: see `unified_versions.points`; of versions that have a final score.
 
     Raises:
-        UserError: no address. Called: the server can't be reached or refuses, or too many answers have no points.
+        UserError: no address, or no such version. Called: the server can't be reached or refuses, or too many answers have no points.
     """
 
     def __init__(
@@ -84,6 +61,7 @@ class UnifiedReward:
         device: torch.device | str = "cpu",
         server: str | None = None,
         model: str = "UnifiedReward-7b-v1.5",
+        version: str | None = None,
         workers: int = 16,
         timeout: float = 120.0,
         patience: float = 60.0,
@@ -101,8 +79,14 @@ class UnifiedReward:
         if not (key.isascii() and key.isprintable()):  # http.client would quote it in its error
             raise UserError(f"{KEY}: a key is printable ASCII, in one line")
         self.address = f"{address}/chat/completions"
+        number = version or version_of(model)
+        if number not in VERSIONS:
+            raise UserError(f"the reward unifiedreward: no version {number!r}; there are {', '.join(VERSIONS)}")
+        if compat and VERSIONS[number].details:
+            raise UserError(f"the reward unifiedreward: compat reads a final score, which version {number} does not give; leave it out")
+        self._asked = VERSIONS[number]
         self.model = model
-        self.version = {"model": model}
+        self.version = {"model": model, "version": number}
         self.workers = workers
         self.timeout = timeout
         self.patience = patience
@@ -116,21 +100,27 @@ class UnifiedReward:
         """Scores of images [N, 3, H, W]."""
         tasks = [partial(self._ask, picture, prompt.text) for picture, prompt in zip(to_pil(images), prompts, strict=True)]
         answers = in_threads(tasks, self.workers)
-        found = torch.tensor([points(answer, compat=self.compat) for answer in answers], dtype=torch.float32)
+        read = [(points(answer, compat=True), {}) if self.compat else self._asked.read(answer) for answer in answers]
+        found = torch.tensor([value for value, _ in read], dtype=torch.float32)
         missing = found.isnan()
         lost = int(missing.sum())
         if lost >= 2 and lost > self.max_missing * len(answers):
             example = _quoted(answers[int(missing.nonzero()[0])])
             raise UserError(
-                f'{self.address}: {lost} of {len(answers)} answers have no "Final Score:" of 1 to 5, the first is {example}; '
-                f"is {self.model!r} UnifiedReward?"
+                f"{self.address}: {lost} of {len(answers)} answers have no {self._asked.wants}, the first is {example}; "
+                f"is {self.model!r} UnifiedReward {self.version['version']}? option version names another"
             )
         notes = [f"no score in the answer {_quoted(answer)}" if gone else "" for answer, gone in zip(answers, missing, strict=True)]
-        return RewardOutput(found / 5, notes, {"points": found})
+        axes = {axis: torch.tensor([said[axis] for _, said in read], dtype=torch.float32) for axis in self._asked.details}
+        return RewardOutput(found / 5, notes, {"points": found, **axes})
 
     def _ask(self, picture: Image.Image, prompt: str) -> str:
         """The model's answer; "" where it says nothing."""
-        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": _content(picture, prompt)}]}
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": _content(picture, self._asked.question, prompt)}],
+        }
         try:
             reply = post_json(self.address, body, key=self._key, timeout=self.timeout, patience=self.patience)
         except Refused as error:
@@ -153,12 +143,12 @@ def content_of(address: str, reply: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _content(picture: Image.Image, prompt: str) -> list[dict]:
+def _content(picture: Image.Image, question: str, prompt: str) -> list[dict]:
     buffer = BytesIO()
     picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG")
     url = "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
     # a plain replacement, since captions may hold braces
-    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION.replace("{prompt}", prompt)}]
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.replace("{prompt}", prompt)}]
 
 
 def _quoted(answer: str) -> str:

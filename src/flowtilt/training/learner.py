@@ -30,6 +30,7 @@ class Learner:
         rollout: how the rollouts are sampled; their noise levels are the training times, or their steps are trained.
         seed: of the images' order, times and noise.
         ema: greatest decay of the average.
+        ema_every: updates from one step of the average to the next.
         save_memory: see `MicroBatch.run_with_backoff`.
         balance: weighs the rewards by their gradients; none leaves the advantages as they come.
     """
@@ -43,13 +44,14 @@ class Learner:
         *,
         seed: int,
         ema: float,
+        ema_every: int = 1,
         world: World,
         micro_batch: MicroBatch,
         save_memory: Callable[[], bool],
         balance: Balance | None = None,
     ):
         self.policy, self.objective, self.micro_batch, self._balance = policy, objective, micro_batch, balance
-        self._updates, self._seed, self._ema, self._save_memory = optimizer.steps_per_rollout, seed, ema, save_memory
+        self._updates, self._seed, self._ema, self._save_memory = optimizer.steps_per_rollout, seed, (ema, ema_every), save_memory
         self.sampled_by(rollout)
         self.update = RoleOptimizer(policy, "current", policy.parameters, optimizer, world)
 
@@ -83,7 +85,7 @@ class Learner:
                 self._save_memory,
                 self.policy,
             )
-            norm = averaged_update(self.update, self.policy, self._ema, sums, phases)
+            norm = averaged_update(self.update, self.policy, *self._ema, sums, phases)
             skipped += not norm < float("inf")
             for name, value in {**{name: float(value) / number_of_rows for name, value in sums.items()}, "grad_norm": norm}.items():
                 means[name] = means.get(name, 0.0) + value
@@ -172,11 +174,11 @@ def shares(number: int, seed: int, step: int, rollout: ScoredRollout, whole_grou
     return [order[len(order) * k // number : len(order) * (k + 1) // number] for k in range(number)]
 
 
-def averaged_update(update: RoleOptimizer, policy: Policy, ema: float, sums: Mapping[str, Tensor], phases: Phases) -> float:
-    """An update of the current policy, which its average then follows; returns the gradient's norm."""
+def averaged_update(update: RoleOptimizer, policy: Policy, ema: float, every: int, sums: Mapping[str, Tensor], phases: Phases) -> float:
+    """An update of the current policy, which its average follows after each `every` updates; returns the gradient's norm."""
     before = update.count
     norm = update.step(sums, phases)
-    if update.count > before:
+    if update.count > before and update.count % every == 0:
         policy.average("ema", ema_decay(before, ema))
     return norm
 

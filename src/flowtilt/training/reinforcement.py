@@ -62,6 +62,7 @@ def by_objective(parts: Parts) -> "Reinforcement":
         recipe.rollout,
         seed=recipe.seed,
         ema=recipe.ema,
+        ema_every=recipe.ema_every,
         world=parts.world,
         micro_batch=parts.micro_batch,
         save_memory=memory_saver(recipe, parts.policy),

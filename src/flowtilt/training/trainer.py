@@ -17,11 +17,12 @@ from flowtilt.build import (
     evaluation_prompts,
     inputs,
     load_rewards,
+    loras_beneath,
     named,
     sampler_of,
     training_prompts,
 )
-from flowtilt.config import Recipe, recipe_names
+from flowtilt.config import Recipe
 from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed import world as distributed
 from flowtilt.distributed.sameness import digests
@@ -32,7 +33,7 @@ from flowtilt.io.environment import describe
 from flowtilt.io.files import append_line, write_json
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, fingerprint
-from flowtilt.lora.stacked import keep, kept, read_stack
+from flowtilt.lora.stacked import keep, kept
 from flowtilt.models.cutting import notice_cut
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.policy.roles import ROLES
@@ -168,14 +169,7 @@ class Trainer(Driver):
 
     def _read_base_loras(self, resume: Path | None) -> list[Lora]:
         """The LoRAs beneath the trained one; a run has copies of its own."""
-        places = (kept(resume) if resume else []) or self.recipe.lora.on
-        for place in places:
-            if (name := Path(place).name) in recipe_names() and not Path(place).exists():
-                raise UserError(f"lora.on: there is no {place}; make it with `flowtilt train {name}`, or name another")
-        try:
-            return read_stack(places)
-        except UserError as error:
-            raise UserError(f"lora.on: {error}") from None
+        return loras_beneath((kept(resume) if resume else []) or self.recipe.lora.on)
 
     def _open(self, resume: Path | None) -> Path:
         """Makes or finds the folder; the first rank's answer holds for all."""

@@ -1,10 +1,13 @@
 """The built-in rewards: what each says of itself, without torch. One file each, found in this folder."""
 
+import importlib.util
+import os
 import pkgutil
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from flowtilt.errors import UserError
 from flowtilt.io import published
 from flowtilt.io.published import Published
 from flowtilt.rewards.about.base import Bounds, BuiltIn, Facts, PublishedScore
@@ -19,6 +22,7 @@ __all__ = [
     "built_in",
     "download_weights",
     "find_weights",
+    "lacking",
     "of_paper",
 ]
 
@@ -58,6 +62,21 @@ def find_weights(name: str) -> Path:
     entry = all_weights()[name]
     readers = [one for one in built_in().values() if entry in one.weights]
     return published.find(entry, min(readers, key=lambda one: len(one.weights)).name)
+
+
+def lacking(about: BuiltIn) -> str:
+    """What a reward needs and does not find here, packages, an address or weights, with what to do; "" where all is here."""
+    missing = [package for package in about.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed - pip install {' '.join(missing)}"
+    if about.variable and not os.environ.get(about.variable):
+        return f"{about.variable} is not set"
+    try:
+        for entry in about.weights:
+            find_weights(entry.name)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def download_weights(name: str, to: Path | None = None) -> Path:

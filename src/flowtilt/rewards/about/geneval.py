@@ -8,9 +8,13 @@ _DETECTOR = Url(
     "mask2former",
     "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
     "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
-    "743b7d99",  # OpenMMLab writes the first eight digits into the name
+    "743b7d99015f1224c6d57fd4b14d04b15cc8ec72ae7ee7831e7c71d8873b7a54",
     "Apache-2.0",
+    size=275_630_991,
     alias="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth",  # as GenEval's own script saves it
+    # OpenMMLab's server is slow
+    mirror="https://huggingface.co/tsbpp/geneval_mask2former/resolve/22b5a198cedf6b45e45165cf1c865d58de4a2832/"
+    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth",
 )
 _CAT = {"include": [{"class": "cat", "count": 1}]}
 GENEVAL = BuiltIn(

@@ -66,7 +66,7 @@ class PairLearner:
             sums = self.micro_batch.run_with_backoff(
                 "train", lambda size, rows=rows, of=of: self._gradients(rows, of, size), memory_saver(self.recipe, self.policy), self.policy
             )
-            norm = averaged_update(self.update, self.policy, self.recipe.ema, sums, phases)
+            norm = averaged_update(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, sums, phases)
             made += 1
             skipped += not norm < float("inf")
             for name, value in {**{name: float(value) / of for name, value in sums.items()}, "grad_norm": norm}.items():

@@ -174,6 +174,6 @@ class ACDMDLearner:
                 (surrogate(v, cotangent[there]).sum() / number).backward()
 
         self.micro_batch.run_with_backoff("train", gradients, memory_saver(self.recipe, self.policy), self.policy)
-        norm = averaged_update(self.student, self.policy, self.recipe.ema, sums, phases)
+        norm = averaged_update(self.student, self.policy, self.recipe.ema, self.recipe.ema_every, sums, phases)
         logged = {name: float(value) / number for name, value in sums.items()}
         return {**logged, "grad_norm": norm, "skipped_updates": float(not norm < float("inf")), "lr": self.student.rate()}

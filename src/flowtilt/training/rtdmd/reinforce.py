@@ -170,7 +170,7 @@ class RTDMDLearner:
                 self.policy,
             )
             sums |= {name: value.sum() for name, value in logged.items()}
-            norm = averaged_update(self.update, self.policy, self.recipe.ema, sums, phases)
+            norm = averaged_update(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, sums, phases)
             skipped += not norm < float("inf")
             made += 1
             for name, value in {**{name: float(value) / len(chunk) for name, value in sums.items()}, "grad_norm": norm}.items():

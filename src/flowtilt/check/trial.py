@@ -1,0 +1,143 @@
+"""The steps that load and compute: sample, score, one step of training, and the LoRA in stock diffusers."""
+
+import gc
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowtilt.build import build_policy, load_rewards, loras_beneath, named, sampler_of
+from flowtilt.check.round_trip import Trained, compared, set_apart
+from flowtilt.config import Recipe, RewardSettings
+from flowtilt.device.micro_batch import MicroBatch
+from flowtilt.distributed.world import World
+from flowtilt.errors import UserError
+from flowtilt.evaluate import generate, spread
+from flowtilt.methods.base import trained_rewards
+from flowtilt.policy.compiling import compile_blocks
+from flowtilt.prompts import Prompt, PromptWalk
+from flowtilt.rewards.judging import judge
+from flowtilt.training.parts import Parts, Training
+from flowtilt.training.timing import Phases
+
+PROMPTS, IMAGES = 2, 4
+"""Prompts of the step that is tried, and images of each."""
+SPREAD = "flowtilt_check"
+"""A reward of the trial alone, so that images of a prompt differ and something is trained."""
+
+
+def brightness(images: Tensor, prompts: list[Prompt]) -> Tensor:
+    """The mean of each image."""
+    return images.mean((1, 2, 3))
+
+
+def small(recipe: Recipe) -> Recipe:
+    """The recipe with a rollout of a few images and one update."""
+    r = recipe.rollout
+    images = min(r.images_per_prompt, IMAGES)
+    few = {"prompts": min(r.prompts, PROMPTS), "images_per_prompt": images}
+    if r.train_per_prompt:
+        few["train_per_prompt"] = min(r.train_per_prompt, images)
+    changed: dict[str, object] = {
+        "rollout": r.model_copy(update=few),
+        "optimizer": recipe.optimizer.model_copy(update={"steps_per_rollout": 1}),
+    }
+    if recipe.objective.samples and trained_rewards(recipe):
+        changed["rewards"] = {**recipe.rewards, SPREAD: RewardSettings(source=SPREAD, weight=1.0)}
+    return recipe.model_copy(update=changed)
+
+
+class Trial:
+    """A recipe's parts, loaded once and used step by step.
+
+    Args:
+        train, test: prompts.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, train: Sequence[Prompt], test: Sequence[Prompt]):
+        self.recipe, self.world = recipe, world
+        self._train, self._test = train, test
+        self._rows = spread(test, PROMPTS)
+        self.seconds: dict[str, float] = {}
+        """Of the step that was tried, by phase, and "evaluate" and "judge" per image."""
+
+    def load_rewards(self) -> str:
+        """Loads every reward."""
+        begin = time.perf_counter()
+        self._rewards, self._eval_rewards = load_rewards(self.recipe, self.world.device)
+        return f"{', '.join({**self._rewards, **self._eval_rewards})} in {time.perf_counter() - begin:.1f} s"
+
+    def load_model(self) -> str:
+        """Loads the model and what is trained on it."""
+        begin = time.perf_counter()
+        self._below = loras_beneath(self.recipe.lora.on)
+        self._policy = build_policy(self.recipe, self.world, self._below)
+        if self.recipe.model.recompute is True:
+            self._policy.recompute()
+        self.micro_batch = MicroBatch(self.recipe.micro_batch, self.world.device.type)
+        network = self._policy.model.network
+        number = sum(x.numel() for x in self._policy.parameters)
+        dtype = str(network.dtype).removeprefix("torch.")
+        return f"{type(network).__name__} in {dtype}, {number / 1e6:.1f} million weights trained, {time.perf_counter() - begin:.1f} s"
+
+    def sample(self) -> str:
+        """Samples two prompts as the recipe's evaluation does."""
+        sampler, model = sampler_of(self.recipe.evaluate), self._policy.model
+        prompts = [self._test[index] for index, _ in self._rows]
+        for _ in range(2 if self.world.device.type == "cuda" else 1):  # the first call of a GPU also sets it up
+            begin = time.perf_counter()
+            self._images = generate(self._policy, "ema", self._test, self._rows, sampler, self.recipe.seed, self.micro_batch)
+            each = (time.perf_counter() - begin) / len(prompts)
+        self.seconds["evaluate"] = each
+        if not self._images.isfinite().all():
+            raise UserError('an image is not finite; set model.dtype = "bfloat16" or "float32"')
+        if float(self._images.std()) < 1e-3:
+            raise UserError("an image is one flat colour; is model.path a pipeline with trained weights?")
+        guidance = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ", no guidance"
+        size = f"{model.resolution} px, {sampler.steps} {sampler.solver} steps{guidance}"
+        return f"{len(prompts)} images of {size}: {each:.2f} s per image"
+
+    def score(self) -> str:
+        """Scores the two images with every reward."""
+        prompts = [self._test[index] for index, _ in self._rows]
+        begin = time.perf_counter()
+        scores, notes = judge(self._eval_rewards | self._rewards, self._images, prompts, self.world.device)
+        self.seconds["judge"] = (time.perf_counter() - begin) / len(prompts)
+        if silent := [name for name in self._eval_rewards | self._rewards if scores[name].isnan().all()]:
+            why = f" ({next(filter(None, notes))})" if any(notes) else ""
+            raise UserError(f"reward {silent[0]}: no score for either image{why}; do its prompts fit it?")
+        return "; ".join(f"{name} {', '.join(f'{value:.3f}' for value in values.tolist())}" for name, values in scores.items())
+
+    def train(self) -> str:
+        """One step of training on a few images: rollout, loss, backward, update."""
+        recipe = small(self.recipe)
+        walk = PromptWalk(self._train, recipe.seed, {} if recipe.tags == "auto" else recipe.tags)
+        rewards = {**self._rewards, **({SPREAD: brightness} if SPREAD in recipe.rewards else {})}
+        parts = Parts(recipe, self._policy, walk, rewards, self.world, self.micro_batch)
+        method: Training = named(recipe.objective.learner)(parts)
+        if recipe.model.compile and (why := compile_blocks(self._policy)):
+            raise UserError(f"model.compile: the blocks can't be compiled ({why}); set it to false")
+        cuda = self.world.device.type == "cuda"
+        for step in range(1, 3 if cuda else 2):
+            phases = Phases(self.world.device)
+            metrics = method.step(step, phases)
+            self.seconds |= phases.finish()[1]
+        norm = metrics.get("grad_norm", float("nan"))
+        if not 0 < norm < float("inf"):
+            raise UserError(f'the gradient is {norm:g}, so nothing would be trained; set model.dtype = "float32" to see whether it is that')
+        peak = f", peak {torch.cuda.max_memory_allocated(self.world.device) / 2**30:.1f} GiB" if cuda else ""
+        sizes = ", ".join(f"{kind} {size}" for kind, size in self.micro_batch.sizes.items())
+        return f"{method.images} images, gradient {norm:.3g}{f', at once: {sizes}' if sizes else ''}{peak}"
+
+    def round_trip(self) -> str:
+        """Saves what is trained, loads it in stock diffusers, and compares an image; the trial's model is gone afterwards."""
+        with tempfile.TemporaryDirectory(prefix="flowtilt-check-") as folder:
+            saved: Trained = set_apart(self._policy, self.recipe, self._below, Path(folder))
+            del self._policy
+            gc.collect()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return compared(saved, self.world.device)
