@@ -27,7 +27,7 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from flowtilt.evaluate.demo import page
     except ModuleNotFoundError as error:
-        raise UserError(f"demo needs {error.name}: pip install 'flowtilt[demo]'") from error
+        raise UserError(f"demo needs {error.name}: pip install gradio") from error
     from flowtilt.evaluate.side_by_side import SideBySide
 
     application = page(SideBySide(model=args.model, loras=[args.lora], trust=args.trust), args.lora)

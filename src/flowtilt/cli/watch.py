@@ -40,7 +40,7 @@ def _watch(args: argparse.Namespace) -> int:
         from flowtilt.io.listening import Server
         from flowtilt.report.watch.app import app
     except ModuleNotFoundError as error:
-        raise UserError(f"watch needs {error.name}: pip install 'flowtilt[serve]'") from error
+        raise UserError(f"watch needs {error.name}: pip install starlette uvicorn") from error
     with _listener(args.host, args.port) as listener:
         for run in args.runs:
             if not run.is_dir():
