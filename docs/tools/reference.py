@@ -16,7 +16,7 @@ from flowtilt.config.keys import tables, variants
 from flowtilt.config.settings import Recipe
 
 PAGES = ("reference/recipe.md", "reference/recipes.md", "reference/cli.md", "reference/api.md")
-"""The generated pages; others may link to them."""
+"""The generated pages. Pages of the repository do not link to them: there they are not files."""
 API = {
     "Train": ("flowtilt.training.trainer.Trainer",),
     "Call by call": tuple(f"flowtilt.library.{name}" for name in ("load_policy", "load_prompts", "Policy", "Samples", "score", "Learner")),
