@@ -30,6 +30,7 @@ FAMILIES = {
     "lumina2": {},
     "chroma": {"options": {"text_length": 40}},
     "z_image": {"options": {"text_length": 128}},
+    "kontext": {"t5_length": 40, "options": {"source_resolution": 12}},
 }
 
 

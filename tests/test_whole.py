@@ -188,6 +188,50 @@ def _train(folder):
     Trainer(quick(folder, *FULL)).run()
 
 
+SPREAD = [*FULL, "shard=weights", "micro_batch=5", "rollout.images_per_prompt=3", "objective.kl=0.1", "evaluate.every=1"]
+
+
+def _train_spread(folder):
+    """9 images in parts and whole, 4 and 5 of them on a rank; then a run that goes on."""
+    Trainer(quick(folder / "whole", *SPREAD, "shard=none")).run()
+    trainer = Trainer(quick(folder / "parts", *SPREAD))
+    assert sum(x.numel() for x in trainer.policy.parameters) < 0.6 * sum(x.numel() for x in trainer.policy.model.network.parameters())
+    trainer.run()
+    Trainer(quick(folder / "half", *SPREAD, "steps=1")).run()
+    Trainer(open_run(folder / "half", ["steps=2"]), resume=folder / "half").run()
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spread")
+    done = together(2, _train_spread, folder, folder=folder / "ranks")
+    assert done.codes == [0, 0], done.stderr[-3000:]
+    return folder
+
+
+def test_weights_in_parts_give_the_gradients_and_scores_of_whole_ones(spread):
+    for name in ("grad_norm", "loss", "kl", "deviation"):
+        ours, theirs = ([line[name] for line in read_lines(spread / run / "metrics.jsonl")] for run in ("parts", "whole"))
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-9)
+    ours, theirs = ([line["score"] for line in read_lines(spread / run / "evaluations.jsonl")] for run in ("parts", "whole"))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    whole, own = (load_file(spread / run / "transformer" / WEIGHTS) for run in ("whole", "parts"))
+    assert whole.keys() == own.keys()
+    for name, x in whole.items():
+        torch.testing.assert_close(own[name], x, atol=2e-3, rtol=0)  # AdamW's first steps have the size of lr, whatever the gradient
+
+
+def test_weights_in_parts_go_on_to_the_same_bits_and_on_one_rank(spread, tmp_path):
+    files = [sorted((spread / run / "checkpoints" / "step-000002").glob("*.safetensors")) for run in ("parts", "half")]
+    for one, two in zip(*files, strict=True):
+        ours, theirs = load_file(one), load_file(two)
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items()), one.name
+    folder = shutil.copytree(spread / "half", tmp_path / "run")
+    Trainer(open_run(folder, ["steps=3", "shard=none"]), resume=folder).run()
+    assert len(rewards(folder)) == 3
+    assert "DiffusionPipeline" in export([spread / "parts"], tmp_path / "out")
+
+
 def _sum_large(file):
     from flowtilt.distributed import world
 
@@ -214,6 +258,7 @@ def test_large_tensors_are_summed_in_place(tmp_path):
         (["lora.rank=8"], "lora.rank: there is no LoRA"),
         (['lora.on=["x"]'], "lora.on: there is no LoRA"),
         (["shard=base", "micro_batch=4"], 'shard: "base" spreads a frozen base'),
+        (["shard=weights"], "micro_batch: a sharded base needs a number"),
         (["train=half"], "train"),
     ],
 )

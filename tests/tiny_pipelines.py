@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -18,10 +19,15 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -44,12 +50,16 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from flowtilt.playground.pretrain import build_text_encoder, tokenizer
 
@@ -119,7 +129,7 @@ def sd35(place: Path) -> Path:
     return place / "pipeline"
 
 
-def flux(place: Path, schnell: bool = False) -> Path:
+def flux(place: Path, schnell: bool = False, kind: Any = FluxPipeline) -> Path:
     """A FLUX.1 pipeline with both kinds of blocks; -dev's configuration or -schnell's."""
     torch.manual_seed(0)
     words = tokenizer(place / "words")
@@ -136,7 +146,7 @@ def flux(place: Path, schnell: bool = False) -> Path:
         pad_token_id=words.pad_token_id,
     )
     shifting = {"use_dynamic_shifting": False, "shift": 1.0} if schnell else {"use_dynamic_shifting": True, "shift": 3.0}
-    pipeline = FluxPipeline(
+    pipeline = kind(
         transformer=FluxTransformer2DModel(
             in_channels=64,
             num_layers=2,
@@ -157,6 +167,11 @@ def flux(place: Path, schnell: bool = False) -> Path:
     )
     pipeline.save_pretrained(place / "pipeline")
     return place / "pipeline"
+
+
+def kontext(place: Path) -> Path:
+    """FLUX.1-Kontext: -dev's modules in the pipeline that edits."""
+    return flux(place, kind=FluxKontextPipeline)
 
 
 def aura_flow(place: Path) -> Path:
@@ -190,14 +205,41 @@ CHAT = (
 )
 
 
-def qwen_tokenizer() -> Any:
-    """A Qwen tokenizer with a token for each byte and its chat's own marks."""
+def qwen_tokenizer(*more: str) -> Any:
+    """A Qwen tokenizer with a token for each byte, its chat's own marks, and `more` of them."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     vocabulary = {letter: k for k, letter in enumerate(bytes_to_unicode().values())}
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
     vocabulary |= {mark: 256 + k for k, mark in enumerate(marks)}
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks[1:], chat_template=CHAT, model_max_length=2048)
+
+
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+class Seeing:
+    """Stands in for a processor of Qwen's, which needs torchvision: the tokenizer, and Pillow's image processor.
+
+    Args:
+        patch: pixels of a patch of the image.
+    """
+
+    def __init__(self, patch: int):
+        self.tokenizer = qwen_tokenizer(*VISION)
+        self.images = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=(2 * patch) ** 2, max_pixels=(4 * patch) ** 2)
+
+    def apply_chat_template(self, messages: Any, tokenize: bool, return_dict: bool) -> list[list[int]]:
+        """Ids of a system message."""
+        return [self.tokenizer(f"<|im_start|>system\n{messages[0]['content'][0]['text']}<|im_end|>\n").input_ids]
+
+    def __call__(self, text: list[str], images: Any = None, return_tensors: str = "pt", **padding: Any) -> BatchFeature:
+        """Ids with a slot for each four patches of the one image, and the patches."""
+        seen = self.images(images=images, return_tensors="pt") if images is not None else {}
+        slots = [int(grid.prod()) // 4 for grid in seen.get("image_grid_thw", [])]
+        if slots:
+            text = [one.replace("<|image_pad|>", "<|image_pad|>" * slots[0]) for one in text]
+        return BatchFeature({**self.tokenizer(text, return_tensors="pt", **padding), **seen})
 
 
 QWEN: dict[str, Any] = {
@@ -214,15 +256,16 @@ QWEN: dict[str, Any] = {
 }
 
 
-def qwen_image(place: Path) -> Path:
+def qwen_image(place: Path, kind: Any = QwenImagePipeline, **more: Any) -> Path:
     """A Qwen-Image pipeline: Qwen2.5-VL, a VAE of videos with statistics, dynamic shifting with a last level of .02."""
     torch.manual_seed(0)
     channels = torch.linspace(0.5, 2, 16)
     text = Qwen2_5_VLConfig(
-        text_config={**QWEN, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        text_config={**QWEN, "vocab_size": 262, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
-    )
-    pipeline = QwenImagePipeline(
+        vision_start_token_id=259, vision_end_token_id=260, image_token_id=261,
+    )  # fmt: skip
+    pipeline = kind(
         transformer=QwenImageTransformer2DModel(
             in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
@@ -235,11 +278,52 @@ def qwen_image(place: Path) -> Path:
             latents_mean=(channels - 1).tolist(), latents_std=channels.tolist(),
         ),
         text_encoder=Qwen2_5_VLForConditionalGeneration(text),
-        tokenizer=qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(*VISION),
+        **more,
     )  # fmt: skip
     loud(pipeline.transformer.proj_out, 4)
+    if kind is not QwenImagePipeline:
+        loud(pipeline.transformer, 2)
     pipeline.save_pretrained(place)
     return place
+
+
+def qwen_image_edit(place: Path, plus: bool = False) -> Path:
+    """A Qwen-Image-Edit pipeline without its processor, which needs torchvision; `Seeing(14)` stands in for it."""
+    return qwen_image(place, kind=QwenImageEditPlusPipeline if plus else QwenImageEditPipeline, processor=None)
+
+
+def qwen_image_edit_plus(place: Path) -> Path:
+    """The same of -Edit-2509."""
+    return qwen_image_edit(place, plus=True)
+
+
+def qwen_image_21(processor: Any) -> QwenImage21Pipeline:
+    """A Qwen-Image-2.1 pipeline, whose constructor asks its processor: Qwen3-VL, a VAE of a factor of 16 with opacity."""
+    torch.manual_seed(0)
+    text = Qwen3VLConfig(
+        text_config={**QWEN, "vocab_size": 262, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0],
+        },
+        vision_start_token_id=259, vision_end_token_id=260, image_token_id=261,
+    )  # fmt: skip
+    channels = torch.linspace(0.5, 2, 8)
+    pipeline = QwenImage21Pipeline(
+        transformer=QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192),
+        vae=AutoencoderKLQwenImage21(
+            base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False] * 4, latents_mean=(channels - 1).tolist(), latents_std=channels.tolist(),
+        ),
+        text_encoder=Qwen3VLForConditionalGeneration(text),
+        processor=processor,
+    )  # fmt: skip
+    loud(pipeline.transformer, 3)
+    return pipeline.eval()
 
 
 def z_image(place: Path) -> Path:

@@ -7,10 +7,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.training_utils import _collate_lora_metadata
@@ -20,19 +20,25 @@ from torch import Tensor
 
 from flowtilt.config import ModelSettings
 from flowtilt.errors import UserError
+from flowtilt.io.images import to_pil
 from flowtilt.io.user_errors import describe_error
 from flowtilt.lora import Lora
 from flowtilt.lora.read import read_lora
 from flowtilt.models.base import Model
+from flowtilt.models.editing import Editing
 from flowtilt.models.opening import open_model
+from flowtilt.models.pipeline import on_white
 from flowtilt.models.stock import stock_images
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.tuned_model import TunedModel
+from flowtilt.prompts import Caption, Edit
 from flowtilt.sampling.sampler import Sampler, decode
 from flowtilt.seeding import generator
 
 CAPTIONS = ("a red cat", "two dogs on a wooden bench in the rain")
 """Of unlike length, so that a family has to pad."""
+PICTURE = 64
+"""Height and width of the source images of a family that edits."""
 IMAGE = 1e-4
 """Largest difference of two images in [0, 1] that is rounding in fp32."""
 VELOCITY = 1e-4
@@ -70,6 +76,8 @@ class Conformance:
     sizes: tuple[int, int] = (256, 512)
     steps: tuple[int, int] = (3, 4)
     guidance: float = 3.0
+    pictures: list[str] = field(default_factory=list, init=False, repr=False)
+    """Files of source images, while checks are made."""
 
     def checks(self) -> Iterator[Check]:
         """One after another; an error is a check's result.
@@ -77,6 +85,12 @@ class Conformance:
         Raises:
             UserError: the model can't be opened at all.
         """
+        with tempfile.TemporaryDirectory() as folder:
+            self.pictures.extend(_written(Path(folder)))
+            yield from self._checks()
+            self.pictures.clear()
+
+    def _checks(self) -> Iterator[Check]:
         self._open()
         small, large = self.sizes
         few, many = self.steps
@@ -108,22 +122,41 @@ class Conformance:
         model, steps = self._open(), self.steps[0]
         plain = self._sampled(model, steps, 1.0)
         changed = {
-            "caption": self._sampled(model, steps, 1.0, captions=CAPTIONS[::-1]),
+            "caption": self._sampled(model, steps, 1.0, captions=self._captions(model, CAPTIONS[::-1])),
             "guidance": self._sampled(model, steps, self.guidance),
         }
+        if edits := [one for one in self._captions(model) if isinstance(one, Edit)]:
+            exchanged = [replace(one, image=other.image) for one, other in zip(edits, edits[::-1], strict=True)]
+            changed["source image"] = self._sampled(model, steps, 1.0, captions=exchanged)
         by = {name: float((image - plain).abs().max()) for name, image in changed.items()}
         return ", ".join(f"{name} by {value:.2g}" for name, value in by.items()), min(by.values()) > SEEN
 
-    def _sampled(self, model: Model, steps: int, guidance: float, loras: Sequence[Lora] = (), captions: Sequence[str] = CAPTIONS) -> Tensor:
+    def _captions(self, model: Model, texts: Sequence[str] = CAPTIONS) -> list[Caption]:
+        """What the model reads: those texts, of a family that edits with a source image each."""
+        edits = getattr(model, "edits", False)
+        return [Edit(text, file) if edits else text for text, file in zip(texts, self.pictures, strict=True)]
+
+    def _sampled(
+        self, model: Model, steps: int, guidance: float, loras: Sequence[Lora] = (), captions: Sequence[Caption] | None = None
+    ) -> Tensor:
         stack = TunedModel(model, loras)
-        given = model.encode(captions)
-        latents = Sampler("euler", steps, guidance)(stack, "tuned", _noise(model).to(model.device), given, len(captions))
-        return decode(stack, latents, len(captions))
+        given = model.encode(captions or self._captions(model))
+        latents = Sampler("euler", steps, guidance)(stack, "tuned", _noise(model).to(model.device), given, len(given))
+        return decode(stack, latents, len(given))
 
     def _stock(self, model: Model, steps: int, guidance: float) -> Tensor:
         """The stock pipeline's images from the same noise, its rule for the levels applied once."""
         noise = model.pipeline_latents(_noise(model).to(model.device))
-        return stock_images(model.pipeline, CAPTIONS, noise, steps, model.levels.shift(steps), model.call_options(guidance))
+        captions, found = self._captions(model), []
+        size = 1 if getattr(model, "one_by_one", False) else len(captions)
+        for start in range(0, len(captions), size):
+            part = captions[start : start + size]
+            sources = {"image": cast(Editing, model).source_pictures(part)[0]} if getattr(model, "edits", False) else {}
+            texts = [one.text if isinstance(one, Edit) else one for one in part]
+            options = {**model.call_options(guidance), **sources}
+            own = noise[start : start + size]
+            found.append(on_white(stock_images(model.pipeline, texts, own, steps, model.levels.shift(steps), options)))
+        return torch.cat(found)
 
     # velocities -------------------------------------------------------------------------------------------
 
@@ -131,8 +164,8 @@ class Conformance:
     def _batch(self) -> tuple[str, bool]:
         model = self._open()
         x, t = _noise(model).to(model.device), torch.tensor([0.3, 0.8], device=model.device)
-        together = model.velocity(x, t, model.encode(CAPTIONS))
-        alone = torch.cat([model.velocity(x[k, None], t[k, None], model.encode([text])) for k, text in enumerate(CAPTIONS)])
+        together = model.velocity(x, t, model.encode(self._captions(model)))
+        alone = torch.cat([model.velocity(x[k, None], t[k, None], model.encode([one])) for k, one in enumerate(self._captions(model))])
         return _alike(together, alone, VELOCITY, float(alone.abs().max()))
 
     @torch.no_grad()
@@ -141,7 +174,7 @@ class Conformance:
         for dtype in ("float32", "bfloat16"):
             model = self._open(dtype=dtype)
             x = _noise(model).to(model.device)
-            v = model.velocity(x, torch.tensor(0.6, device=model.device), model.encode(CAPTIONS))
+            v = model.velocity(x, torch.tensor(0.6, device=model.device), model.encode(self._captions(model)))
             image = model.decode(x)
             if v.dtype != torch.float32 or image.dtype != torch.float32 or not (v.isfinite().all() and image.isfinite().all()):
                 return f"its velocity is {_kind(v)}, its image {_kind(image)}; both must be finite fp32", False
@@ -150,9 +183,13 @@ class Conformance:
 
     def _offloaded(self) -> tuple[str, bool]:
         with tempfile.TemporaryDirectory() as folder, _captions_in(folder):
-            plain, *others = (self._open(offload=offload).encode(CAPTIONS).tensors() for offload in (False, True, True))
+            plain, *others = (self._read(self._open(offload=offload)) for offload in (False, True, True))
         wrong = sorted({name for other in others for name, x in other.items() if not torch.equal(x, plain[name])})
         return (f"{', '.join(wrong)} differs" if wrong else "the same embeddings, encoded and read back"), not wrong
+
+    def _read(self, model: Model) -> dict[str, Tensor]:
+        given = model.encode(self._captions(model))
+        return given.tensors() | ({} if given.sources is None else {"source": given.source()})
 
     # training ---------------------------------------------------------------------------------------------
 
@@ -170,7 +207,7 @@ class Conformance:
         if not policy.can_recompute:
             return "this network has no gradient checkpointing", True
         model, found = policy.model, []
-        x, t, given = _noise(model).to(model.device), torch.tensor([0.3, 0.8], device=model.device), model.encode(CAPTIONS)
+        x, t, given = _noise(model).to(model.device), torch.tensor([0.3, 0.8], device=model.device), model.encode(self._captions(model))
         for on in (False, True):
             policy.recompute(on)
             for weight in policy.parameters:
@@ -236,6 +273,15 @@ def _done(name: str, check: Callable[[], tuple[str, bool]]) -> Check:
         return Check(name, str(error), False)
     except Exception as error:  # a family's own code, or diffusers'
         return Check(name, describe_error(error), False)
+
+
+def _written(folder: Path) -> list[str]:
+    """Files of one source image for each caption: coarse noise."""
+    files = [folder / f"{k}.png" for k in range(len(CAPTIONS))]
+    for k, file in enumerate(files):
+        coarse = torch.rand(1, 3, 8, 8, generator=generator(0, "picture", k))
+        to_pil(torch.nn.functional.interpolate(coarse, size=(PICTURE, PICTURE)))[0].save(file)
+    return [str(file) for file in files]
 
 
 def _noise(model: Model) -> Tensor:

@@ -33,6 +33,7 @@ from flowtilt.io.showing import Showable
 from flowtilt.lora.stacked import read_stack
 from flowtilt.methods.base import Method
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.editing import check_sources
 from flowtilt.models.opening import open_model
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.prompts import Prompt
@@ -131,9 +132,10 @@ class Policy(LoraPolicy):
         except (ValidationError, ValueError) as error:
             raise UserError(f"sample: {_first(error)}") from None
         each = [Prompt(text) if isinstance(text, str) else text for text in texts for _ in range(images_per_prompt)]
+        check_sources(self.model, each)
         where = [(1, p, k) for p in range(len(texts)) for k in range(images_per_prompt)]
         start = noise(seed, "rollout", where, self.model.latent_shape).to(self.model.device)
-        conditioning = self.model.encode([prompt.text for prompt in each])
+        conditioning = self.model.encode([prompt.caption for prompt in each])
         latents, path = self.micro_batch.run_with_backoff(
             "sample", lambda size: collect(self, start, conditioning, where, size), counter=self
         )

@@ -29,6 +29,7 @@ from flowtilt.playground import world as playground
 from flowtilt.policy.lockstep import Lockstep
 from flowtilt.policy.lora import LoraPolicy
 from flowtilt.policy.roles import Policy
+from flowtilt.policy.spread import SpreadPolicy
 from flowtilt.policy.start import load_lora
 from flowtilt.policy.whole import WholePolicy
 from flowtilt.prompts import Prompt, sets
@@ -40,7 +41,7 @@ from flowtilt.sampling.sampler import Sampler
 def build_policy(recipe: Recipe, world: World, base_loras: Sequence[Lora] = (), start: bool = True) -> Policy:
     """The recipe's model with what it trains: all weights, or fresh adapters on top of `below`.
 
-    A frozen base is spread over the ranks where the recipe says so and there are several.
+    A frozen base, or all trained weights, are spread over the ranks where the recipe says so and there are several.
 
     Args:
         start: begin with the weights of `lora.init`; a run that goes on has its own.
@@ -48,12 +49,18 @@ def build_policy(recipe: Recipe, world: World, base_loras: Sequence[Lora] = (), 
     Raises:
         UserError: a LoRA belongs to another base, or has layers that are not trained.
     """
-    if recipe.train == "full":
-        return WholePolicy(open_model(recipe.model, world.device))
-    sharded = recipe.shard == "base" and world.size > 1
+    sharded = recipe.shard != "none" and world.size > 1
     model = open_model(recipe.model, world.device, sharded)
+    if sharded and getattr(model, "several_passes", False):
+        kind = type(model.pipeline).__name__
+        raise UserError(f'shard: a {kind} takes captions of unlike length in turn, which ranks can\'t do in step; set shard = "none"')
     for steps in (recipe.rollout.steps, recipe.evaluate.steps):
         model.levels(steps)  # now, not after hours: a family may have no levels for so few
+    if recipe.train == "full":
+        whole = SpreadPolicy(model, world) if sharded else WholePolicy(model)
+        if sharded:
+            Lockstep(whole, world)
+        return whole
     merge = False if sharded else None  # merged weights would be whole on every rank
     shapes = shapes_of(model.network)
     for lora in base_loras:

@@ -43,6 +43,9 @@ def add(commands: Any) -> None:
         help=LORA,
     )
     model_options(sample, "the run's")
+    sample.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="source image of an edit: one for all prompts, or one each"
+    )
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's evaluation)")
     sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")
     sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2, heun or cps")
@@ -169,6 +172,7 @@ def _sample(args: argparse.Namespace) -> int:
         same_noise=args.same_noise,
         base_too=not args.no_base,
         trust=args.trust,
+        images=args.image,
     )
     print(written)
     if args.save_each:

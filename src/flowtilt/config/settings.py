@@ -28,6 +28,8 @@ class ModelSettings(Table):
     """Commit or tag of a hub id; none takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen base; "auto" is bfloat16 on a GPU and float32 on a CPU. LoRA weights and latents are always float32."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """The frozen network in 8 or 4 bits per weight, for one that does not fit; needs flowtilt[quantize] (docs/models.md)."""
     t5_length: int | None = Field(default=None, ge=0, le=512)
     """Tokens of the T5 prompt; none takes the family's own: for SD3 DiffusionNFT's 128, or what its T5 reads, 0 without one."""
     resolution: int | None = Field(default=None, ge=8, le=16_384)
@@ -243,8 +245,9 @@ class Recipe(Table):
     """Folder of the run; none makes runs/<name>, numbered if that is taken."""
     micro_batch: Annotated[int, Field(le=IMAGES)] | Literal["auto"] = "auto"
     """Images, or noised images, that pass through the network at once: a matter of memory, never of results."""
-    shard: Literal["none", "base"] = "none"
-    """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a device; needs a micro_batch."""
+    shard: Literal["none", "base", "weights"] = "none"
+    """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a device; "weights" spreads all
+    trained weights of train = "full". Both need a micro_batch."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -296,13 +299,18 @@ class Recipe(Table):
             raise ValueError("optimizer.betas: each must be at least 0 and below 1")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             raise ValueError("micro_batch: must be at least 1")
-        if self.shard == "base":
+        if self.model.quantize and (self.train == "full" or self.shard != "none"):
+            why = 'train = "full" trains the weights' if self.train == "full" else f'shard = "{self.shard}" spreads weights that are whole'
+            raise ValueError(f"model.quantize: {why}; leave it out")
+        if self.shard == "weights" and self.train != "full":
+            raise ValueError('shard: "weights" spreads trained weights, of train = "full"; for a LoRA set shard = "base"')
+        if self.shard != "none":
             if self.micro_batch == "auto":
                 raise ValueError(
                     "micro_batch: a sharded base needs a number; memory that ends on one rank alone would leave the others behind"
                 )
             if self.model.compile:
-                raise ValueError('model.compile: does not go with shard = "base"; leave one of them out')
+                raise ValueError(f'model.compile: does not go with shard = "{self.shard}"; leave one of them out')
         for name in self.rewards:
             if "/" in name or name == "total" or re.fullmatch(r"top_\d+|.*_std", name):
                 raise ValueError(f"rewards.{name}: metrics have such names, choose another without a slash")
@@ -326,7 +334,7 @@ class Recipe(Table):
         if changed := [name for name in LoraSettings.model_fields if getattr(self.lora, name) != getattr(fresh, name)]:
             raise ValueError(f'lora.{changed[0]}: there is no LoRA with train = "full"; leave it out')
         if self.shard == "base":
-            raise ValueError('shard: "base" spreads a frozen base, and train = "full" has none; set shard = "none"')
+            raise ValueError('shard: "base" spreads a frozen base, and train = "full" has none; set shard = "weights"')
         if not self.objective.trains_all_weights:
             raise ValueError(f'train: {self.objective.type} trains LoRAs alone; set train = "lora"')
 

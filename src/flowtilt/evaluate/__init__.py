@@ -17,6 +17,7 @@ from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.models.base import RoleModel
+from flowtilt.models.editing import sources_beside
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward
 from flowtilt.rewards.facts import ranges_of
@@ -47,6 +48,7 @@ class Evaluation:
         by_image: the captions' hash, lists of every image's prompt (its place), tag and score (none where it has none), and the
             score's range where it has one.
         samples: images [M, 3, H, W] for the report, with their prompts, scores and notes beside them.
+        sources: of edits, the source images of the samples.
     """
 
     column: str
@@ -59,6 +61,7 @@ class Evaluation:
     by_image: dict[str, str | list]
     samples: Tensor
     sample_rows: list[dict[str, object]]
+    sources: Tensor | None = None
 
 
 def each(prompts: Sequence[Prompt], copies: int) -> list[Row]:
@@ -94,11 +97,11 @@ def generate(
     drawing: RoleModel, role: str, prompts: Sequence[Prompt], rows: Sequence[Row], sampler: Sampler, seed: int, micro_batch: MicroBatch
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] of N rows."""
-    texts = [prompts[index].text for index, _ in rows]
-    keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") for text in texts]
+    drawn = [prompts[index] for index, _ in rows]
+    keys = [int.from_bytes(hashlib.sha256(prompt.key.encode()).digest()[:6], "big") for prompt in drawn]
     positions = [(key, copy) for key, (_, copy) in zip(keys, rows, strict=True)]
     start = noise(seed, "evaluate", positions, drawing.model.latent_shape).to(drawing.model.device)
-    conditioning = drawing.model.encode(texts)
+    conditioning = drawing.model.encode([prompt.caption for prompt in drawn])
     fresh = step_noise(seed, "evaluate", positions, drawing.model.latent_shape)
     latents = micro_batch.run_with_backoff("sample", lambda size: sampler(drawing, role, start, conditioning, size, fresh))
     return micro_batch.run_with_backoff("decode", lambda size: decode(drawing, latents, size))
@@ -132,7 +135,7 @@ def evaluate(
     parts: list[dict[str, Tensor]] = []
     notes: list[str] = []
     kept: dict[int, Tensor] = {}
-    drawing.model.encode.prepare(prompts[index].text for number in mine for index, _ in blocks[number])
+    drawing.model.encode.prepare(prompts[index].caption for number in mine for index, _ in blocks[number])
     for number in mine:
         pictures = generate(drawing, role, prompts, blocks[number], sampler, seed, micro_batch)
         scores, said = judge(rewards, pictures, [prompts[index] for index, _ in blocks[number]], drawing.model.device)
@@ -150,6 +153,7 @@ def evaluate(
     sample_records = [
         _sample_record(*row) for row in zip(row_prompts[:samples], columns[column][:samples].tolist(), notes[:samples], strict=True)
     ]
+    shown = _collected(kept, len(sample_records), world)
     return Evaluation(
         column,
         mean,
@@ -159,15 +163,16 @@ def evaluate(
         {name: count for name, values in columns.items() if (count := int(values.isnan().sum()))},
         images,
         _by_image(rows, row_prompts, columns[column], ranges_of(rewards).get(column, ())),
-        _collected(kept, len(sample_records), world),
+        shown,
         sample_records,
+        sources_beside(shown, row_prompts[:samples]) if len(shown) else None,
     )
 
 
 def _by_image(rows: Sequence[Row], prompts: Sequence[Prompt], scores: Tensor, span: Sequence[float]) -> dict[str, str | list]:
     """`Evaluation.by_image`."""
     return {
-        "captions": hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest(),
+        "captions": hashlib.sha256("\n".join(prompt.key for prompt in prompts).encode()).hexdigest(),
         "prompt": [index for index, _ in rows],
         "tag": [prompt.tag for prompt in prompts],
         "score": [None if math.isnan(score) else score for score in scores.tolist()],

@@ -18,9 +18,11 @@ from flowtilt.errors import UserError
 from flowtilt.evaluate import Row, each, spread
 from flowtilt.evaluate.folder import PromptSet, opened, run
 from flowtilt.io.environment import versions
+from flowtilt.io.files import digest
 from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.models.base import Model
 from flowtilt.models.cutting import notice_cut
+from flowtilt.models.editing import check_sources
 from flowtilt.models.opening import fingerprint, open_model
 from flowtilt.policy.tuned import Tuned, read_tuned
 from flowtilt.prompts import Prompt
@@ -98,6 +100,7 @@ def assess(
     rows = {name: each(members, images_per_prompt or 1) if images is None else spread(members, images) for name, members in loaded.items()}
     sets, dropped = _with_judges(loaded, rows, eval_rewards, left_out, say if world.rank == 0 else None)
     stack = added.on(open_model(settings, world.device, at_most=None if recipe else EVALUATED_AT))
+    check_sources(stack.model, [prompt for members in loaded.values() for prompt in members])
     notice_cut(stack.model, [prompt for members in loaded.values() for prompt in members])
     variants = ("tuned", "base") if compare_base else ("tuned",) if added else ("base",)
     seed = seed if seed is not None else recipe.seed if recipe else 0
@@ -183,7 +186,7 @@ def _prompt_protocol(loaded: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
 
 
 def _digest_of(prompts: Sequence[Prompt]) -> str:
-    text = json.dumps([[p.text, p.tag, dict(p.metadata)] for p in prompts], sort_keys=True)
+    text = json.dumps([[p.text, p.tag, dict(p.metadata), *([digest(Path(p.image))] if p.image else [])] for p in prompts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from flowtilt.device.micro_batch import MicroBatch
@@ -27,6 +28,7 @@ from flowtilt.io.locks import FILES as LOCKS
 from flowtilt.io.locks import HOLDER, Hold
 from flowtilt.io.run_folder import EvaluationFolder
 from flowtilt.models.base import RoleModel
+from flowtilt.models.editing import sources_beside
 from flowtilt.prompts import Prompt
 from flowtilt.report.evaluation import write_evaluation_page
 from flowtilt.rewards import Reward
@@ -175,7 +177,7 @@ def run(
     world.barrier()  # nobody writes before everybody has read
     mine = [todo[k] for k in world.share(len(todo))]
     total = sum(len(block.rows) for block in todo)
-    drawing.model.encode.prepare(block.of.prompts[index].text for block in mine for index, _ in block.rows)
+    drawing.model.encode.prepare(block.of.prompts[index].caption for block in mine for index, _ in block.rows)
     with progress(total, hidden=bool(world.rank)) as bar:
         for block in mine:
             images = generate(drawing, block.variant, block.of.prompts, block.rows, sampler, seed, micro_batch)
@@ -196,14 +198,11 @@ def _judge(folder: Path, block: Block, images: Tensor, world: World) -> None:
     one, rows = block.of, block.rows
     scores, notes = judge(one.rewards, images, [one.prompts[index] for index, _ in rows], world.device)
     pictures = to_pil(images)
+    sources = sources_beside(images, [one.prompts[index] for index, _ in rows])
+    beside = None if sources is None else to_pil(sources)
     for k, (index, copy) in enumerate(rows):
-        small = pictures[k].copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        pixel_art = max(small.size) <= 64
-        picture = f"{EvaluationFolder.pictures}/{one.name}/{block.variant}/{index:05d}-{copy:02d}.{'png' if pixel_art else 'jpg'}"
-        buffer = BytesIO()
-        small.save(buffer, "PNG") if pixel_art else small.save(buffer, "JPEG", quality=85)
-        _write(folder / picture, buffer.getvalue())
+        picture = _save_small(folder, f"{one.name}/{block.variant}/{index:05d}-{copy:02d}", pictures[k])
+        source = {"source": _save_small(folder, f"{one.name}/source/{index:05d}", beside[k])} if beside else {}
         values = {column: None if value[k].isnan() else float(value[k]) for column, value in scores.items()}
         prompt = one.prompts[index]
         record = {
@@ -216,9 +215,22 @@ def _judge(folder: Path, block: Block, images: Tensor, world: World) -> None:
             "scores": values,
             "note": notes[k],
             "picture": picture,
+            **source,
             **({"metadata": dict(prompt.metadata)} if prompt.metadata else {}),
         }
         append_line(folder / f"scores-{world.rank}.jsonl", record)
+
+
+def _save_small(folder: Path, name: str, picture: Picture) -> str:
+    """Keeps a picture for the report, and returns its name in the folder."""
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    pixel_art = max(small.size) <= 64
+    file = f"{EvaluationFolder.pictures}/{name}.{'png' if pixel_art else 'jpg'}"
+    buffer = BytesIO()
+    small.save(buffer, "PNG") if pixel_art else small.save(buffer, "JPEG", quality=85)
+    _write(folder / file, buffer.getvalue())
+    return file
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,6 +16,9 @@ def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) 
         for k, (image, row) in enumerate(zip(found.samples, found.sample_rows, strict=True)):
             row["file"] = f"{k:02d}.png"
             (temporary / f"{k:02d}.png").write_bytes(to_png(image))
+            if found.sources is not None:
+                row["source"] = f"{k:02d}-source.png"
+                (temporary / f"{k:02d}-source.png").write_bytes(to_png(found.sources[k]))
         write_json(SamplesFolder(temporary).index, found.sample_rows)
         SamplesFolder(temporary).scores.write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
     record = {

@@ -18,6 +18,7 @@ from flowtilt.io.files import disk_errors, write_atomic, write_lines
 from flowtilt.io.images import SHEET, sheet, to_pil
 from flowtilt.io.labelled import Captioned, labelled
 from flowtilt.models.cutting import notice_cut
+from flowtilt.models.editing import check_sources, sources_beside
 from flowtilt.models.opening import open_model
 from flowtilt.policy.tuned import read_tuned
 from flowtilt.prompts import Prompt
@@ -76,16 +77,20 @@ class SideBySide:
         self._stack = added.on(open_model(settings, device, at_most=None if recipe else EVALUATED_AT))
         self.roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), copies: int = 1, same_noise: bool = False) -> Images:
+    def images(
+        self, prompts: Sequence[str | Prompt], seeds: Sequence[int] = (0,), copies: int = 1, same_noise: bool = False
+    ) -> Images:
         """An image of each prompt for every role, seed and copy.
 
         Args:
             same_noise: start all prompts from one noise.
         """
         stack, model = self._stack, self._stack.model
-        notice_cut(model, [Prompt(text) for text in prompts])
+        wanted = [Prompt(one) if isinstance(one, str) else one for one in prompts]
+        check_sources(model, wanted)
+        notice_cut(model, wanted)
         places = [(0 if same_noise else k,) for k in range(len(prompts))]
-        given, found = model.encode(prompts), {}
+        given, found = model.encode([prompt.caption for prompt in wanted]), {}
         for seed, copy in itertools.product(seeds, range(copies)):
             purpose = f"sample {copy}" if copy else "sample"
             start = noise(seed, purpose, places, model.latent_shape).to(model.device)
@@ -104,6 +109,7 @@ def sample(
     copies: int = 1,
     same_noise: bool = False,
     save_each: Path | None = None,
+    images: Sequence[Path] = (),
     **options: Any,
 ) -> Path:
     """Samples each prompt with the base and the tuned model from the same noise, into one labelled picture; one image alone has no label.
@@ -112,6 +118,7 @@ def sample(
         output: PNG, JPEG or WebP, by the ending of its name; PNG without one.
         copies: images per prompt and seed.
         save_each: a folder for every image at its own size, with a table of their prompts that `flowtilt score --prompts` reads.
+        images: source images for a model that edits: one for all prompts, or one for each.
         options: of `SideBySide`.
 
     Raises:
@@ -119,8 +126,9 @@ def sample(
     """
     output = Path(output)
     kind = _format_of(output)
-    found = SideBySide(**options).images(prompts, seeds, copies, same_noise)
-    picture = contact_sheet(prompts, found)
+    wanted = _with_sources(prompts, images)
+    found = SideBySide(**options).images(wanted, seeds, copies, same_noise)
+    picture = contact_sheet(prompts, found, sources_beside(next(iter(found.values())), wanted))
     several = picture.size != next(iter(found.values())).shape[:-3:-1]  # or an enlarged one
     write_atomic(output, _encoded(picture, kind, output, f"{len(prompts)} x {len(found)}" if several else ""))
     if save_each:
@@ -128,9 +136,20 @@ def sample(
     return output
 
 
-def contact_sheet(prompts: Sequence[str], found: Images) -> Image.Image:
-    """All images, under their prompts: base and tuned side by side, or a row of each where there are several of a prompt."""
-    if len(found) == len(prompts) == 1:
+def _with_sources(texts: Sequence[str], images: Sequence[Path]) -> list[Prompt]:
+    """Prompts with their source images, if any."""
+    if len(images) not in (0, 1, len(texts)):
+        raise UserError(f"--image: {len(images)} source images for {len(texts)} prompts; give one for all, or one for each")
+    files = list(images) * (len(texts) if len(images) == 1 else 1)
+    return [Prompt(text, image=str(file)) for text, file in zip(texts, files, strict=True)] if files else list(map(Prompt, texts))
+
+
+def contact_sheet(prompts: Sequence[str], found: Images, sources: Tensor | None = None) -> Image.Image:
+    """All images, under their prompts: base and tuned side by side, or a row of each where there are several of a prompt.
+
+    The source image of an edit comes first.
+    """
+    if len(found) == len(prompts) == 1 and sources is None:
         return sheet(list(found.values()))
     seeds, copies = ({key[place] for key in found} for place in (1, 2))
     several = len(seeds) * len(copies) > 1
@@ -143,6 +162,8 @@ def contact_sheet(prompts: Sequence[str], found: Images) -> Image.Image:
         shots = {key: (label(*key), to_pil(images[k : k + 1])[0]) for key, images in found.items()}
         roles = dict.fromkeys(role for role, _, _ in found)
         rows = [[shot for key, shot in shots.items() if key[0] == role] for role in roles] if several else [list(shots.values())]
+        if sources is not None:
+            rows[0].insert(0, ("source", to_pil(sources[k : k + 1])[0]))
         blocks.append(Captioned(prompt, rows))
     return labelled(blocks)
 

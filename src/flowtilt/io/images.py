@@ -5,7 +5,7 @@ A tensor of images is float32 [N, 3, H, W] in [0, 1]; rounding to 8 bits is half
 
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -154,3 +154,31 @@ def read_image(source: Path | bytes) -> Tensor:
     except Exception as error:  # Pillow's decoders raise anything at all
         why = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise UserError(f"{where}: can't be read, it may be truncated: {why}") from None
+
+
+@lru_cache(maxsize=256)
+def read_square(file: str, side: int) -> Tensor:
+    """[3, side, side] in [0, 1], in 256 steps: the middle square of an image file, made larger or smaller; "" is grey.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    if not file:
+        return torch.full((3, side, side), 128 / 255)
+    (whole,) = to_pil(read_image(Path(file))[None])
+    least = min(whole.size)
+    left, top = (whole.width - least) // 2, (whole.height - least) // 2
+    square = whole.crop((left, top, left + least, top + least))
+    return from_pil(square.resize((side, side), Image.Resampling.LANCZOS))
+
+
+def check_image(file: str) -> None:
+    """Raises UserError where a file is missing or is no image; of its content only the head is read."""
+    try:
+        with Image.open(file, formats=_formats()):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except Exception as error:  # Pillow's decoders raise anything at all
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
+        raise UserError(f"{file}: not an image that can be read{why}; {', '.join(_formats()[:8])} and the like are") from None

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flowtilt.device.placement import on_device
 from flowtilt.errors import UserError
-from flowtilt.io.files import cache_folder, write_atomic
+from flowtilt.io.files import cache_folder, digest, write_atomic
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.prompts import Caption, Edit
 
 IN_MEMORY = 2 * 2**30
 """Bytes of embeddings kept in the computer's memory; the least recently used go first."""
 ON_DISK = 16 * 2**30
 """Bytes of embeddings kept on disk for each set of encoders; the oldest go first."""
+SOURCE = "source"
+"""The name, among what is read of an edit, of the source image's latents."""
+Read = Callable[[Any], Mapping[str, Tensor]]
+"""What the network reads of one caption, a text or an `Edit`: named tensors without a batch axis."""
 
 
 class Captions:
@@ -33,38 +39,69 @@ class Captions:
             a batch roundings would depend on which captions happened to be new together.
         encoders: modules that `encode` needs on `device`; those that are elsewhere come while they work.
         folder: where embeddings stay between runs; none keeps them in memory alone.
-        ragged: `encode` gives as many tokens as a caption has, along the first axis of every tensor.
+        ragged: `encode` gives as many tokens as a caption has, along the first axis of every tensor but `SOURCE`.
+        negative: captions are edits, and guidance leads away from this text with their source image; none has captions of text.
     """
 
     def __init__(
         self,
-        encode: Callable[[str], Mapping[str, Tensor]],
+        encode: Read,
         encoders: Sequence[nn.Module],
         device: torch.device,
         folder: Path | None = None,
         ragged: bool = False,
+        negative: str | None = None,
     ):
         self._encode, self._encoders, self._device, self._folder, self._ragged = encode, encoders, device, folder, ragged
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._negative = negative
+        self._kept: OrderedDict[Caption, dict[str, Tensor]] = OrderedDict()
 
-    def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """Conditioning of N captions."""
-        distinct = list(dict.fromkeys(texts))
-        found = self._find(distinct)
-        place = {text: k for k, text in enumerate(distinct)}
-        rows = torch.tensor([place[text] for text in texts], dtype=torch.long)
-        if not self._ragged:
-            return Conditioning({name: torch.stack([one[name] for one in found]).to(self._device) for name in found[0]}, rows)
-        lengths = torch.tensor([len(next(iter(one.values()))) for one in found])
-        padded = {name: pad_sequence([one[name] for one in found], batch_first=True).to(self._device) for name in found[0]}
-        return Conditioning(padded, rows, lengths)
+    @property
+    def blank(self) -> Caption:
+        """One that says nothing, for a pass whose result nobody sees."""
+        return "" if self._negative is None else Edit("", "")
 
-    def prepare(self, texts: Iterable[str]) -> None:
+    def __call__(self, captions: Sequence[Caption]) -> Conditioning:
+        """Conditioning of N captions.
+
+        Raises:
+            UserError: an edit for a model that takes no source image, or a caption without one for a model that edits.
+        """
+        found = self._conditioning(captions)
+        return found if self._negative is None else replace(found, away=self._conditioning(self._negatives(captions)))
+
+    def prepare(self, captions: Iterable[Caption]) -> None:
         """Encodes what is not known yet in one visit of the encoders, as far as memory or disk keep it."""
-        self._find(list(dict.fromkeys(texts)))
+        distinct = list(dict.fromkeys(captions))
+        self._find(list(dict.fromkeys([*distinct, *self._negatives(distinct)])))
+
+    def _negatives(self, captions: Iterable[Caption]) -> list[Caption]:
+        return [replace(one, text=self._negative) for one in captions if isinstance(one, Edit) and self._negative is not None]
+
+    def _conditioning(self, captions: Sequence[Caption]) -> Conditioning:
+        distinct = list(dict.fromkeys(captions))
+        found = self._find(distinct)
+        place = {caption: k for k, caption in enumerate(distinct)}
+        rows = torch.tensor([place[caption] for caption in captions], dtype=torch.long)
+        read = [{name: x for name, x in one.items() if name != SOURCE} for one in found]
+        sources = torch.stack([one[SOURCE] for one in found]).to(self._device) if SOURCE in found[0] else None
+        if not self._ragged:
+            stacked = {name: torch.stack([one[name] for one in read]).to(self._device) for name in read[0]}
+            return Conditioning(stacked, rows, None, sources)
+        lengths = torch.tensor([len(next(iter(one.values()))) for one in read])
+        padded = {name: pad_sequence([one[name] for one in read], batch_first=True).to(self._device) for name in read[0]}
+        return Conditioning(padded, rows, lengths, sources)
+
+    def _check(self, captions: Iterable[Caption]) -> None:
+        for one in captions:
+            if isinstance(one, Edit) and self._negative is None:
+                raise UserError(f'prompts {one.where or "given"}: "{one.text}" has a source image, but this model takes none')
+            if isinstance(one, str) and self._negative is not None:
+                raise UserError(f'prompts: "{one}" has no source image, which this model edits; give a prompt with an image')
 
     @torch.no_grad()
-    def _find(self, texts: list[str]) -> list[dict[str, Tensor]]:
+    def _find(self, texts: list[Caption]) -> list[dict[str, Tensor]]:
+        self._check(texts)
         found = {text: known for text in texts if (known := self._known(text)) is not None}
         new = [text for text in texts if text not in found]
         if new:
@@ -76,7 +113,7 @@ class Captions:
                 self._store({text: found[text] for text in new})
         return [found[text] for text in texts]
 
-    def _known(self, text: str) -> dict[str, Tensor] | None:
+    def _known(self, text: Caption) -> dict[str, Tensor] | None:
         if text not in self._kept and self._folder and (path := self._path(text)).is_file():
             try:
                 self._keep(text, load_file(path))
@@ -86,16 +123,17 @@ class Captions:
             self._kept.move_to_end(text)
         return self._kept.get(text)
 
-    def _keep(self, text: str, one: dict[str, Tensor]) -> None:
+    def _keep(self, text: Caption, one: dict[str, Tensor]) -> None:
         self._kept[text] = one
         while len(self._kept) > 1 and len(self._kept) * sum(x.nbytes for x in one.values()) > IN_MEMORY:
             self._kept.popitem(last=False)
 
-    def _path(self, text: str) -> Path:
+    def _path(self, text: Caption) -> Path:
         assert self._folder
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        said = text if isinstance(text, str) else f"{text.text}\0{digest(Path(text.image)) if text.image else ''}"
+        return self._folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
 
-    def _store(self, new: Mapping[str, dict[str, Tensor]]) -> None:
+    def _store(self, new: Mapping[Caption, dict[str, Tensor]]) -> None:
         assert self._folder
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -118,25 +156,27 @@ class Captions:
 
 def captions_of(
     pipeline: Any,
-    encode: Callable[[str], Mapping[str, Tensor]],
+    encode: Read,
     device: torch.device,
     offload: bool,
     *said: object,
     ragged: bool = False,
+    negative: str | None = None,
 ) -> Captions:
     """The captions of a diffusers pipeline, whose encoders are called text_encoder, text_encoder_2, …
 
     Args:
         offload: keep embeddings on disk, since the encoders are not at hand.
         said: what else decides an embedding.
-        ragged: see `Captions`.
+        ragged, negative: see `Captions`.
     """
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
     if not offload:
-        return Captions(encode, encoders, device, ragged=ragged)
+        return Captions(encode, encoders, device, ragged=ragged, negative=negative)
     tokenizers = [_tokenizer(one) for name, one in pipeline.components.items() if name.startswith("tokenizer") and one is not None]
-    name = _fingerprint(encoders, device.type, torch.__version__, *said, *tokenizers)
-    return Captions(encode, encoders, device, cache_folder("FLOWTILT_CAPTIONS", "captions") / name, ragged)
+    eyes = [] if negative is None else [pipeline.vae]  # which encodes the source images
+    name = _fingerprint([*encoders, *eyes], device.type, torch.__version__, *said, *tokenizers)
+    return Captions(encode, encoders, device, cache_folder("FLOWTILT_CAPTIONS", "captions") / name, ragged, negative)
 
 
 def _tokenizer(tokenizer: Any) -> str:

@@ -10,18 +10,21 @@ from flowtilt.models.base import Model
 
 
 @torch.no_grad()
-def encode_images(model: Model, images: Tensor) -> Tensor:
+def encode_images(model: Model, images: Tensor, *, checked: bool = True) -> Tensor:
     """Latents [N, *model.latent_shape] fp32 of images [N, 3, H, W] in [0, 1], as the network has them; the inverse of `model.decode`.
 
     (mode - shift_factor) scaling_factor, with the mode of the VAE's posterior: nothing is drawn. A family whose latents are made in
     another way brings a method `encode_images(images)`.
+
+    Args:
+        checked: they must be of the size that the network samples.
 
     Raises:
         UserError: the VAE encodes no images, or gives latents of another shape.
     """
     own = getattr(model, "encode_images", None)
     latents = own(images) if own else _encode(model.pipeline.vae, images)
-    if latents.shape[1:] != torch.Size(model.latent_shape):
+    if checked and latents.shape[1:] != torch.Size(model.latent_shape):
         raise UserError(
             f"model: the VAE makes latents {list(latents.shape[1:])} of images {list(images.shape[1:])}, but the network reads "
             f"{list(model.latent_shape)}; its adapter needs a method encode_images"

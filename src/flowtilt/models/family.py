@@ -17,6 +17,7 @@ from flowtilt.models.captions import captions_of
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.guidance import linear
 from flowtilt.models.levels import levels_of, mu_by_tokens
+from flowtilt.prompts import Caption
 
 ATTENTION: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 """Ends of the names of an attention's projections."""
@@ -57,6 +58,12 @@ class Family:
     """Whether the stock pipeline has classifier-free guidance."""
     negated: ClassVar[bool] = False
     """Whether the network predicts data minus noise."""
+    edits: ClassVar[bool] = False
+    """Whether a caption comes with a source image; see `models.editing`."""
+    several_passes: ClassVar[bool] = False
+    """Whether a batch of unlike captions passes the network several times, which ranks that share its weights can't do in step."""
+    one_by_one: ClassVar[bool] = False
+    """Whether the stock pipeline has to be called with one prompt at a time, for images that depend on no other prompt."""
 
     def __init__(self, pipeline: Any, *, resolution: int | None = None, text_length: int | None = None, offload: bool = False):
         self.pipeline = pipeline
@@ -75,7 +82,8 @@ class Family:
         self.side = self.resolution // self.scale
         self.latent_shape: tuple[int, ...] = self.shape_of_latents()
         self.levels = levels_of(pipeline.scheduler.config, self.mu)
-        self.encode = captions_of(pipeline, self.read, self.device, offload, *self._said(), ragged=self.ragged)
+        negative = self.negative if self.edits else None
+        self.encode = captions_of(pipeline, self._read, self.device, offload, *self._said(), ragged=self.ragged, negative=negative)
         self.protocol: Mapping[str, object] = {**self.levels.protocol(), "resolution": self.resolution, "text_length": self.text_length}
         self.offload = offload
         self.prepare()
@@ -83,6 +91,9 @@ class Family:
     def _said(self) -> tuple[object, ...]:
         """What decides an embedding besides the encoders."""
         return type(self).__name__, self.text_length, str(self.dtype)
+
+    def _read(self, caption: Caption) -> Mapping[str, Tensor]:
+        return self.read(str(caption))
 
     # what a family must have ------------------------------------------------------------------------------
 

@@ -22,11 +22,11 @@ def rescaled(v: Tensor, free: Tensor, guidance: float) -> Tensor:
 def guided(drawing: RoleModel, role: str, given: Conditioning, negative: Conditioning | None, guidance: float) -> Velocity:
     """The velocity guided away from the `negative` caption by the family's rule, as a function of x [N, ...] and sigma [] or [N].
 
-    Without `negative` it is the plain one.
+    Without `negative` it is the plain one. An edit is guided away from its own `given.away`.
     """
     if negative is None:
         return lambda x, sigma: drawing.velocity(role, x, sigma, given)
-    both = given.join(negative.select(torch.zeros(len(given), dtype=torch.long)))
+    both = given.join(negative.select(torch.zeros(len(given), dtype=torch.long)) if given.away is None else given.away)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v, free = drawing.velocity(role, torch.cat([x, x]), sigma.expand(len(x)).repeat(2), both).chunk(2)

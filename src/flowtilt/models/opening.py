@@ -25,6 +25,7 @@ from flowtilt.lora.find import first_in
 from flowtilt.models.base import Model
 from flowtilt.models.family import Family
 from flowtilt.models.fused_norm import fuse_norms
+from flowtilt.models.quantized import quantize
 from flowtilt.models.sharded import shard
 
 FAMILIES = {
@@ -37,6 +38,10 @@ FAMILIES = {
     "ChromaPipeline": "chroma:Chroma",
     "AuraFlowPipeline": "aura_flow:AuraFlow",
     "QwenImagePipeline": "qwen_image:QwenImage",
+    "QwenImage21Pipeline": "qwen_image_21:QwenImage21",
+    "QwenImageEditPipeline": "qwen_image_edit:QwenImageEdit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit:QwenImageEditPlus",
+    "FluxKontextPipeline": "kontext:Kontext",
     "ZImagePipeline": "z_image:ZImage",
 }
 """Module and class of each family by its pipeline's class."""
@@ -55,7 +60,12 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     """
     offload = should_offload(settings.offload, device)
     pipeline = load_pipeline(
-        settings.path, revision=settings.revision, dtype=settings.dtype, device=device, offload=offload, sharded=sharded
+        settings.path,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=device,
+        offload=offload,
+        elsewhere=sharded or settings.quantize is not None,
     )
     model = adapted(settings, pipeline, offload)
     if at_most and settings.resolution is None and model.resolution > at_most:
@@ -64,6 +74,10 @@ def open_model(settings: ModelSettings, device: torch.device, sharded: bool = Fa
     if sharded:
         shard(model, device)
         model = adapted(settings, pipeline, offload)  # once more: an adapter takes its device from the network
+    if settings.quantize:
+        quantize(model, settings.quantize, device)
+        told, model = model.protocol, adapted(settings, pipeline, offload)
+        model.protocol = told
     if settings.levels == "stock":
         model.levels = model.levels.stock()
         model.protocol = {**model.protocol, **model.levels.protocol()}
@@ -126,7 +140,7 @@ def _family(settings: ModelSettings, pipeline: Any) -> Any:
 
 
 def load_pipeline(
-    path: str, *, revision: str | None, dtype: str, device: torch.device, offload: bool = False, sharded: bool = False
+    path: str, *, revision: str | None, dtype: str, device: torch.device, offload: bool = False, elsewhere: bool = False
 ) -> Any:
     """Loads a folder or hub id; "playground" is the pipeline inside the package.
 
@@ -136,7 +150,7 @@ def load_pipeline(
     Args:
         dtype: of the other modules; "auto" is bfloat16 on a GPU and float32 on a CPU.
         offload: text encoders stay in the computer's memory, off the device.
-        sharded: so does the network, for `sharding.shard`.
+        elsewhere: so does the network, which is sharded or quantised on its way to the device.
 
     Raises:
         UserError: nothing can be loaded from there.
@@ -166,7 +180,7 @@ def load_pipeline(
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-            if not (offload and name.startswith("text_encoder")) and not (sharded and name == "transformer"):
+            if not (offload and name.startswith("text_encoder")) and not (elsewhere and name == "transformer"):
                 module.to(device)
     return pipeline
 

@@ -22,7 +22,12 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images [N, 3, H, W] fp32 in [0, 1] of latents as the VAE takes them; of a VAE of videos, the first frame."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     images = images[:, :, 0] if images.ndim == 5 else images
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+    return on_white((images.float() / 2 + 0.5).clamp(0, 1))
+
+
+def on_white(images: Tensor) -> Tensor:
+    """[N, 3, H, W] of images in [0, 1], a fourth channel being their opacity."""
+    return images if images.shape[1] == 3 else images[:, 3:] * images[:, :3] + (1 - images[:, 3:])
 
 
 def check_resolution(size: int, multiple: int, largest: int | None = None) -> int:

@@ -46,6 +46,10 @@ class QwenImage(Packed):
         """A video of one frame, by the VAE's own mean and deviation of each channel."""
         return by_statistics(self.pipeline.vae, latents)[:, :, None]
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [N, C, h, w] of images [N, 3, H, W] in [0, 1]: the mode of the VAE's posterior, by its mean and deviation."""
+        return normalised(self.pipeline.vae, images)
+
     def call_options(self, guidance: float) -> Mapping[str, object]:
         """See `Model.call_options`: the pipeline's classifier-free guidance is its `true_cfg_scale`."""
         size = {"height": self.resolution, "width": self.resolution, "max_sequence_length": self.text_length}
@@ -54,6 +58,17 @@ class QwenImage(Packed):
 
 def by_statistics(vae: Any, latents: Tensor) -> Tensor:
     """Latents [N, C, h, w] times the VAE's `latents_std` plus its `latents_mean`, channel by channel."""
-    config = vae.config
-    mean, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    mean, std = _statistics(vae, latents.device)
     return latents * std + mean
+
+
+def normalised(vae: Any, images: Tensor) -> Tensor:
+    """The inverse: the mode of the posterior of images [N, C, H, W] in [0, 1] as videos of one frame, minus mean, by deviation."""
+    latents = vae.encode((2 * images - 1).to(vae.device, vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0].float()
+    mean, std = _statistics(vae, latents.device)
+    return (latents - mean) / std
+
+
+def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std

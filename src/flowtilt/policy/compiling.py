@@ -55,7 +55,7 @@ def _try(policy: Policy) -> None:
     model = policy.model
     x = torch.randn(2, *model.latent_shape, generator=generator(0, "compile")).to(model.device)
     t = torch.full((2,), 0.5, device=model.device)
-    given = model.encode(["", ""])
+    given = model.encode([model.encode.blank] * 2)
     policy.velocity("current", x, t, given).square().mean().backward()
     with torch.no_grad():
         for role in ("old", "reference", "teacher"):

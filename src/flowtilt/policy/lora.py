@@ -21,11 +21,17 @@ from flowtilt.io.tensors import settle
 from flowtilt.lora import Lora, join
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.quantized import is_quantized
 from flowtilt.policy.roles import ROLES, Policy
 from flowtilt.seeding import generator
 
 _SLOT = "current"
 """PEFT's one adapter. Its parameters are the trained ones; other roles take their place in a forward."""
+
+
+def is_mergeable(model: Model) -> bool:
+    """Whether LoRAs can be merged into the network's weights exactly: they are fp32, and not quantised."""
+    return next(model.network.parameters()).dtype == torch.float32 and not is_quantized(model)
 
 
 class LoraPolicy(Policy):
@@ -35,7 +41,7 @@ class LoraPolicy(Policy):
         model: its network gets an adapter.
         rank, alpha: of LoRA; A starts normal with std 1/rank, B at zero, so every role starts as the reference.
         seed: of A.
-        merge: forward by merged weights; none chooses them for an fp32 base.
+        merge: forward by merged weights; none chooses them for an fp32 base that is not quantised.
         below: frozen LoRAs beneath the trained one; the reference is the base with them.
 
     Raises:
@@ -44,7 +50,7 @@ class LoraPolicy(Policy):
 
     def __init__(self, model: Model, *, rank: int, alpha: float, seed: int, merge: bool | None = None, base_loras: Sequence[Lora] = ()):
         super().__init__(model)
-        self.merge = next(model.network.parameters()).dtype == torch.float32 if merge is None else merge
+        self.merge = is_mergeable(model) if merge is None else merge
         network: Any = model.network  # a diffusers model, whose adapters PEFT manages
         settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha}  # PEFT types alpha as an int and computes with any number
         self.config = LoraConfig(**settings, init_lora_weights="gaussian", target_modules=list(model.lora_targets))
@@ -167,7 +173,8 @@ class LoraPolicy(Policy):
         if parts:
             a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
         else:
-            a, b = base.new_zeros(1, base.shape[1]), base.new_zeros(len(base), 1)
+            empty = torch.zeros((), dtype=base.dtype, device=base.device)
+            a, b = empty.expand(1, base.shape[1]), empty.expand(base.shape[0], 1)
         return {f"{name}.lora_A.{_SLOT}.weight": a.to(base.dtype), f"{name}.lora_B.{_SLOT}.weight": b.to(base.dtype)}
 
     def _share_base(self, role: str, other: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.lora import Lora
 from flowtilt.models.base import Model
@@ -31,6 +32,9 @@ class Policy(ABC):
         model: its network has the base's weights.
     """
 
+    in_parts = False
+    """Whether each rank holds a part of the trained weights; see `spread`."""
+
     def __init__(self, model: Model):
         self.model = model
         self._weights: dict[str, dict[str, Tensor]] = {}
@@ -46,8 +50,8 @@ class Policy(ABC):
         """Network evaluations so far: samples times forwards, a backward counting as two."""
         self.recomputes = False
         """Whether activations are computed anew in the backward pass: slower, in less memory, to the same bits."""
-        self.around_forward: Callable[[bool, Callable[[], Tensor]], Tensor] = lambda needs_grad, forward: forward()
-        """Around every forward, told whether it is recorded for a backward; see `sharding`."""
+        self.around_forward: Callable[[bool, str, Callable[[], Tensor]], Tensor] = lambda needs_grad, role, forward: forward()
+        """Around every forward, with whether it is recorded for a backward, and its role; see `lockstep`."""
 
     @abstractmethod
     def knows(self) -> tuple[str, ...]:
@@ -111,7 +115,7 @@ class Policy(ABC):
         """v [N, ...] of a role, "reference" and "teacher" too; a gradient reaches the weights of a trained one where it is recorded."""
         needs_grad = torch.is_grad_enabled() and role in self._trained
         self.evaluations += len(x_t) * (3 if needs_grad else 1)
-        return self.around_forward(needs_grad, lambda: self.forward(role, x_t, t, conditioning))
+        return self.around_forward(needs_grad, role, lambda: self.forward(role, x_t, t, conditioning))
 
     def forward(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As `velocity`, neither counted nor in turn."""
@@ -172,6 +176,32 @@ class Policy(ABC):
         else:
             torch._foreach_lerp_(kept, self.parameters, 1 - decay)
             self._version[role] = self._tick()
+
+    def join_gradients(self, weights: Sequence[Tensor], others: Sequence[Tensor], world: World) -> None:
+        """Adds the gradients of a role's weights up over the ranks, and `others` with them, in one message."""
+        world.sum_([*(weight.grad for weight in weights if weight.grad is not None), *others])
+
+    def gradient_norm(self, weights: Sequence[Tensor], world: World) -> Tensor:
+        """The norm of the whole gradient, which `join_gradients` has joined."""
+        return torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+
+    def before_backward(self) -> None:  # noqa: B027
+        """Called on every rank before a backward pass begins; most have nothing to do."""
+
+    def help_backward(self, v: Tensor) -> None:
+        """Takes part in another rank's backward pass: gives gradients of zero, of which .grad does not hear."""
+        torch.autograd.grad(v, self.parameters, torch.zeros_like(v), allow_unused=True)
+
+    def joined(self, index: int, part: Tensor) -> Tensor:
+        """A tensor of the shape of the trained weight number `index`, whole on the CPU; `part` is what this rank holds of it."""
+        return part.detach().cpu()
+
+    def part(self, index: int, whole: Tensor) -> Tensor:
+        """The inverse: what this rank holds of it."""
+        return whole
+
+    def collect(self, role: str) -> None:  # noqa: B027
+        """Called on every rank before the first one saves a role; most have nothing to do."""
 
     def changed(self, role: str = "current") -> None:
         """To be called after each optimizer step on a role's weights."""

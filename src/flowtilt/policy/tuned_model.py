@@ -13,6 +13,7 @@ from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.quantized import is_quantized
 from flowtilt.policy.whole import read_weights
 
 
@@ -41,7 +42,7 @@ class TunedModel:
         self._layers: dict[str, Any] = {}  # PEFT types its layers as bare modules
         if whole:
             self._weights = _read_whole(model, whole)
-        elif model.network.dtype == torch.float32:
+        elif model.network.dtype == torch.float32 and not is_quantized(model):
             self._weights = self._merged(loras)
         elif loras:
             self._layers = self._adapted(join(loras))

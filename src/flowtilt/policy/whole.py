@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flowtilt.errors import UserError
 from flowtilt.io.tensors import save_file
@@ -33,7 +34,7 @@ class WholePolicy(Policy):
 
     def __init__(self, model: Model):
         super().__init__(model)
-        own = {name: weight for name, weight in model.network.named_parameters() if weight.is_floating_point()}
+        own = {name: held(weight) for name, weight in model.network.named_parameters() if weight.is_floating_point()}
         self._dtypes: dict[str, torch.dtype] = {name: weight.dtype for name, weight in own.items()}
         for role in ROLES:
             self._weights[role] = {
@@ -52,6 +53,10 @@ class WholePolicy(Policy):
     def _made(self, role: str) -> dict[str, Tensor]:
         return {name: weight.to(self._dtypes[name]) for name, weight in self._weights[role].items()}
 
+    def whole(self, role: str) -> dict[str, Tensor]:
+        """A role's weights in the base's precision, by name."""
+        return self._made(role)
+
     def save(self, folder: str, role: str = "ema") -> None:
         """Writes a network's folder, as `from_pretrained` of its class reads it: config.json and the weights in the base's precision."""
         place, network = Path(folder), self.model.network
@@ -59,8 +64,13 @@ class WholePolicy(Policy):
         config = {key: value for key, value in json.loads(network.to_json_string()).items() if key != "_name_or_path"}
         (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         with torch.no_grad():
-            tensors = network.state_dict() | self._made(role)
+            tensors = network.state_dict() | self.whole(role)
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, place / WEIGHTS, {"format": "pt"})
+
+
+def held(weight: Tensor) -> Tensor:
+    """What this process holds of a weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def read_weights(file: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

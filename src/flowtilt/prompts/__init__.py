@@ -9,10 +9,10 @@ import torch
 
 from flowtilt.errors import UserError
 from flowtilt.prompts.files import load_prompts
-from flowtilt.prompts.prompt import Prompt
+from flowtilt.prompts.prompt import Caption, Edit, Prompt
 from flowtilt.seeding import generator
 
-__all__ = ["Prompt", "PromptWalk", "load_prompts"]
+__all__ = ["Caption", "Edit", "Prompt", "PromptWalk", "load_prompts"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ The suffix names the format. Each reader yields prompts in the file's order, eac
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from flowtilt.prompts.tables import Row, read_rows
 CAPTIONS = ("prompt", "caption", "prompts", "text")
 """Columns of a table, or keys of its first JSON object, that may hold the caption, the first that it has. DrawBench's is "Prompts"."""
 TAGS = ("tag", "category")
+IMAGE = "image"
+"""The column or key with the source image of an edit."""
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
 """What may part the cells of a table, by suffix; the first with which the header has a caption. Excel writes semicolons and tabs, too."""
 
@@ -30,8 +34,9 @@ def load_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
     - .csv, .tsv: a table with a header; see `CAPTIONS` and `TAGS`.
     - anything else: text, one caption per line.
 
-    All that is neither caption nor tag becomes metadata. Blank lines are skipped, surrounding spaces and invisible characters
-    removed. A caption that occurs again is left out with everything beside it: images are grouped by their caption.
+    All that is neither caption nor tag becomes metadata. A column or key "image" names the source image of an edit, relative to
+    the file. Blank lines are skipped, surrounding spaces and invisible characters removed. A caption that occurs again, of an edit
+    with the same image, is left out with everything beside it: images are grouped by their caption.
 
     Args:
         quiet: do not log what was left out.
@@ -40,11 +45,26 @@ def load_prompts(path: str | Path, *, quiet: bool = False) -> list[Prompt]:
         UserError: the file is missing, empty, not text, or a line of it has no caption; names the line.
     """
     found: dict[str, Prompt] = {}
-    prompts = read_prompts(path, quiet=quiet)
-    repeated = [prompt for prompt in prompts if found.setdefault(prompt.text, prompt) is not prompt]
+    folder = os.path.dirname(os.path.abspath(path))
+    prompts = [_with_source(prompt, folder) for prompt in read_prompts(path, quiet=quiet)]
+    repeated = [prompt for prompt in prompts if found.setdefault(prompt.key, prompt) is not prompt]
     if repeated and not quiet:
         notice(f"prompts {path}: {len(repeated)} of {len(prompts)} captions repeat an earlier one and are left out, {_first(repeated)}")
     return list(found.values())
+
+
+def _with_source(prompt: Prompt, folder: str) -> Prompt:
+    """The prompt with the file of its source image, where its line names one.
+
+    Raises:
+        UserError: it is no name of a file.
+    """
+    name = next((value for key, value in prompt.metadata.items() if key.lower() == IMAGE), None)
+    if name in (None, ""):
+        return prompt
+    if not isinstance(name, str) or "\0" in name:
+        raise UserError(f'prompts {prompt.where}: "{IMAGE}" must be the name of an image file, not {json.dumps(name)[:80]}')
+    return replace(prompt, image=os.path.join(folder, name.strip()))
 
 
 def read_prompts(path: str | Path, *, quiet: bool = False, caption: str | None = None) -> list[Prompt]:

@@ -136,7 +136,7 @@ def load(source: str | Path) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     for file, path in zip(SETS[text].sources, download(text), strict=True):
         for prompt in load_prompts(path, quiet=True):  # what is published is as it is
-            found.setdefault(prompt.text, replace(prompt, tag=file.tag) if file.tag else prompt)
+            found.setdefault(prompt.key, replace(prompt, tag=file.tag) if file.tag else prompt)
     return list(found.values())
 
 

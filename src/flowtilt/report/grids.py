@@ -31,20 +31,31 @@ def sample_grid(run: Run) -> str:
         return none_yet("No samples yet: the first are kept with the first evaluation.")
     steps = _evenly(list(run.samples), MOST_COLUMNS)
     named = zip(steps, _column_names(steps, run.finished), strict=True)
-    return sample_cards([Column(name, run.samples[step], f"at {name}" if name.startswith("rollout") else name) for step, name in named])
+    columns = [Column(name, run.samples[step], f"at {name}" if name.startswith("rollout") else name) for step, name in named]
+    return sample_cards(columns)
+
+
+def _sources(samples: Sequence[Sample], rows: Sequence[int]) -> dict[int, Embedded | None]:
+    """The source images of edits, by row."""
+    found = {row: samples[row].source for row in rows if row < len(samples)}
+    return {row: embed(path) for row, path in found.items() if path}
 
 
 def sample_cards(columns: Sequence[Column]) -> str:
-    """One card a prompt, with an image of each column; what is of another prompt than the first in its place is left out."""
+    """One card a prompt, with an image of each column; what is of another prompt than the first in its place is left out.
+
+    The source image of an edit comes first.
+    """
     judged = _is_judged(columns)
     length = max(len(column.samples) for column in columns)
     shown = _evenly(list(range(length)), MOST_ROWS)
     images = {(k, row): embed(c.samples[row].path) for k, c in enumerate(columns) for row in shown if row < len(c.samples)}
-    large = any(image is not None and not image.is_pixel_art for image in images.values())
+    sources = _sources(columns[0].samples, shown)
+    large = any(image is not None and not image.is_pixel_art for image in (*images.values(), *sources.values()))
     cards = []
     for row in shown:
         first = next(column.samples[row] for column in columns if row < len(column.samples))
-        shots = []
+        shots = [_source(first, sources[row])] if row in sources else []
         for k, column in enumerate(columns):
             sample = column.samples[row] if row < len(column.samples) else None
             # another prompt in this place would be compared with what it has nothing to do with
@@ -53,7 +64,8 @@ def sample_cards(columns: Sequence[Column]) -> str:
         cards.append(_card(first, shots, large))
     left_out = f"<p>{len(shown)} of {length} prompts are shown, evenly chosen.</p>" if len(shown) < length else ""
     look = "cards large" if large else "cards"
-    return f'{_tally(columns) if judged else ""}{left_out}<div class="{look}" style="--columns:{len(columns)}">{"".join(cards)}</div>'
+    width = len(columns) + bool(sources)
+    return f'{_tally(columns) if judged else ""}{left_out}<div class="{look}" style="--columns:{width}">{"".join(cards)}</div>'
 
 
 def _evenly(values: list[int], most: int) -> list[int]:
@@ -102,11 +114,20 @@ def _shot(column: Column, sample: Sample | None, image: Embedded | None, judged:
     if sample is None or image is None:
         picture = '<div class="missing">no image</div>'
     else:
-        look = "pixels" if image.is_pixel_art else "photo"
-        alt = escape(f"{sample.prompt}, {column.name}{said}")
-        picture = f'<img class="{look}" src="{image.url}" width="{image.width}" height="{image.height}" alt="{alt}">'
+        picture = _picture(image, f"{sample.prompt}, {column.name}{said}")
     look, name = f"shot {column.tone}".rstrip(), escape(column.name)
     return f'<div class="{look}">{picture}<p><span class="when" title="{name}">{name}</span>{verdict}</p></div>'
+
+
+def _source(sample: Sample, image: Embedded | None) -> str:
+    """The source image of an edit."""
+    picture = '<div class="missing">no image</div>' if image is None else _picture(image, f"{sample.prompt}, source image")
+    return f'<div class="shot">{picture}<p><span class="when">source</span></p></div>'
+
+
+def _picture(image: Embedded, alt: str) -> str:
+    look = "pixels" if image.is_pixel_art else "photo"
+    return f'<img class="{look}" src="{image.url}" width="{image.width}" height="{image.height}" alt="{escape(alt)}">'
 
 
 def _verdict(sample: Sample | None, judged: bool) -> tuple[str, str]:

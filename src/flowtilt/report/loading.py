@@ -27,6 +27,7 @@ class Sample:
     tag: str
     score: float  # NaN where there is none
     note: str
+    source: Path | None = None  # the source image of an edit
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,12 @@ def _samples(reader: Reader) -> dict[int, list[Sample]]:
 
 def _sample(folder: Path, entry: Record) -> Sample:
     # only the name: an index must not make the report embed files from elsewhere
-    name = Path(str(entry.get("file") or "missing")).name
+    name, source = (Path(str(entry.get(key) or "")).name for key in ("file", "source"))
     return Sample(
-        folder / name, str(entry.get("prompt", "")), str(entry.get("tag") or ""), number(entry, "score"), str(entry.get("note") or "")
+        folder / (name or "missing"),
+        str(entry.get("prompt", "")),
+        str(entry.get("tag") or ""),
+        number(entry, "score"),
+        str(entry.get("note") or ""),
+        folder / source if source else None,
     )

@@ -6,6 +6,7 @@
 may say of itself: `rewards.facts`. A class is built once, as `Class(device=..., **options)`, and its instance is called like a
 function. It may have `applies(prompt) -> str`, why a prompt can't be judged, or "" where it can. A class whose models may leave
 the device between two calls names them in `modules`, a tuple of torch.nn.Module; each call computes where they are at that moment.
+A reward with a parameter `sources` is also given the source images [N, 3, H, W] of edits, cut to a square of the images' size.
 NaN means "has no score for this image". An exception is an error of the run, never a score of 0.
 A reward that is not flowtilt's own gets copies of the images and prompts, and `io.containment.contained` runs it.
 """

@@ -17,7 +17,7 @@ from flowtilt.io import user_code as sources
 from flowtilt.io.containment import contained
 from flowtilt.io.user_errors import HINT, describe_error, is_fault
 from flowtilt.rewards.about import built_in
-from flowtilt.rewards.scoring import Reward
+from flowtilt.rewards.scoring import Reward, sees_sources
 
 CALL = "want a function of images and prompts, as in `def mine(images, prompts)`, or a class whose instances are called so"
 
@@ -116,7 +116,7 @@ def _check_call(name: str, reward: Any) -> None:
     except (TypeError, ValueError):
         return
     try:
-        signature.bind(None, None)
+        signature.bind(None, None, **({"sources": None} if sees_sources(reward) else {}))
     except TypeError:
         raise UserError(f"rewards.{name}: takes {signature}, but is called with images and prompts; {CALL}") from None
 
@@ -154,7 +154,7 @@ def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     # what it is given anyway: one of a server has its address and what that calls it
-    given = {"device", *(("url", "reward") if "reward" in parameters else ()), *(("name",) if sources.is_ours(found) else ())}
+    given = {"device", "sources", *(("url", "reward") if "reward" in parameters else ()), *(("name",) if sources.is_ours(found) else ())}
     known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in given]
     for key in options:
         if key not in known:

@@ -1,5 +1,6 @@
 """Calling rewards: images and prompts in, checked scores out."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from flowtilt.errors import UserError
 from flowtilt.io import user_code as sources
 from flowtilt.io.containment import contained
+from flowtilt.io.images import read_square
 from flowtilt.io.user_errors import HINT, describe_error, hint, is_fault
 from flowtilt.prompts import Prompt
 from flowtilt.rewards.serving.answers import checked, details_of, notes_of, seed_of
@@ -28,7 +30,32 @@ class RewardOutput:
     details: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Reward = Callable[[Tensor, list[Prompt]], Tensor | RewardOutput]
+Reward = Callable[..., Tensor | RewardOutput]
+"""Called with images [N, 3, H, W] and N prompts; one that has a parameter `sources` also with the source images [N, 3, H, W]."""
+
+
+def sees_sources(reward: Reward) -> bool:
+    """Whether a reward compares an image with the source image of its edit: it has a parameter `sources`."""
+    try:
+        return "sources" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def sources_of(name: str, prompts: Sequence[Prompt], like: Tensor) -> Tensor:
+    """The source images of N prompts, of the size and on the device of images [N, 3, H, W].
+
+    Raises:
+        UserError: a prompt has none, or its file can't be read.
+    """
+    for prompt in prompts:
+        if not prompt.image:
+            where = f"prompts {prompt.where}" if prompt.where else f'prompt "{prompt.text}"'
+            raise UserError(f'reward {name}: reads source images, but {where} has none; name it in a column "image"')
+    try:
+        return torch.stack([read_square(prompt.image, like.shape[-1]) for prompt in prompts]).to(like.device)
+    except UserError as error:
+        raise UserError(f"reward {name}: source image {error}") from None
 
 
 def modules_of(reward: Reward) -> tuple[nn.Module, ...]:
@@ -115,10 +142,11 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
     sums = images.flatten(1).sum(1).cpu()
     broken = ~sums.isfinite()
     for name, reward in rewards.items():
+        seen = {"sources": sources_of(name, prompts, images)} if sees_sources(reward) else {}
         try:
             with contained(f"reward {name}", seed=seed_of(name, prompts, sums), path=sources.search_path(reward), slow=f"reward {name}"):
                 ours = sources.is_ours(reward)
-                output = reward(images if ours else images.clone(), [prompt if ours else prompt.copy() for prompt in prompts])
+                output = reward(images if ours else images.clone(), [prompt if ours else prompt.copy() for prompt in prompts], **seen)
         except BaseException as error:
             if not is_fault(error):
                 raise

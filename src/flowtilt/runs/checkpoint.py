@@ -154,7 +154,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's averages and counters as flat tensors, "index.name"."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value.detach().cpu() for index, values in state.items() for name, value in values.items()}
+    return {f"{index}.{name}": value.detach() for index, values in state.items() for name, value in values.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """One AdamW and the weights it moves: gradients of all ranks joined, clipped, one step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,12 +44,13 @@ class RoleOptimizer:
 
         A gradient that is not finite is left out: it would end in every weight.
         """
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         with phases("sync"):
-            self.world.sum_([*gradients, *sums.values()])
+            self._policy.join_gradients(self.weights, list(sums.values()), self.world)
+            total = self._policy.gradient_norm(self.weights, self.world)
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.weights, self._settings.clip))
+        torch.nn.utils.clip_grads_with_norm_(self.weights, self._settings.clip, total)
+        norm = float(total)
         if norm < float("inf"):  # false for NaN too
             self._optimizer.step()
             self._policy.changed(self._role)
@@ -64,9 +65,15 @@ class RoleOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """What AdamW remembers, for a checkpoint."""
-        return checkpoint.optimizer_tensors(self._optimizer)
+        return {key: self._resized(key, value, self._policy.joined) for key, value in checkpoint.optimizer_tensors(self._optimizer).items()}
+
+    @staticmethod
+    def _resized(key: str, value: Tensor, change: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """An entry of the optimizer's, changed as a weight is where it is one of a weight's shape; a count of steps is not."""
+        return change(int(key.partition(".")[0]), value) if value.ndim else value
 
     def load(self, count: int, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what was saved."""
         self.count = count
-        checkpoint.load_optimizer(self._optimizer, tensors)
+        own = {key: self._resized(key, value, self._policy.part) for key, value in tensors.items()}
+        checkpoint.load_optimizer(self._optimizer, own)

@@ -22,15 +22,19 @@ class Preview(Showable):
         images: [M, 3, H, W] fp32 in [0, 1], on the CPU.
         prompts: the captions, M.
         scores: [M] by reward.
+        sources: the source images of edits, as `images`.
     """
 
     step: int
     images: Tensor = field(repr=False)
     prompts: Sequence[str]
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    sources: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def picture(self) -> Picture.Image:
-        return sheet(self.images.split(1))
+        if self.sources is None:
+            return sheet(self.images.split(1))
+        return sheet([self.sources, self.images])

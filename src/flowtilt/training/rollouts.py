@@ -12,6 +12,7 @@ from flowtilt.device.micro_batch import MicroBatch
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.editing import sources_beside
 from flowtilt.objectives import RolloutSpec
 from flowtilt.policy.roles import Policy
 from flowtilt.prompts import Prompt
@@ -93,7 +94,7 @@ class Rollouts:
         own = [prompts[i // r.images_per_prompt] for i in mine]
         positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
         with phases("sample"):
-            conditioning = policy.model.encode([p.text for p in own])
+            conditioning = policy.model.encode([p.caption for p in own])
         collect = collector(r, self.recipe.seed, step, self.objective, role)
         scoring = Scoring(self.rewards, self.world.device, Shares(self.world, r.images(), r.images_per_prompt))
         found = SampledRollout(step, prompts, own, mine, conditioning, scoring)
@@ -141,7 +142,8 @@ class Rollouts:
         if self.show and found.first:
             shown = torch.cat(found.first)[:IMAGES]
             few = {name: value[: len(shown)].cpu() for name, value in scores.items()}
-            self.show(Preview(step, shown, [prompt.text for prompt in own[: len(shown)]], few))
+            beside = own[: len(shown)]
+            self.show(Preview(step, shown, [prompt.text for prompt in beside], few, sources_beside(shown, beside)))
         with phases("sync"):
             scores = self.world.gather_columns(scores, number)
             looks = self.world.gather(torch.cat(found.features).to(self.world.device), number).cpu()
@@ -176,7 +178,7 @@ class Rollouts:
             each = advantages_by_reward(scores, self.weights, total, groups, self.recipe.advantage)
             by_reward = torch.stack([self.objective.prepare(own, groups) for own in each.T], 1)
         scored = ScoredRollout(x0, own_advantages, found.conditioning, path, mine, kept, own, groups, advantages, total, by_reward)
-        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.text for p in found.prompts})}
+        return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.key for p in found.prompts})}
 
 
 def _reward_metrics(scores: dict[str, Tensor], total: Tensor, groups: Tensor) -> dict[str, float]:

@@ -35,6 +35,7 @@ from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, fingerprint
 from flowtilt.lora.stacked import keep, kept
 from flowtilt.models.cutting import notice_cut
+from flowtilt.models.editing import check_sources
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.policy.roles import ROLES
 from flowtilt.prompts import PromptWalk
@@ -124,6 +125,7 @@ class Trainer(Driver):
         self.base_loras = self._read_base_loras(resume)
         self.parents = list(map(fingerprint, self.base_loras))  # each reads through all of its weights
         self.policy = build_policy(opened, self.world, self.base_loras, start=not (resume and self._folder.begun()))
+        check_sources(self.policy.model, [*self.prompts, *self.test_prompts])
         notice_cut(self.policy.model, [*self.prompts, *self.test_prompts])
         preflight(
             self.rewards | self.eval_rewards,
@@ -280,8 +282,10 @@ class Trainer(Driver):
 
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as diffusers loads it."""
-        if self.world.rank == 0:
+        found = None
+        if self.world.rank == 0 or self.policy.in_parts:
             found = checkpoint_of(self.clock, self.guards, self.parents, self.micro_batch, self.policy, self.method)
+        if self.world.rank == 0 and found:
             checkpoint.save(self.run_folder, found, self.recipe.checkpoint.keep)
             self._write_results()
         self.world.barrier()
@@ -315,6 +319,7 @@ class Trainer(Driver):
             "score": {"before": before, "after": after},
             "protocol": self.recipe.protocol(),
         }
+        self.policy.collect("ema")
         if self.world.rank == 0:
             # once more: a kill may have come between the last checkpoint and its LoRA
             self._write_results()

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from flowtilt.report.evaluation.estimates import column_decimals, written
 from flowtilt.report.evaluation.loading import Column, PromptSet, Results, ScoredImage
@@ -101,8 +102,16 @@ def _gallery(pairs: Sequence[list[tuple[str, ScoredImage | None]]], column: Colu
     for pair in pairs:
         image = next(image for _, image in reversed(pair) if image)
         shots = "".join(_shot(variant, shown, column, results) for variant, shown in pair)
-        cards.append(_card(image, shots))
-    return f'<div class="cards gallery" style="--columns:{len(results.variants)}">{"".join(cards)}</div>'
+        cards.append(_card(image, _source(image) + shots))
+    edited = any(image and image.source for pair in pairs for _, image in pair)
+    return f'<div class="cards gallery" style="--columns:{len(results.variants) + edited}">{"".join(cards)}</div>'
+
+
+def _source(image: Scored) -> str:
+    """The source image of an edit; "" where there is none."""
+    if image.source is None:
+        return ""
+    return f'<div class="shot">{_embedded(image.source, f"{image.prompt}, source image")}<p><span class="when">source</span></p></div>'
 
 
 def _card(image: ScoredImage, shots: str) -> str:
@@ -124,7 +133,11 @@ def _shot(variant: str, image: ScoredImage | None, column: Column, results: Resu
 
 
 def _picture(image: ScoredImage, alt: str) -> str:
-    embedded = embed(image.picture) if image.picture else None
+    return _embedded(image.picture, alt)
+
+
+def _embedded(picture: Path | None, alt: str) -> str:
+    embedded = embed(picture) if picture else None
     if embedded is None:
         return '<div class="missing">no picture</div>'
     look = "pixels" if embedded.is_pixel_art else "photo"

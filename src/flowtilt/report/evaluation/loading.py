@@ -90,6 +90,7 @@ class ScoredImage:
     scores: Record
     note: str
     picture: Path | None
+    source: Path | None = None  # the source image of an edit
 
     def score(self, column: str) -> float:
         """NaN where it has none."""
@@ -162,6 +163,7 @@ def _scored(folder: Path, record: Record) -> ScoredImage:
         variant=str(record.get("variant") or "tuned"),
         scores=_object(record.get("scores")),
         picture=_picture(folder, record.get("picture")),
+        source=_picture(folder, record.get("source")),
     )
 
 

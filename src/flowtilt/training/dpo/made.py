@@ -55,7 +55,7 @@ def make(
             copies = [prompt for prompt in these for _ in range(per_prompt)]
             where = [(first + k // per_prompt, k % per_prompt) for k in range(len(copies))]
             start = noise(seed, "made pairs", where, policy.model.latent_shape).to(policy.model.device)
-            x0 = sampler(policy, "teacher", start, policy.model.encode([prompt.text for prompt in copies]), len(copies))
+            x0 = sampler(policy, "teacher", start, policy.model.encode([prompt.caption for prompt in copies]), len(copies))
             pictures = decode(policy, x0, len(copies))
             scores = torch.as_tensor(judge(pictures, copies).scores)
             for best, worst in best_and_worst(scores, per_prompt).tolist():

@@ -138,7 +138,7 @@ class ACDMDLearner:
         r, policy, seed = self.recipe.rollout, self.policy, self.recipe.seed
         mine = self.world.share(r.images())
         positions = [(step, draw, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
-        given = policy.model.encode([captions[i // r.images_per_prompt].text for i in mine])
+        given = policy.model.encode([captions[i // r.images_per_prompt].caption for i in mine])
         sigmas = policy.model.levels(r.steps)
         # every level equally often, whichever samples have it
         order = torch.randperm(r.images(), generator=generator(seed, "stops", step, draw))
