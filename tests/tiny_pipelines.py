@@ -283,7 +283,7 @@ def qwen_image(place: Path, kind: Any = QwenImagePipeline, **more: Any) -> Path:
     )  # fmt: skip
     loud(pipeline.transformer.proj_out, 4)
     if kind is not QwenImagePipeline:
-        loud(pipeline.transformer, 2)
+        loud(pipeline.transformer, 1.4)
     pipeline.save_pretrained(place)
     return place
 
