@@ -57,7 +57,7 @@ def recipe(model, edits, kind="nft", **more):
         "model": {"path": model, "resolution": 16, **KONTEXT},
         "prompts": str(edits),
         "rewards": {"stays": 1.0},
-        "rollout": {"prompts": 2, "images_per_prompt": 2, "steps": 3, "guidance": 2.0, **({} if kind == "nft" else {"solver": "sde"})},
+        "rollout": {"prompts": 2, "images_per_prompt": 2, "steps": 3, "guidance": 2.0},
         "objective": objective,
         "lora": {"rank": 2, "alpha": 4.0},
         "evaluate": {"every": 2, "images": 3, "steps": 2, "samples": 2, "rewards": ["stays"]},
@@ -163,7 +163,7 @@ def test_qwen_image_21_conforms_with_a_stand_in_for_its_processor(monkeypatch):
         pipeline = copy.deepcopy(made)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
-                module.requires_grad_(False).to(opening.DTYPES[dtype])
+                module.requires_grad_(False).eval().to(opening.DTYPES[dtype])
         pipeline.vae.float()
         return pipeline
 

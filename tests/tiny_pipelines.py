@@ -281,9 +281,7 @@ def qwen_image(place: Path, kind: Any = QwenImagePipeline, **more: Any) -> Path:
         tokenizer=qwen_tokenizer(*VISION),
         **more,
     )  # fmt: skip
-    loud(pipeline.transformer.proj_out, 4)
-    if kind is not QwenImagePipeline:
-        loud(pipeline.transformer, 1.4)
+    loud(pipeline.transformer.proj_out, 4 if kind is QwenImagePipeline else 16)
     pipeline.save_pretrained(place)
     return place
 
@@ -322,8 +320,8 @@ def qwen_image_21(processor: Any) -> QwenImage21Pipeline:
         text_encoder=Qwen3VLForConditionalGeneration(text),
         processor=processor,
     )  # fmt: skip
-    loud(pipeline.transformer, 3)
-    return pipeline.eval()
+    loud(pipeline.transformer.proj_out, 8)
+    return pipeline
 
 
 def z_image(place: Path) -> Path:

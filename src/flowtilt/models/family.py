@@ -46,6 +46,8 @@ class Family:
     """The pipeline's text encoders that can't be left out."""
     patch: ClassVar[int] = 2
     """Latents on a side of one token."""
+    least_text: ClassVar[int] = 1
+    """The least `text_length`; 0 where it is that of an encoder which can be left out."""
     longest_text: ClassVar[int] = 512
     """The pipeline's own `max_sequence_length`, tokens of a caption."""
     ragged: ClassVar[bool] = False
@@ -75,8 +77,8 @@ class Family:
             if getattr(pipeline, name, None) is None:
                 raise UserError(f"model: this {type(pipeline).__name__} has no {name}, which reads captions; give a folder that has it")
         self.text_length = self.longest_text if text_length is None else text_length
-        if type(self.text_length) is not int or self.text_length < (1 if self.encoders else 0):
-            raise UserError(f"model.options.text_length: must be a whole number of tokens of at least 1, not {text_length!r}")
+        if type(self.text_length) is not int or self.text_length < self.least_text:
+            raise UserError(f"model.options.text_length: must be a whole number of tokens of at least {self.least_text}, not {text_length!r}")
         self.scale: int = pipeline.vae_scale_factor
         self.resolution = common.check_resolution(resolution or self.own_resolution(), self.patch * self.scale, self.largest_resolution())
         self.side = self.resolution // self.scale

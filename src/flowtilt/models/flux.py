@@ -42,7 +42,7 @@ class Flux(Packed):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     block_lists = ("transformer_blocks", "single_transformer_blocks")
-    encoders = ()
+    encoders = ("text_encoder",)
 
     def __init__(
         self,

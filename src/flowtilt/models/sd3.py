@@ -41,7 +41,8 @@ class SD3(Family):
 
     # of the joint attention alone, as in the public checkpoints: SD3.5-Medium's second attention (attn2) stays as it is
     lora_targets: Sequence[str] = tuple(f"attn.{name}" for name in JOINT)
-    encoders = ()
+    encoders = ("text_encoder", "text_encoder_2")
+    least_text = 0
 
     def __init__(self, pipeline: Any, *, t5_length: int | None = None, resolution: int | None = None, offload: bool = False):
         if t5_length is None:

@@ -107,7 +107,7 @@ def _gallery(pairs: Sequence[list[tuple[str, ScoredImage | None]]], column: Colu
     return f'<div class="cards gallery" style="--columns:{len(results.variants) + edited}">{"".join(cards)}</div>'
 
 
-def _source(image: Scored) -> str:
+def _source(image: ScoredImage) -> str:
     """The source image of an edit; "" where there is none."""
     if image.source is None:
         return ""
