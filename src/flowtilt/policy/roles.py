@@ -106,6 +106,10 @@ class Policy(ABC):
         """Whether equal weights of two roles mean equal velocities."""
         return True
 
+    def _same(self, role: str, other: str) -> bool:
+        """Whether two roles have equal weights."""
+        return all(torch.equal(a, b) for a, b in zip(self._weights[role].values(), self._weights[other].values(), strict=True))
+
     @property
     def roles(self) -> tuple[str, ...]:
         """Those that have weights of their own."""
@@ -234,9 +238,5 @@ class Policy(ABC):
             weight.copy_(state[name])
         self._version[role] = self._tick()
         for known in self.roles:
-            if (
-                known != role
-                and self._share_base(known, role)
-                and all(torch.equal(a, b) for a, b in zip(own.values(), self._weights[known].values(), strict=True))
-            ):
+            if known != role and self._share_base(known, role) and self._same(known, role):
                 self._version[role] = self._version[known]

@@ -104,6 +104,15 @@ class SpreadPolicy(WholePolicy):
         world.sum_([squared])
         return squared.sqrt()
 
+    def changed(self, role: str = "current") -> None:
+        """See `Policy.changed`; whole weights that were collected are let go."""
+        super().changed(role)
+        self._collected.clear()
+
+    def _same(self, role: str, other: str) -> bool:
+        """On all ranks."""
+        return not self._world.any(not super()._same(role, other))
+
     # whole weights, for checkpoints and results; every rank takes part -------------------------------------
 
     def joined(self, index: int, part: Tensor) -> Tensor:

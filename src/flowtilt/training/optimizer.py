@@ -70,7 +70,7 @@ class RoleOptimizer:
     @staticmethod
     def _resized(key: str, value: Tensor, change: Callable[[int, Tensor], Tensor]) -> Tensor:
         """An entry of the optimizer's, changed as a weight is where it is one of a weight's shape; a count of steps is not."""
-        return change(int(key.partition(".")[0]), value) if value.ndim else value
+        return change(int(key.partition(".")[0]), value) if value.ndim else value.cpu()
 
     def load(self, count: int, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what was saved."""
