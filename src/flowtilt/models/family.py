@@ -78,7 +78,8 @@ class Family:
                 raise UserError(f"model: this {type(pipeline).__name__} has no {name}, which reads captions; give a folder that has it")
         self.text_length = self.longest_text if text_length is None else text_length
         if type(self.text_length) is not int or self.text_length < self.least_text:
-            raise UserError(f"model.options.text_length: must be a whole number of tokens of at least {self.least_text}, not {text_length!r}")
+            least = f"a whole number of tokens of at least {self.least_text}"
+            raise UserError(f"model.options.text_length: must be {least}, not {text_length!r}")
         self.scale: int = pipeline.vae_scale_factor
         self.resolution = common.check_resolution(resolution or self.own_resolution(), self.patch * self.scale, self.largest_resolution())
         self.side = self.resolution // self.scale
