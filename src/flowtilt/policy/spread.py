@@ -50,7 +50,7 @@ class SpreadPolicy(WholePolicy):
             raise UserError(f"the policy has no role {role!r}; there are {', '.join(self.knows())}")
         recorded = torch.is_grad_enabled() and role in self._trained
         self._put(role)
-        self._brought = {}
+        self._injected_weights = {}
         if recorded:
             self._take_gradients()
         with torch.set_grad_enabled(recorded):
