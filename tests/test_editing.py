@@ -20,6 +20,7 @@ from flowtilt.io.files import read_lines
 from flowtilt.io.images import read_square
 from flowtilt.models import opening
 from flowtilt.models.editing import check_sources
+from flowtilt.models.kontext import Kontext
 from flowtilt.models.opening import open_model
 from flowtilt.prompts import Prompt, load_prompts
 from flowtilt.rewards import load_reward, score
@@ -116,6 +117,9 @@ def test_what_is_missing_or_too_much_is_one_line(kontext, edits, tmp_path):
     cut.write_bytes((edits.parent / "in" / "red.png").read_bytes()[:50])
     with pytest.raises(UserError, match=r"prompts p:7: source image .*cut\.png"):
         model.encode([Prompt("a", where="p:7", image=str(cut)).caption])
+    model.pipeline.text_encoder = None
+    with pytest.raises(UserError, match="this FluxKontextPipeline has no text_encoder, which reads captions"):
+        Kontext(model.pipeline)
 
 
 # rewards ---------------------------------------------------------------------------------------------
