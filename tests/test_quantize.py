@@ -31,7 +31,7 @@ def test_a_device_that_can_not_is_one_line(monkeypatch):
         raise RuntimeError("no kernel for this device\nand more")
 
     monkeypatch.setattr(quantized, "_quantize", fails)
-    with pytest.raises(UserError, match="model.quantize: 'nf4' can't be used on cpu here: no kernel for this device; leave it out"):
+    with pytest.raises(UserError, match=r"model\.quantize: 'nf4' can't be used on cpu here: no kernel for this device; leave it out"):
         open_model(ModelSettings(path="playground", quantize="nf4"), CPU)
 
 
