@@ -186,7 +186,7 @@ def test_an_edit_trains_and_goes_on_to_the_same_bits(kontext, edits, kind, tmp_p
     )
     whole.run()
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert all(line["grad_norm"] > 0 for line in lines) and lines[-1]["deviation"] > 0
+    assert all(line["grad_norm"] > 0 for line in lines)
     assert shown[0].sources.shape == shown[0].images.shape
     assert (tmp_path / "run" / "report.html").read_text().count("source image") == 2  # samples, with two edits
     Trainer(recipe(kontext, edits, kind, steps=1), rewards={"stays": stays}, run=str(tmp_path / "half")).run()

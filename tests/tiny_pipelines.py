@@ -256,7 +256,7 @@ QWEN: dict[str, Any] = {
 }
 
 
-def qwen_image(place: Path, kind: Any = QwenImagePipeline, **more: Any) -> Path:
+def qwen_image(place: Path, kind: Any = None) -> Path:
     """A Qwen-Image pipeline: Qwen2.5-VL, a VAE of videos with statistics, dynamic shifting with a last level of .02."""
     torch.manual_seed(0)
     channels = torch.linspace(0.5, 2, 16)
@@ -265,7 +265,8 @@ def qwen_image(place: Path, kind: Any = QwenImagePipeline, **more: Any) -> Path:
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
         vision_start_token_id=259, vision_end_token_id=260, image_token_id=261,
     )  # fmt: skip
-    pipeline = kind(
+    parts = {} if kind is None else {"processor": None}
+    pipeline = (kind or QwenImagePipeline)(
         transformer=QwenImageTransformer2DModel(
             in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
@@ -279,16 +280,19 @@ def qwen_image(place: Path, kind: Any = QwenImagePipeline, **more: Any) -> Path:
         ),
         text_encoder=Qwen2_5_VLForConditionalGeneration(text),
         tokenizer=qwen_tokenizer(*VISION),
-        **more,
+        **parts,
     )  # fmt: skip
-    loud(pipeline.transformer.proj_out, 4 if kind is QwenImagePipeline else 16)
+    loud(pipeline.transformer.proj_out, 4)
+    for block in pipeline.transformer.transformer_blocks if kind else ():
+        for values in (block.attn.to_v, block.attn.add_v_proj):  # so that a source image shows
+            loud(values, 8)
     pipeline.save_pretrained(place)
     return place
 
 
 def qwen_image_edit(place: Path, plus: bool = False) -> Path:
     """A Qwen-Image-Edit pipeline without its processor, which needs torchvision; `Seeing(14)` stands in for it."""
-    return qwen_image(place, kind=QwenImageEditPlusPipeline if plus else QwenImageEditPipeline, processor=None)
+    return qwen_image(place, kind=QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)
 
 
 def qwen_image_edit_plus(place: Path) -> Path:

@@ -4,6 +4,10 @@
 precision, and so do the LoRAs on it, which are fp32 as always.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +34,14 @@ def quantize(model: Model, kind: str, device: torch.device) -> None:
             _quantize(layer, kind)
     model.network.to(device)
     model.protocol = {**model.protocol, "quantize": kind}
+
+
+@contextmanager
+def unmerged() -> Iterator[None]:
+    """Inside, PEFT does not warn that it can't merge what it puts on quantised layers: here nothing is merged into them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+        yield
 
 
 def is_quantized(model: Model) -> bool:

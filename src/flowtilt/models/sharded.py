@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flowtilt.models.base import Model
 
@@ -14,5 +14,6 @@ def shard(model: Model, device: torch.device) -> None:
     Afterwards each rank holds 1 / size of every weight on `device`. Adapters come later and stay whole.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # of gradients, where weights are trained
     for module in (*model.blocks, model.network):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)

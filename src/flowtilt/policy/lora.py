@@ -21,7 +21,7 @@ from flowtilt.io.tensors import settle
 from flowtilt.lora import Lora, join
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.models.quantized import is_quantized
+from flowtilt.models.quantized import is_quantized, unmerged
 from flowtilt.policy.roles import ROLES, Policy
 from flowtilt.seeding import generator
 
@@ -54,7 +54,8 @@ class LoraPolicy(Policy):
         network: Any = model.network  # a diffusers model, whose adapters PEFT manages
         settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha}  # PEFT types alpha as an int and computes with any number
         self.config = LoraConfig(**settings, init_lora_weights="gaussian", target_modules=list(model.lora_targets))
-        network.add_adapter(self.config, adapter_name=_SLOT)
+        with unmerged():
+            network.add_adapter(self.config, adapter_name=_SLOT)
         # PEFT types its layers as bare modules
         self._layers: dict[str, Any] = {name: m for name, m in model.network.named_modules() if isinstance(m, LoraLayer)}
         self._weights[_SLOT] = {}

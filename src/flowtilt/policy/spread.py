@@ -43,6 +43,7 @@ class SpreadPolicy(WholePolicy):
         for module in model.network.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum, as without parts
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def forward(self, role: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """See `Policy.forward`."""

@@ -13,7 +13,7 @@ from flowtilt.lora.fit import check, linear_layers, shapes_of
 from flowtilt.lora.write import peft_config
 from flowtilt.models.base import Model
 from flowtilt.models.conditioning import Conditioning
-from flowtilt.models.quantized import is_quantized
+from flowtilt.models.quantized import is_quantized, unmerged
 from flowtilt.policy.whole import read_weights
 
 
@@ -61,7 +61,8 @@ class TunedModel:
     def _adapted(self, lora: Lora) -> dict[str, Any]:
         network = self.model.network
         device, dtype = self.model.device, network.dtype  # asked once: the network walks over all of its parameters
-        network.add_adapter(peft_config(lora), adapter_name="stack")
+        with unmerged():
+            network.add_adapter(peft_config(lora), adapter_name="stack")
         adapted: dict[str, Any] = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         for name, (a, b) in lora.layers.items():
             adapted[name].lora_A["stack"].weight.data = a.to(device, dtype)
