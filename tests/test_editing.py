@@ -63,7 +63,7 @@ def recipe(model, edits, kind="nft", **more):
         "lora": {"rank": 2, "alpha": 4.0},
         "evaluate": {"every": 2, "images": 3, "steps": 2, "samples": 2, "rewards": ["stays"]},
         "checkpoint": {"every": 1, "keep": 3},
-        "steps": 2,
+        "rollouts": 2,
         **more,
     }
 
@@ -189,8 +189,8 @@ def test_an_edit_trains_and_goes_on_to_the_same_bits(kontext, edits, kind, tmp_p
     assert all(line["grad_norm"] > 0 for line in lines)
     assert shown[0].sources.shape == shown[0].images.shape
     assert (tmp_path / "run" / "report.html").read_text().count("source image") == 2  # samples, with two edits
-    Trainer(recipe(kontext, edits, kind, steps=1), rewards={"stays": stays}, run=str(tmp_path / "half")).run()
-    Trainer(open_run(tmp_path / "half", ["steps=2"]), resume=tmp_path / "half", rewards={"stays": stays}).run()
+    Trainer(recipe(kontext, edits, kind, rollouts=1), rewards={"stays": stays}, run=str(tmp_path / "half")).run()
+    Trainer(open_run(tmp_path / "half", ["rollouts=2"]), resume=tmp_path / "half", rewards={"stays": stays}).run()
     ours, theirs = (load_file(tmp_path / run / "checkpoints" / "step-000002" / "current.safetensors") for run in ("run", "half"))
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
     if kind == "nft":

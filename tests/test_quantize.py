@@ -75,8 +75,8 @@ def test_a_run_resumes_to_the_bit_and_its_lora_is_that_of_any_base(tmp_path):
     pytest.importorskip("torchao")
     small = ["model.quantize=int8", "model.dtype=float32", "evaluate.every=0"]
     Trainer(quick(tmp_path / "whole", *small)).run()
-    Trainer(quick(tmp_path / "half", *small, "steps=1")).run()
-    Trainer(open_run(tmp_path / "half", ["steps=2"]), resume=tmp_path / "half").run()
+    Trainer(quick(tmp_path / "half", *small, "rollouts=1")).run()
+    Trainer(open_run(tmp_path / "half", ["rollouts=2"]), resume=tmp_path / "half").run()
     ours, theirs = (load_file(tmp_path / run / "checkpoints" / "step-000002" / "current.safetensors") for run in ("whole", "half"))
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
     assert read_lines(tmp_path / "whole" / "metrics.jsonl")[-1]["deviation"] > 0

@@ -197,8 +197,8 @@ def _train_spread(folder):
     trainer = Trainer(quick(folder / "parts", *SPREAD))
     assert sum(x.numel() for x in trainer.policy.parameters) < 0.6 * sum(x.numel() for x in trainer.policy.model.network.parameters())
     trainer.run()
-    Trainer(quick(folder / "half", *SPREAD, "steps=1")).run()
-    Trainer(open_run(folder / "half", ["steps=2"]), resume=folder / "half").run()
+    Trainer(quick(folder / "half", *SPREAD, "rollouts=1")).run()
+    Trainer(open_run(folder / "half", ["rollouts=2"]), resume=folder / "half").run()
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_weights_in_parts_go_on_to_the_same_bits_and_on_one_rank(spread, tmp_pat
         ours, theirs = load_file(one), load_file(two)
         assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items()), one.name
     folder = shutil.copytree(spread / "half", tmp_path / "run")
-    Trainer(open_run(folder, ["steps=3", "shard=none"]), resume=folder).run()
+    Trainer(open_run(folder, ["rollouts=3", "shard=none"]), resume=folder).run()
     assert len(rewards(folder)) == 3
     assert "DiffusionPipeline" in export([spread / "parts"], tmp_path / "out")
 
