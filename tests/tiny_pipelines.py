@@ -285,7 +285,7 @@ def qwen_image(place: Path, kind: Any = None) -> Path:
     loud(pipeline.transformer.proj_out, 4)
     for block in pipeline.transformer.transformer_blocks if kind else ():
         for values in (block.attn.to_v, block.attn.add_v_proj):  # so that a source image shows
-            loud(values, 8)
+            loud(values, 6)
     pipeline.save_pretrained(place)
     return place
 
