@@ -203,4 +203,4 @@ def test_an_edit_trains_and_goes_on_to_the_same_bits(kontext, edits, kind, tmp_p
         words = ["sample", "make it green", "--image", str(edits.parent / "in" / "red.png"), "--lora", str(tmp_path / "run")]
         assert main([*words, "--steps", "2", "-o", str(picture)]) == 0
         with Image.open(picture) as sheet:
-            assert sheet.width > 2.5 * sheet.height and sheet.getpixel((5, 5)) == (200, 0, 0)
+            assert (200, 0, 0) in set(sheet.convert("RGB").getdata())  # the source

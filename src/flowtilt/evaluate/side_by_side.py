@@ -77,9 +77,7 @@ class SideBySide:
         self._stack = added.on(open_model(settings, device, at_most=None if recipe else EVALUATED_AT))
         self.roles = (["base"] if base_too or not added else []) + (["tuned"] if added else [])
 
-    def images(
-        self, prompts: Sequence[str | Prompt], seeds: Sequence[int] = (0,), copies: int = 1, same_noise: bool = False
-    ) -> Images:
+    def images(self, prompts: Sequence[str | Prompt], seeds: Sequence[int] = (0,), copies: int = 1, same_noise: bool = False) -> Images:
         """An image of each prompt for every role, seed and copy.
 
         Args:
