@@ -13,7 +13,7 @@ from flowtilt.lora import Lora
 from flowtilt.models import opening
 from flowtilt.models.captions import Captions
 from flowtilt.models.levels import levels_of
-from flowtilt.models.opening import _adapted, open_model
+from flowtilt.models.opening import adapted, open_model
 from flowtilt.models.z_image import ZImage
 from flowtilt.policy.tuned_model import TunedModel
 
@@ -105,10 +105,10 @@ def test_a_pipeline_without_a_family_or_without_loras_is_one_line():
         pass
 
     with pytest.raises(UserError, match=r"a Other, for which flowtilt has no family; subclass flowtilt\.models\.family\.Family"):
-        _adapted(ModelSettings(path="x"), Other(), False)
+        adapted(ModelSettings(path="x"), Other(), False)
     Other.__name__ = "ChromaPipeline"
     with pytest.raises(UserError, match="diffusers' ChromaPipeline has no save_lora_weights; give Chroma a save_lora of its own"):
-        _adapted(ModelSettings(path="x"), Other(), False)
+        adapted(ModelSettings(path="x"), Other(), False)
 
 
 def test_captions_of_unlike_length_are_padded_joined_and_cut_to_the_rows_that_are_asked_for():
