@@ -239,7 +239,7 @@ def test_memory_that_ends_and_errors_of_libraries_are_one_line():
 def test_a_plan_that_does_not_fit_says_what_to_lower():
     from flowtilt.plan import Machine, make_plan
 
-    plan = make_plan(load_recipe("sd35m-pickscore"), Machine("4090", 1, 3.0))
+    plan = make_plan(load_recipe("sd35m-pickscore"), Machine("4090", memory=3.0))
     with pytest.raises(UserError, match=r"the plan needs .* of 3\.0 GiB.*lower model\.resolution"):
         here.memory(plan)
 

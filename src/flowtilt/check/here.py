@@ -56,7 +56,7 @@ def planned(recipe: Recipe, device: torch.device) -> tuple[Plan | None, str]:
         return None, "memory is planned for GPUs"
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
     try:
-        return make_plan(recipe, Machine(known(device) or "h100", 1, memory, REACHED[recipe.model.compile])), ""
+        return make_plan(recipe, Machine(known(device) or "h100", memory=memory, utilisation=REACHED[recipe.model.compile])), ""
     except UserError as error:
         return None, str(error)
 
