@@ -84,3 +84,9 @@ def test_the_page_of_papers_names_every_recipe_and_files_that_speak_of_their_pap
         assert papers and all(paper in text for paper in papers), row
         if not path.is_file():
             assert f"def {path.name.partition('.')[2]}(" in text
+
+
+def test_every_page_that_the_code_names_is_there():
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.toml")]:
+        for name in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{path}: {name}"

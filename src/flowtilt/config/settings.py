@@ -29,7 +29,7 @@ class ModelSettings(Table):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen base; "auto" is bfloat16 on a GPU and float32 on a CPU. LoRA weights and latents are always float32."""
     quantize: Literal["int8", "nf4"] | None = None
-    """The frozen network in 8 or 4 bits per weight, for one that does not fit; needs flowtilt[quantize] (docs/models.md)."""
+    """The frozen network in 8 or 4 bits per weight, for one that does not fit; needs flowtilt[quantize] (docs/reference/models.md)."""
     t5_length: int | None = Field(default=None, ge=0, le=512)
     """Tokens of the T5 prompt; none takes the family's own: for SD3 DiffusionNFT's 128, or what its T5 reads, 0 without one."""
     resolution: int | None = Field(default=None, ge=8, le=16_384)

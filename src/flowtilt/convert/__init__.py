@@ -209,7 +209,7 @@ def _rewards(found: Converted, given: Any) -> None:
             found.set(f"rewards.{name}", float(weight))
         else:
             found.tree.setdefault("rewards", {})[name] = {"source": f"{name}.py:{name}", "weight": float(weight)}
-            found.notes.append(f"rewards.{name}: not built in; write the function {name} into {name}.py (docs/add-a-reward.md)")
+            found.notes.append(f"rewards.{name}: not built in; write the function {name} into {name}.py (docs/guides/add-a-reward.md)")
     if not given:
         raise UserError(f"convert {found.origin}: reward_fn names no reward")
 
