@@ -12,7 +12,7 @@ from flowtilt.io.images import to_pil
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-import gradio
+import gradio  # pyright: ignore[reportMissingImports]
 
 EXAMPLE = "a red circle left of a blue square"
 SEEN = 512

@@ -19,8 +19,11 @@ class FusedRMSNorm(RMSNorm):
 
 def fuse_norms(network: nn.Module) -> int:
     """Turns each of a half-precision network's RMSNorms into the fused one, in place; returns how many."""
-    weighted = [module for module in network.modules() if type(module) is RMSNorm and module.weight is not None and module.bias is None]
-    found = [module for module in weighted if module.weight.dtype in (torch.bfloat16, torch.float16)]
-    for module in found:
-        module.__class__ = FusedRMSNorm
-    return len(found)
+    number = 0
+    for module in network.modules():
+        if type(module) is not RMSNorm or module.bias is not None or module.weight is None:
+            continue
+        if module.weight.dtype in (torch.bfloat16, torch.float16):
+            module.__class__ = FusedRMSNorm
+            number += 1
+    return number

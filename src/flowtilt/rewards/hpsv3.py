@@ -120,7 +120,8 @@ class Network(nn.Module):
             mrope: whether image tokens have positions of three axes.
         """
         kinds = (ids == self.body.config.image_token_id).int()
-        positions = self.body.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=mask)[0] if mrope else None
+        body: Any = self.body  # whose hints name classes of tensors that nothing makes
+        positions = body.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=mask)[0] if mrope else None
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
         out = self.body(
