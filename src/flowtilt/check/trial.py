@@ -86,7 +86,7 @@ class Trial:
     def sample(self) -> str:
         """Samples two prompts as the recipe's evaluation does."""
         sampler, model = sampler_of(self.recipe.evaluate), self._policy.model
-        prompts = [self._test[index] for index, _ in self._rows]
+        prompts, each = [self._test[index] for index, _ in self._rows], 0.0
         for _ in range(2 if self.world.device.type == "cuda" else 1):  # the first call of a GPU also sets it up
             begin = time.perf_counter()
             self._images = generate(self._policy, "ema", self._test, self._rows, sampler, self.recipe.seed, self.micro_batch)
@@ -120,7 +120,7 @@ class Trial:
         method: Training = named(recipe.objective.learner)(parts)
         if recipe.model.compile and (why := compile_blocks(self._policy)):
             raise UserError(f"model.compile: the blocks can't be compiled ({why}); set it to false")
-        cuda = self.world.device.type == "cuda"
+        cuda, metrics = self.world.device.type == "cuda", dict[str, float]()
         for step in range(1, 3 if cuda else 2):
             phases = Phases(self.world.device)
             metrics = method.step(step, phases)
