@@ -57,7 +57,7 @@ def layers(block: nn.Module, kind: str) -> list[nn.Linear]:
 
 def _quantize(layer: nn.Linear, kind: str) -> None:
     # imported here: it is an extra, and takes seconds
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4  # pyright: ignore[reportMissingImports]
 
     if kind == "int8":
         quantize_(layer, Int8WeightOnlyConfig())

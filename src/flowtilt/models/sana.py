@@ -29,13 +29,13 @@ class Sana(Family):
 
     def read(self, text: str) -> dict[str, Tensor]:
         """The caption after the instruction, with its mask."""
-        return self._read(text, self.instruction)
+        return self._embed(text, self.instruction)
 
     def read_plain(self, text: str) -> dict[str, Tensor]:
         """The caption alone."""
-        return self._read(text, None)
+        return self._embed(text, None)
 
-    def _read(self, text: str, instruction: Any) -> dict[str, Tensor]:
+    def _embed(self, text: str, instruction: Any) -> dict[str, Tensor]:
         embeds, mask, *_ = self.pipeline.encode_prompt(
             text,
             do_classifier_free_guidance=False,

@@ -34,7 +34,7 @@ Reward = Callable[..., Tensor | RewardOutput]
 """Called with images [N, 3, H, W] and N prompts; one that has a parameter `sources` also with the source images [N, 3, H, W]."""
 
 
-def sees_sources(reward: Reward) -> bool:
+def sees_sources(reward: Callable[..., object]) -> bool:
     """Whether a reward compares an image with the source image of its edit: it has a parameter `sources`."""
     try:
         return "sources" in inspect.signature(reward).parameters
