@@ -119,7 +119,7 @@ class Reinforcement:
         for number in range(step, step + self._lag + 1):
             # chosen on time even where a longer run samples it later: what is learnt until then must not change the choice
             prompts = self._chosen(number)
-            if number not in self._drawn and number <= self._last:
+            if number not in self._drawn and number <= max(step, self._last):
                 self._drawn[number] = self.rollouts.begin(number, prompts, phases, self._role(number))
 
     def _chosen(self, number: int) -> list[Prompt]:
