@@ -1,6 +1,7 @@
 """The figures: each run's entry, and what tells which plan they are of. No torch here."""
 
 import json
+import re
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -43,7 +44,8 @@ def entry_of(job: Job, **told: Any) -> Record:
 
 def kept(job: Job, known: Iterable[Record]) -> Record | None:
     """The entry of a run that was made before, maybe on another machine."""
-    return next((entry for entry in known if entry["command"].rpartition(" steps=")[0] == job.line()), None)
+    # results of version 0.1 say steps for rollouts
+    return next((entry for entry in known if re.sub(r" (rollouts|steps)=\d+$", "", entry["command"]) == job.line()), None)
 
 
 def made_by(run: Entry) -> Record:
