@@ -58,7 +58,7 @@ def test_the_first_run_works_from_the_wheel_alone(wheel, tmp_path):
     assert "score" in done.stdout and "->" in done.stdout and "runs/playground/report.html" in done.stdout
     assert (tmp_path / "runs" / "playground" / "report.html").is_file()
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert all(line.startswith(("after ", "1/1")) for line in lines), lines  # no library greets
+    assert all(line.startswith(("runs/playground: its page is ", "after ", "1/1")) for line in lines), lines  # no library greets
 
 
 def test_the_source_distribution_has_every_file_of_the_repository(built):

@@ -129,7 +129,7 @@ def clipped(seen: Seen) -> str | None:
         return None
     return (
         "after a rollout's first update nearly every likelihood ratio lies beyond objective.clip_range "
-        f"(|ratio - 1| is {seen.metrics['ratio_deviation']:.1g} on average), so the later updates hardly teach. "
+        f"(|ratio - 1| is {seen.metrics['ratio_off']:.1g} on average), so the later updates hardly teach. "
         "Lower optimizer.lr or optimizer.steps_per_rollout, or raise objective.clip_range"
     )
 
