@@ -246,7 +246,7 @@ WRONG = [
     ),
     ("objective.mutliplier=1", "objective.mutliplier: unknown key; 'objective.multiplier' belongs to objective.type = 'ram', not 'nft'"),
     ("rollout.solver=dpm3", "rollout.solver: must be 'euler', 'ddim', 'dpm1', 'dpm2', 'heun' or 'cps', not 'dpm3'"),
-    ("track=['wnb']", "track: must be 'wandb', 'tensorboard' or 'trackio', not 'wnb'"),
+    ("track=['wnb']", "track: must be 'wandb', 'tensorboard', 'trackio' or 'mlflow', not 'wnb'"),
     ("track=wandb", "track: must be a valid array, not 'wandb'"),
     ("name=a/b", "name: String should match pattern"),
     ("model=", "model.path: is empty, give it a value"),

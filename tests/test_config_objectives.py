@@ -119,7 +119,7 @@ def test_each_has_a_recipe_that_differs_in_the_objective_and_what_it_must_have(p
     assert ours.objective.type == kind
     differing = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(base, name)}
     assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "rollouts"} | (
-        {"evaluate"} if kind == "grpo" else set()
+        {"evaluate", "ema_every"} if kind == "grpo" else set()
     )
     assert (
         ours.advantage == ("global" if place == "sd35m" else "group")

@@ -209,7 +209,7 @@ def test_an_evaluation_is_the_same_in_any_batch_and_tells_its_eta(tmp_path, monk
     assess(tmp_path / "parts", micro_batch=1, **given)
     scores = [[r["scores"]["jpeg_incompressibility"] for r in read_lines(tmp_path / name / "scores.jsonl")] for name in ("whole", "parts")]
     assert scores[0] == pytest.approx(scores[1], rel=0.02) and len(set(scores[0])) == 6
-    assert "cps, eta 0.9, 4 steps" in (tmp_path / "whole" / "report.html").read_text()
+    assert "cps, eta 0.9, 4 solver steps" in (tmp_path / "whole" / "report.html").read_text()
     assert assess(tmp_path / "whole", **given)["sets"] == results["sets"]
     with pytest.raises(UserError, match="whose eta differ"):
         assess(tmp_path / "whole", eta=0.5, **given)
