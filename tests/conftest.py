@@ -161,7 +161,8 @@ def _alike_and_quick(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)  # for what tests share
     os.environ["SHALLOW"] = str(tmp_path_factory.mktemp("models") / "shallow")  # for forked processes too
     shallow.write(Path(os.environ["SHALLOW"]))
-    os.environ["FLOWTILT_TRUSTED"] = str(tmp_path_factory.mktemp("trusted"))  # not the user's own cache
+    for own in ("TRUSTED", "CAPTIONS"):  # not the user's caches, where another version's captions may lie
+        os.environ[f"FLOWTILT_{own}"] = str(tmp_path_factory.mktemp(own.lower()))
     with read_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", no_fsync)
         if ranks := sys.modules.get("ranks"):

@@ -15,6 +15,7 @@ from test_lora import random_lora, same
 
 from flowtilt import Trainer, UserError
 from flowtilt.cli import export as command
+from flowtilt.io import hub
 from flowtilt.lora.fit import linear_layers, shapes_of
 from flowtilt.lora.read import read_lora
 from flowtilt.lora.write import to_diffusers, to_peft
@@ -278,9 +279,9 @@ def test_another_base_is_refused_where_the_base_is_at_hand(learnt, random_base, 
         export([tmp_path / "lora"], tmp_path / "out", "pipeline")
 
 
-def test_a_base_on_the_hub_is_fetched_by_diffusers(learnt, tmp_path, monkeypatch):
+def test_a_base_on_the_hub_is_fetched(learnt, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda path, revision: asked.append((path, revision)) or str(pipeline_path()))
+    monkeypatch.setattr(hub, "pipeline_folder", lambda path, revision: asked.append((path, revision)) or pipeline_path())
     export([learnt], tmp_path / "out", "pipeline", model="some/model")
     assert asked == [("some/model", None)] and (tmp_path / "out" / "model_index.json").exists()
     export([learnt], tmp_path / "peft", "peft", model="some/model")
@@ -291,7 +292,7 @@ def test_a_base_on_the_hub_is_fetched_by_diffusers(learnt, tmp_path, monkeypatch
     def offline(path, revision):
         raise OSError("no network\nat all")
 
-    monkeypatch.setattr(DiffusionPipeline, "download", offline)
+    monkeypatch.setattr(hub, "pipeline_folder", offline)
     with pytest.raises(UserError, match=r"some/model: neither a folder nor to be had from the hub: no network$"):
         export([learnt], tmp_path / "more", "pipeline", model="some/model")
 

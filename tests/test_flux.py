@@ -181,7 +181,7 @@ def test_at_full_size_loras_go_on_the_layers_of_flowgrpos_flux_and_shapes_are_ri
     with torch.device("meta"):
         network = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).requires_grad_(False)
         known = {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "vae_scale_factor": 8, "default_sample_size": 128}
-        reads = {"text_encoder_2": network, "tokenizer_2": SimpleNamespace(model_max_length=512), "components": {}}
+        reads = {"text_encoder": network, "text_encoder_2": network, "tokenizer_2": SimpleNamespace(model_max_length=512), "components": {}}
         model = Flux(SimpleNamespace(transformer=network, **known, **reads), resolution=512)
         policy = LoraPolicy(model, rank=64, alpha=128.0, seed=0)
         captions = {"encoder_hidden_states": torch.empty(1, 512, 4096), "pooled_projections": torch.empty(1, 768)}
@@ -272,13 +272,6 @@ def test_sample_and_evaluate_take_the_pipeline_and_the_run(dev, run, tmp_path, c
     assert main(["evaluate", *words, "--images", "6", "--compare", "base", "-o", str(tmp_path / "e")]) == 0
     page = (tmp_path / "e" / "report.html").read_text()
     assert "embedded guidance 2" in page and f"{SIZE} px" in page
-
-
-def test_plan_says_in_one_line_that_it_does_not_count_flux(dev, capsys):
-    for model in ("black-forest-labs/FLUX.1-dev", dev):
-        assert main(["plan", "flux-dev", f"model={model}"]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "Stable Diffusion 3" in said
 
 
 # mistakes --------------------------------------------------------------------------------------------
