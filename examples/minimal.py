@@ -55,7 +55,7 @@ def main() -> None:
     print(f"before: test score {evaluate(policy, test, 'reference'):.3f}")
 
     for step in range(args.rollouts):
-        prompts = training.draw(step * args.prompts, args.prompts)
+        prompts = training.take(step * args.prompts, args.prompts)
         batch, rewards, advantages = rollout(policy, prompts, args, step)
         metrics = learner.step(batch, advantages)
         good = optimality(advantages, objective.advantage_clip).mean()

@@ -227,7 +227,7 @@ def test_what_a_callback_raises_ends_the_run_after_a_checkpoint(small, tmp_path)
         (lambda s: ft.Trainer(), "Trainer: which recipe"),
         (lambda s: ft.Trainer("playgruond"), "did you mean 'playground'"),
         (lambda s: ft.Trainer(3), "recipe: want a name, a .toml file, a dict or a Recipe, not int"),
-        (lambda s: ft.Trainer("playground", stps=3), r"stps: unknown key; did you mean 'steps'\? \[Python\]"),
+        (lambda s: ft.Trainer("playground", rolouts=3), r"rolouts: unknown key; did you mean 'rollouts'\? \[Python\]"),
         (lambda s: ft.Trainer({"base": "playground", "rollout": {"promts": 3}}), "did you mean 'rollout.prompts'"),
         (lambda s: ft.Trainer("playground", rewards=[red]), "rewards: want a dict of rewards by name"),
         (lambda s: ft.Trainer("playground", rewards={"red": None}), "rewards.red: want a callable"),

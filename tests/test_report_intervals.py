@@ -123,7 +123,7 @@ def test_a_tag_of_few_prompts_has_no_interval_and_the_page_says_why(run: Path) -
     lines(run / "evaluations.jsonl", [record, {**record, "step": 30}])
     page = report(run)
     assert not [line for line in page.all("line") if line.get("class") == "whisker"]
-    assert page.says("No interval: 9 prompts, at least 10 are needed.")
+    assert page.says("No interval where a kind has fewer than 10 prompts.")
 
 
 def test_tags_of_version_0_1_0_are_shown_without_an_interval() -> None:

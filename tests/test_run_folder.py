@@ -105,7 +105,7 @@ def test_a_file_system_without_locks_still_refuses_a_second_process_of_this_mach
         monkeypatch.setattr("flowtilt.io.locks.FileLock.acquire", lambda *_, **__: (_ for _ in ()).throw(OSError(38, "no locks")))
         assert str(pid) in refused(Hold, tmp_path, "a training run")
     Hold(tmp_path, "a training run").release()
-    assert "has no locks" in capsys.readouterr().err
+    assert not capsys.readouterr().err  # nobody has left a note: there is nothing to be warned of
 
 
 def _start(folder: Path, at: float, recipe):

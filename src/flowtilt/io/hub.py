@@ -326,7 +326,7 @@ def reason(repository: str, error: BaseException) -> str:
         return "is not on the hub either; a private one needs `hf auth login`"
     if is_offline(error):
         how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
-        return f"is not in the hub's cache, and {how}"
+        return f"is not in the hub's cache, and {how}; fetch it where there is a network with `hf download {repository}`"
     return f"can't be had from the hub: {first_line(error)}"
 
 
