@@ -1,8 +1,8 @@
 """The figures: each run's entry, and what tells which plan they are of. No torch here."""
 
 import json
-import re
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
