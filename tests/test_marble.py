@@ -84,7 +84,7 @@ def test_the_weighed_mixture_points_where_no_reward_gets_worse():
     balance = Balance(["a", "b", "c"])
 
     def of(weights):
-        g = rest if weights is None else rest + (weights.float() @ own)
+        g = rest + (weights.float() @ own)
         return [g[:5], g[5:]]
 
     assert balance.due(0)
@@ -106,7 +106,7 @@ def test_the_weighed_mixture_points_where_no_reward_gets_worse():
 def test_a_reward_without_a_gradient_is_left_out_and_the_others_go_on():
     own = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     balance = Balance(["a", "b", "flat"])
-    balance.solve(0, lambda w: [torch.zeros(2) if w is None else w.float() @ own])
+    balance.solve(0, lambda w: [w.float() @ own])
     torch.testing.assert_close(balance.weights(), torch.tensor([2 / 3, 1 / 3, 0.0], dtype=torch.float64))
 
 

@@ -3,13 +3,12 @@
 import base64
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from local_server import LocalServer, send
 
 from flowtilt.io.images import read_image
 
@@ -19,7 +18,7 @@ def likely(**tokens: float) -> dict[str, Any]:
     return {"tokens": tokens}
 
 
-class Stub:
+class Stub(LocalServer):
     """Answers with `say(question, images, request)`: a text, `likely(...)`, a status, or a function of the handler."""
 
     def __init__(self, say: Any = "Yes", models: list[str] | None = None):
@@ -29,44 +28,13 @@ class Stub:
         self.usage: dict[str, int] | None = {"prompt_tokens": 100, "completion_tokens": 1}
         self.requests: list[dict] = []
         self.headers: list[dict] = []
-        self.busy = self.most = 0
-        self.over = threading.Event()
-        self.lock = threading.Lock()
-        outer = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.headers.append(dict(self.headers))
-                found = outer.models
-                send(
-                    self,
-                    found if isinstance(found, int) else 200,
-                    {"data": [{"id": name} for name in found] if isinstance(found, list) else []},
-                )
-
-            def do_POST(self):
-                with outer.lock:
-                    outer.busy += 1
-                    outer.most = max(outer.most, outer.busy)
-                try:
-                    outer.answer(self)
-                finally:
-                    with outer.lock:
-                        outer.busy -= 1
-
-            def log_message(self, format, *args):
-                pass
-
-        class Http(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, request, client_address):
-                """A client that gave up is no news."""
-
-        self.http = Http(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    def listed(self, handler):
+        self.headers.append(dict(handler.headers))
+        found = self.models
+        names = found if isinstance(found, list) else []
+        send(handler, found if isinstance(found, int) else 200, {"data": [{"id": name} for name in names]})
 
     @property
     def asked(self) -> list[dict]:
@@ -93,11 +61,6 @@ class Stub:
             choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
         return send(handler, 200, {"choices": [choice]} | ({"usage": self.usage} if self.usage else {}))
 
-    def close(self):
-        self.over.set()
-        self.http.shutdown()
-        self.http.server_close()
-
 
 def parts_of(request: dict, kind: str) -> list[dict]:
     return [part for part in request["messages"][0]["content"] if part["type"] == kind]
@@ -105,16 +68,6 @@ def parts_of(request: dict, kind: str) -> list[dict]:
 
 def question_of(request: dict) -> str:
     return "\n".join(part["text"] for part in parts_of(request, "text"))
-
-
-def send(handler: Any, status: int, reply: Any, cut: int = 0, **headers: str) -> None:
-    data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-    handler.send_response(status)
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) - cut])
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from local_server import LocalServer, send
 from PIL import Image
 
 from flowtilt.errors import UserError
@@ -25,42 +25,14 @@ QUESTION = (Path(__file__).parent / "golden" / "unifiedreward_question.txt").rea
 """As flow_grpo sends it, {prompt} standing for the caption."""
 
 
-class Server:
+class Server(LocalServer):
     """Answers a caption with its script's next entry, the last one for ever: an answer's text, a status, or a misdeed."""
 
     def __init__(self):
         self.script: dict[str, list] = defaultdict(lambda: ["Final Score: 3"])
         self.requests: list[tuple[str, dict, bytes]] = []
         self.key: str | None = None
-        self.busy = self.most = 0
-        self.lock = threading.Lock()
-        self.over = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                with outer.lock:
-                    outer.busy += 1
-                    outer.most = max(outer.most, outer.busy)
-                try:
-                    outer.answer(self)
-                finally:
-                    with outer.lock:
-                        outer.busy -= 1
-
-            def log_message(self, *_):
-                pass
-
-        class Http(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, *_):
-                """A client that gave up is no news."""
-
-        self.http = Http(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        super().__init__()
 
     def answer(self, handler):
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
@@ -70,23 +42,15 @@ class Server:
             script = self.script[caption]
             entry = script.pop(0) if len(script) > 1 else script[0]
         if self.key and handler.headers["Authorization"] != f"Bearer {self.key}":
-            return self.send(handler, 401, {"error": {"message": "invalid api key"}})
+            return send(handler, 401, {"error": {"message": "invalid api key"}})
         if callable(entry):
             entry = entry()
         if isinstance(entry, int):
-            return self.send(handler, entry, {"error": "trouble"})
+            return send(handler, entry, {"error": "trouble"})
         if entry == "never":
             return self.over.wait(10)
         reply = entry if isinstance(entry, dict) else {"choices": [{"message": {"role": "assistant", "content": entry}}]}
-        return self.send(handler, 200, reply, cut=9 if entry == "cut" else 0)
-
-    def send(self, handler, status, reply, cut=0):
-        data = json.dumps(reply).encode()
-        data = data[: len(data) - cut]
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
+        return send(handler, 200, reply, cut=9 if entry == "cut" else 0)
 
 
 @pytest.fixture
@@ -96,9 +60,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     found = Server()
     yield found
-    found.over.set()
-    found.http.shutdown()
-    found.http.server_close()
+    found.close()
 
 
 def judge(server, captions, images=None, **options):

@@ -13,11 +13,12 @@ from flowtilt.config import Recipe, load_recipe, recipe_names
 from flowtilt.errors import UserError
 from flowtilt.io import hub
 from flowtilt.io.environment import floors, is_older, versions
+from flowtilt.io.files import nearest_folder
 from flowtilt.io.published import missing_size
 from flowtilt.lora.stacked import read_onto
 from flowtilt.models.opening import folder_of
 from flowtilt.plan import Machine, make_plan
-from flowtilt.plan.machine import GPUS, REACHED
+from flowtilt.plan.machine import GPUS
 from flowtilt.plan.memory import GIB
 from flowtilt.plan.plan import Plan
 from flowtilt.prompts import Prompt
@@ -56,7 +57,7 @@ def planned(recipe: Recipe, device: torch.device) -> tuple[Plan | None, str]:
         return None, "memory is planned for GPUs"
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
     try:
-        return make_plan(recipe, Machine(known(device) or "h100", memory=memory, utilisation=REACHED[recipe.model.compile])), ""
+        return make_plan(recipe, Machine(known(device) or "h100", memory=memory)), ""
     except UserError as error:
         return None, str(error)
 
@@ -145,7 +146,7 @@ def loras(places: Sequence[str], init: str | None) -> str:
 def disk(recipe: Recipe) -> str:
     """The room for the run's folder; raises UserError where it can't be written or is small."""
     place = Path(recipe.run or "runs").absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    there = nearest_folder(place)
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK):
         raise UserError(f"{there} can't be written; set run to a folder elsewhere")

@@ -126,13 +126,6 @@ def needs(names: Sequence[str]) -> Needs:
     return found
 
 
-def needs_of(recipe: Recipe) -> Needs:
-    """What a recipe needs from elsewhere."""
-    found = Needs()
-    _add_recipe(found, recipe)
-    return found
-
-
 def _add_recipe(found: Needs, recipe: Recipe) -> None:
     if hub.is_hub_id(recipe.model.path):
         found.models[recipe.model.path] = recipe.model.revision

@@ -112,7 +112,8 @@ def _from_python(path: Path, name: str, gpus: int | None) -> Converted:
     used |= _betas(found, values, "train.adam_beta1", "train.adam_beta2")
     used |= _amounts(found, values, gpus or read.gpus)
     _rewards(found, values.get("reward_fn", {}))
-    used |= {"reward_fn", "dataset"} | _prompts(found, str(values.get("dataset", "")))
+    _prompts(found, str(values.get("dataset", "")))
+    used |= {"reward_fn", "dataset"}
     used |= _nft(found, values) if nft else _grpo(found, values, own)
     if found.tree.get("rollouts", 0) >= 100_000:
         found.notes.append("rollouts: their runs are stopped by hand; choose a number of rollouts")
@@ -214,7 +215,7 @@ def _rewards(found: Converted, given: Any) -> None:
         raise UserError(f"convert {found.origin}: reward_fn names no reward")
 
 
-def _prompts(found: Converted, dataset: str) -> set[str]:
+def _prompts(found: Converted, dataset: str) -> None:
     name = dataset.rstrip("/").rpartition("/")[2]
     train, test = SETS.get(name, (f"{dataset}/train.txt", f"{dataset}/test.txt"))
     if name not in SETS:
@@ -223,7 +224,6 @@ def _prompts(found: Converted, dataset: str) -> set[str]:
     found.set("evaluate.prompts", test)
     if reported := [part for reward in found.tree.get("rewards", {}) for part in EVALUATED.get(reward, (reward,))]:
         found.set("evaluate.rewards", reported)
-    return set()
 
 
 # YAML -----------------------------------------------------------------------------------------------------

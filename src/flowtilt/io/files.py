@@ -235,6 +235,11 @@ def cache_folder(variable: str, name: str) -> Path:
     return Path(given) if given else cache / "flowtilt" / name
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:

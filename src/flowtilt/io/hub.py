@@ -17,6 +17,7 @@ from typing import Any
 
 from flowtilt.errors import UserError
 from flowtilt.io.download import wrong
+from flowtilt.io.files import nearest_folder
 from flowtilt.io.user_errors import first_line
 
 INDEX = "model_index.json"
@@ -87,17 +88,18 @@ def pipeline_files(names: Iterable[str], index: Mapping[str, Any]) -> list[str]:
     by_folder: dict[str, list[str]] = {}
     for name in names:
         by_folder.setdefault(name.partition("/")[0], []).append(name)
-    for component, value in index.items():
-        if component.startswith("_") or not isinstance(value, list) or value[:1] == [None]:
-            continue
+    for component in _components(index):
         files = by_folder.get(component, [])
         last = {file: file.rpartition("/")[2] for file in files}
         weights = [file for file in files if _SAFE.fullmatch(last[file])] or [file for file in files if _BIN.fullmatch(last[file])]
-        others = [
-            file for file in files if not _WEIGHTS.fullmatch(last[file]) and last[file].endswith((".json", ".txt", ".model", ".jinja"))
-        ]
+        others = [file for file in files if not _WEIGHTS.fullmatch(last[file]) and last[file].endswith(_TEXTS)]
         chosen += [*others, *weights]
     return chosen
+
+
+def _components(index: Mapping[str, Any]) -> list[str]:
+    """The components that a pipeline's index names and does not leave empty."""
+    return [name for name, value in index.items() if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]]
 
 
 def pipeline(name: str, revision: str | None = None) -> tuple[Repository, list[str]]:
@@ -163,8 +165,7 @@ def check_space(size: int, to: Path | None = None) -> None:
     from huggingface_hub import constants
 
     place = to or Path(constants.HF_HUB_CACHE)
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if (free := shutil.disk_usage(there).free) < size:
+    if (free := shutil.disk_usage(nearest_folder(place)).free) < size:
         raise UserError(f"can't download {megabytes(size)}: {megabytes(free)} free in {place}; free some, or set HF_HOME to another disk")
 
 
@@ -185,9 +186,7 @@ def cached_pipeline(name: str, revision: str | None = None) -> Path | None:
     if not isinstance(place, str):
         return None
     folder = Path(place).parent
-    for component, value in json.loads(Path(place).read_text(encoding="utf-8")).items():
-        if component.startswith("_") or not isinstance(value, list) or value[:1] == [None]:
-            continue
+    for component in _components(json.loads(Path(place).read_text(encoding="utf-8"))):
         if lack := _lacking(folder / component):
             raise UserError(f"model {name}: only part of it is on this machine, {component}/{lack} is missing; {FETCH.format(name)}")
     return folder

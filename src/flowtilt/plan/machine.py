@@ -118,6 +118,10 @@ class Machine:
         ends = [images * rank // self.gpus for rank in range(self.gpus + 1)]
         return max((end - 1) // images_per_prompt - start // images_per_prompt + 1 for start, end in pairwise(ends) if start < end)
 
+    def reached(self, compiled: bool) -> float:
+        """The share of each precision's peak that a run is assumed to reach."""
+        return REACHED[compiled] if self.utilisation is None else self.utilisation
+
     def hours(self, flops: Mapping[str, float], utilisation: float) -> float:
         """Hours that work takes, each precision at its own peak; twice the GPUs take half the time."""
         seconds = sum(count / GPUS[self.gpu].rate(precision) for precision, count in flops.items())

@@ -9,7 +9,7 @@ from flowtilt.config import Recipe
 from flowtilt.methods.base import Method
 from flowtilt.plan import memory
 from flowtilt.plan.judges import gradient_of, judging
-from flowtilt.plan.machine import REACHED, Machine
+from flowtilt.plan.machine import Machine
 from flowtilt.plan.memory import GIB, Fitted, Memory, Phase
 from flowtilt.plan.meter import Line, added, scaled
 from flowtilt.plan.network import Costs, Weights, costs_of
@@ -153,7 +153,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     models = {**train.models, **judge.models}
     needed = Memory(recipe, costs, train, judge, machine)
     found = needed.fit()
-    utilisation = REACHED[recipe.model.compile] if machine.utilisation is None else machine.utilisation
+    utilisation = machine.reached(recipe.model.compile)
     weights = {
         "network": costs.network,
         "text encoders": costs.encoders,

@@ -15,7 +15,7 @@ from flowtilt.build import judges_of, rewards_of
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
 from flowtilt.plan.judges import judging
-from flowtilt.plan.machine import GPUS, REACHED, Machine
+from flowtilt.plan.machine import GPUS, Machine
 from flowtilt.plan.memory import Fitted, Memory
 from flowtilt.plan.network import costs_of
 from flowtilt.plan.passes import evaluations_in_all
@@ -154,8 +154,7 @@ class _Fitted:
 
     def rollouts(self, recipe: Recipe, hours: float) -> int:
         """How many of a recipe's rollouts are done within a time, evaluations among it."""
-        machine = self.needed.machine
-        utilisation = REACHED[recipe.model.compile] if machine.utilisation is None else machine.utilisation
+        utilisation = self.needed.machine.reached(recipe.model.compile)
 
         def work(steps: int) -> tuple[float, float]:
             short = recipe.model_copy(update={"rollouts": steps})

@@ -72,7 +72,6 @@ class GenEval2(Asking):
             price_in=price_in,
             price_out=price_out,
         )
-        self.version = {"model": self.client.model, "logprobs": self.client.gives_logprobs}
 
     @staticmethod
     def applies(prompt: Prompt) -> str:

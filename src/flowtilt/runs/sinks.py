@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from flowtilt.config import Recipe, to_toml
+from flowtilt.distributed.sameness import leaves
 from flowtilt.io.files import write_json
 from flowtilt.io.run_folder import RunFolder
 
@@ -43,7 +45,7 @@ class Sink(Protocol):
         ...
 
 
-class _Remembered:
+class _Remembered(ABC):
     """A tracker with runs of its own. A resumed run continues the tracker's run and sends no rollout twice.
 
     The tracker's id and project of the run, and the last rollout that was sent, are in the run's folder, in `<tracker>.json`.
@@ -67,8 +69,9 @@ class _Remembered:
         self._state["sent"][kind] = step
         self._save()
 
+    @abstractmethod
     def _log(self, step: int, values: Mapping[str, Value]) -> None:
-        raise NotImplementedError
+        """Sends values of a rollout."""
 
 
 class Hosted(_Remembered):
@@ -121,7 +124,7 @@ class MLflow(_Remembered):
         """The recipe as parameters, which a resumed run can't change, and as a file, which it replaces."""
         self._client.log_text(self._id, to_toml(recipe), RunFolder.recipe)
         if not self._known:
-            params = [self._entities.Param(_allowed(key), value) for key, value in _flat(recipe.model_dump(mode="json")).items()]
+            params = [self._entities.Param(_allowed(key), value) for key, value in _as_text(recipe).items()]
             for start in range(0, len(params), 100):  # mlflow takes no more at once
                 self._client.log_batch(self._id, params=params[start : start + 100])
 
@@ -153,15 +156,10 @@ def _allowed(key: str) -> str:
     return re.sub(r"[^\w./ :-]", "_", key)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Keys of a recipe as they are overridden, objective.beta, and their values as text."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
-    return found
+def _as_text(recipe: Recipe) -> dict[str, str]:
+    """A recipe's values as text by their keys as they are overridden, objective.beta; empty tables have none."""
+    values = leaves(recipe.model_dump(mode="json"))
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items() if value != {}}
 
 
 class TensorBoard:

@@ -41,25 +41,22 @@ class Balance:
         """Whether a solution is due after so many updates."""
         return updates >= self._next
 
-    def solve(self, updates: int, gradient: Callable[[Tensor | None], Sequence[Tensor]]) -> None:
+    def solve(self, updates: int, gradient: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Finds the weights anew, of which the average follows.
 
         Args:
             updates: made so far.
-            gradient: the loss's gradient over all ranks, where the advantages are those of reward number k, or 0 for none.
+            gradient: the loss's gradient over all ranks, where the advantages are those of the rewards times weights [K].
         """
         self._next = updates + BALANCED_EVERY
-        rest = [part.clone() for part in gradient(None)]
-        own = []
-        for k in range(len(self.names)):
-            unit = torch.zeros(len(self.names), dtype=torch.float64)
-            unit[k] = 1.0
-            own.append(torch.cat([(part - base).flatten() for part, base in zip(gradient(unit), rest, strict=True)]))
-        norms = torch.stack([part.double().norm() for part in own]).cpu()
+        units = torch.eye(len(self.names), dtype=torch.float64)
+        rest = gradient(torch.zeros_like(units[0]))
+        own = [torch.cat([(part - base).flatten() for part, base in zip(gradient(unit), rest, strict=True)]).double() for unit in units]
+        norms = torch.stack([part.norm() for part in own]).cpu()
         usable = (norms.isfinite() & (norms > LEAST_NORM)).nonzero()[:, 0]
         if not len(usable):
             return
-        products = torch.stack([torch.stack([(own[i].double() @ own[j].double()).cpu() for j in usable]) for i in usable])
+        products = torch.stack([torch.stack([(own[i] @ own[j]).cpu() for j in usable]) for i in usable])
         cosines = products / (norms[usable][:, None] * norms[usable])
         alpha = torch.zeros_like(self._alpha)
         alpha[usable] = common_descent(cosines)
@@ -74,10 +71,9 @@ class Balance:
         share = self._alpha / self._norms
         return share / share.sum()
 
-    def mixed(self, rollout: ScoredRollout, weights: Tensor | None) -> ScoredRollout:
-        """A rollout whose advantages are those of the rewards times `weights` [K]; none makes them 0."""
+    def mixed(self, rollout: ScoredRollout, weights: Tensor) -> ScoredRollout:
+        """A rollout whose advantages are those of the rewards times `weights` [K]."""
         assert rollout.by_reward is not None
-        weights = torch.zeros(len(self.names), dtype=torch.float64) if weights is None else weights
         advantages = (rollout.by_reward.double() @ weights).float()
         here = advantages[rollout.indices.start : rollout.indices.stop].to(rollout.x0.device)
         return replace(rollout, advantages=here, all_advantages=advantages)

@@ -115,7 +115,7 @@ class Learner:
         if first:
             own, number = self.rows(step, balance.mixed(rollout, balance.weights()), rollout.own(first)), len(first) * self._maker.per_image
 
-            def gradient(weights: Tensor | None) -> list[Tensor]:
+            def gradient(weights: Tensor) -> list[Tensor]:
                 of = replace(own, advantages=balance.mixed(rollout, weights).advantages)
                 self.micro_batch.run_with_backoff("train", lambda size: self._gradients(of, number, size), self._save_memory, self.policy)
                 return self.update.gradient()

@@ -52,6 +52,17 @@ class RolloutLearner(Protocol):
         ...
 
 
+class Stateless:
+    """A learner of which weights and optimizers are all there is."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
+
+
 def by_objective(parts: Parts) -> "Reinforcement":
     """The method of a recipe whose `[objective]` has a loss."""
     recipe = parts.recipe

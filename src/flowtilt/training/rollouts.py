@@ -176,7 +176,7 @@ class Rollouts:
         by_reward = None
         if self.recipe.combine == "marble":
             each = advantages_by_reward(scores, self.weights, total, groups, self.recipe.advantage)
-            by_reward = torch.stack([self.objective.prepare(own, groups) for own in each.T], 1)
+            by_reward = torch.stack([self.objective.prepare(one, groups) for one in each.T], 1)
         scored = ScoredRollout(x0, own_advantages, found.conditioning, path, mine, kept, own, groups, advantages, total, by_reward)
         return scored, metrics | image_metrics(looks, groups) | {"prompts/unique": len({p.key for p in found.prompts})}
 

@@ -106,7 +106,6 @@ class Judge(Asking):
             price_in=price_in,
             price_out=price_out,
         )
-        self.version = {"model": self.client.model, "logprobs": self.client.gives_logprobs}
 
     def applies(self, prompt: Prompt) -> str:
         """Why a prompt's images can't be judged; "" where they can.

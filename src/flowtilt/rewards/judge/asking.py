@@ -92,6 +92,7 @@ class Asking:
         self._readable: deque[bool] = deque(maxlen=RECENT)
         self._logged = 0
         self.client.start()
+        self.version = {"model": self.client.model, "logprobs": self.client.gives_logprobs}
 
     def opened(self, folder: Path, rank: int, size: int) -> None:
         """A run or an evaluation of `size` processes keeps the answers in `folder`, and its budget counts those that are there."""

@@ -25,6 +25,9 @@ class Spent:
     def __sub__(self, other: "Spent") -> "Spent":
         return Spent(self.calls - other.calls, self.read - other.read, self.written - other.written)
 
+    def __mul__(self, times: int) -> "Spent":
+        return Spent(self.calls * times, self.read * times, self.written * times)
+
     @property
     def tokens(self) -> int:
         return self.read + self.written
@@ -81,8 +84,7 @@ class Budget:
             UserError: the budget does not reach.
         """
         with self._lock:
-            planned = self._own + self._begun + most
-            everyone = self.before + Spent(planned.calls * self._share, planned.read * self._share, planned.written * self._share)
+            everyone = self.before + (self._own + self._begun + most) * self._share
             if limit := self.limits.exceeded(everyone):
                 raise UserError(f"rewards.{self._name}: its budget ends here, {limit}, with {self.told()}; raise it to go on")
             self._begun += most
@@ -95,7 +97,7 @@ class Budget:
 
     def told(self) -> str:
         """What was spent, in words."""
-        all_of_it = self.before + Spent(self._own.calls * self._share, self._own.read * self._share, self._own.written * self._share)
+        all_of_it = self.before + self._own * self._share
         money = f", {self.limits.cost(all_of_it):.4g} in money" if self.limits.price_in or self.limits.price_out else ""
         about = "about " if self._share > 1 else ""
         return f"{about}{all_of_it.calls:,} calls and {all_of_it.tokens:,} tokens{money} spent"

@@ -1,8 +1,7 @@
 """Online DPO: the best against the worst image of each prompt of a rollout, ties left out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from flowtilt.seeding import generator
 from flowtilt.training.dpo.pairs import Compared, PairLearner
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
-from flowtilt.training.reinforcement import Reinforcement
+from flowtilt.training.reinforcement import Reinforcement, Stateless
 from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
@@ -51,7 +50,7 @@ def best_and_worst(advantages: Tensor, per_prompt: int) -> Tensor:
     return (torch.stack([best, worst], 1) + per_prompt * rows[:, None])[there]
 
 
-class BestAndWorst:
+class BestAndWorst(Stateless):
     """The learner. A pair is trained on the rank that has its best image; the worst one's latents travel there."""
 
     def __init__(self, parts: Parts):
@@ -64,13 +63,6 @@ class BestAndWorst:
     def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return self.pairs.updates
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: weights and optimizers are all there is."""
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back."""
 
     def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout; the next is sampled by the trained policy."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from flowtilt.solvers import sde_step
 from flowtilt.training.learner import averaged_update, memory_saver, shares
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
-from flowtilt.training.reinforcement import Reinforcement
+from flowtilt.training.reinforcement import Reinforcement, Stateless
 from flowtilt.training.rtdmd.fake_score import ROLE, FakeScore, Samples
 from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
@@ -112,7 +112,7 @@ def begin(parts: Parts) -> Reinforcement:
     return Reinforcement(parts, learner, {ROLE: base} if base else {})
 
 
-class RTDMDLearner:
+class RTDMDLearner(Stateless):
     """The learner. Advantages come with the rollout; differentiable rewards are asked here.
 
     Args:
@@ -140,13 +140,6 @@ class RTDMDLearner:
     def updates(self) -> dict[str, RoleOptimizer]:
         """By the role whose weights they move."""
         return {"current": self.update, **({"fake": self.fake.update} if self.fake else {})}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: weights and optimizers are all there is."""
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back."""
 
     def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """The fake score's update, then the student's; returns mean metrics."""
