@@ -2,7 +2,7 @@
 
     python benchmarks/busy.py
 
-Each way of waiting has a process of its own, which trains the playground with a thread for each core. The processes take turns, one
+Each way of waiting has a process of its own, which trains `playground-fast` with a thread for each core. The processes take turns, one
 rollout at a time, so that what else the machine does meets all alike. What counts are ratios. In the end their weights are compared.
 """
 
@@ -24,7 +24,6 @@ WAYS = {
     "asleep": {},  # what flowtilt sets
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-QUICK = ["rollout.prompts=3", "rollout.images_per_prompt=4", "rollout.steps=4", "objective.times_per_image=1"]
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
@@ -38,7 +37,7 @@ def work() -> None:
 
     quieten()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(load_recipe("playground", [*QUICK, f"run={scratch}/run"]))
+        trainer = Trainer(load_recipe("playground-fast", [f"run={scratch}/run"]))
         step = 0
         print(json.dumps([torch.get_num_threads()]), flush=True)
         for _ in sys.stdin:
@@ -123,7 +122,7 @@ def main() -> None:
     fair = (threads + args.busy) / cores if threads + args.busy > cores else 1.0
     slower = {name: [b / statistics.median(idle[name]) for b in busy[name]] for name in WAYS}
     entry = {
-        "method": "nft, " + " ".join(QUICK),
+        "recipe": "playground-fast",
         "seed": 0,
         "busy_processes": args.busy,
         "threads": {name: worker.threads for name, worker in workers.items()},

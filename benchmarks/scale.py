@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -27,6 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from flowtilt.io.environment import processor
+from flowtilt.io.quiet import quieten
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 SIZES = (1, 2, 4, 8)
@@ -46,9 +48,7 @@ def work(case: dict[str, Any]) -> None:
     import torch
 
     from flowtilt import Trainer, load_recipe
-    from flowtilt.io.quiet import quieten
 
-    quieten()
     torch.set_num_threads(1)
     trainer = Trainer(load_recipe(case["recipe"], [*case["overrides"], f"run={case['out']}.run"]))
     world = trainer.world
@@ -204,10 +204,12 @@ def main() -> None:
     sizes = tuple(args.sizes or (size for size in SIZES if not args.gpus or size <= args.gpus))
     gpus = args.gpus > 0
     overrides = [*(QUICK if args.recipe == "playground" else []), *args.overrides]
+    quieten()
     if not gpus:
         import flowtilt.cli  # noqa: F401  # what is imported once is forked
         from flowtilt.plan import make_plan  # noqa: F401
-    found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "gpus": args.gpus, "recipe": args.recipe}
+    found: dict[str, Any] = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    found |= {"machine": f"{processor()}, {os.cpu_count()} cores", "gpus": args.gpus, "recipe": args.recipe}
 
     def save(name: str, value: Any) -> None:
         found[name] = value

@@ -76,6 +76,13 @@ def test_scores_of_fp32_nan_details_and_notes_come_back_exactly():
     assert list(output.notes) == [f"ä\ud800 {i}" for i in range(5)]
 
 
+def test_a_served_judge_is_asked_whatever_its_settings_there_are():
+    with running({"judge": Keeps()}) as (url, _):
+        remote = RemoteReward(url, "judge")
+        assert applies(remote, prompt("a circle")) == ""
+        assert remote(images_of(1), prompts_of(1)).scores.tolist() == [0.0]
+
+
 def test_a_recipes_address_gives_what_the_reward_gives_here():
     prompts = world.prompts("test")[::12]
     drawn = [world.arrange(p if i % 2 else prompts[i - 1], generator(0, "test", i)) for i, p in enumerate(prompts)]

@@ -31,6 +31,7 @@ from flowtilt.evaluate import evaluate
 from flowtilt.evaluate.record import save_evaluation
 from flowtilt.io.environment import describe
 from flowtilt.io.files import append_line, write_json
+from flowtilt.io.processors import Others
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, fingerprint
 from flowtilt.lora.stacked import keep, kept
@@ -153,7 +154,7 @@ class Trainer(Driver):
         if recipe.model.compile:
             self._compile()
         self.clock, self.guards = Clock(), Guards(recipe)
-        self.pace = Pace()
+        self.pace = Pace(Others() if self.world.size == 1 and self.world.device.type == "cpu" else None)
         self.run_folder = self._open(resume)
         keep_answers([*self.rewards.values(), *self.eval_rewards.values()], RunFolder(self.run_folder).judges, self.world)
 
@@ -230,8 +231,8 @@ class Trainer(Driver):
             append_line(RunFolder(self.run_folder).metrics, {"step": self.clock.step, **metrics})
             self.trackers.log(self.clock.step, metrics)
             display.step(self.clock.step, metrics)
-            if slower := self.pace.slower(metrics):
-                display.say(slower)
+            if slow := self.pace.remark(metrics):
+                display.say(slow)
         if self.recipe.guards != "off":
             self._warn(self.guards.check(metrics), display)
 

@@ -1,7 +1,8 @@
 """A reward that a `flowtilt serve-rewards` computes, on this machine or another."""
 
+import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,7 +54,7 @@ class RemoteReward:
         self._away = False
         about = built_in().get(self.reward, Facts())
         self.score_range, self.detail_ranges, self.reads_prompt = about.score_range, about.detail_ranges, about.reads_prompt
-        self._own = getattr(find_reward(self.reward, self.reward), "applies", None) if self.reward in built_in() else None
+        self._own = _applies_of_class(find_reward(self.reward, self.reward)) if self.reward in built_in() else None
         self._find()
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
@@ -74,7 +75,7 @@ class RemoteReward:
         return RewardOutput(joined(output.scores for output in outputs), notes, details)
 
     def applies(self, prompt: Prompt) -> str:
-        """What the reward of that name says about the prompt, where it is a built-in one."""
+        """What the reward of that name says about the prompt, where it is a built-in one whose settings don't matter for it."""
         return self._own(prompt) if self._own else ""
 
     def _find(self) -> None:
@@ -114,6 +115,11 @@ class RemoteReward:
         if not self._away:
             self._away = True
             log.warning("%s", line)
+
+
+def _applies_of_class(reward: Any) -> Callable[[Prompt], str] | None:
+    """Its `applies` where that asks no instance; one with the server's settings is not known here."""
+    return reward.applies if isinstance(inspect.getattr_static(reward, "applies", None), staticmethod) else None
 
 
 def _parts(url: str, reward: str) -> tuple[str, str]:
