@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import LIGHT, quick
 from judge_stub import Stub, likely, question_of, stub
 
+from flowtilt import Trainer
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.notices import notice
@@ -359,3 +361,27 @@ def test_a_caption_that_gives_orders_stays_within_its_quotes():
         ask(judge(server), orders)
         question = question_of(server.asked[0])
         assert json.dumps(orders) in question and question.count("\n") == 2
+
+
+def test_a_judge_that_dies_ends_the_run_in_a_line_and_the_run_goes_on_to_the_same_bits(tmp_path):
+    asked, last = 0, 10**9
+
+    def say(question, images, request):
+        nonlocal asked
+        asked += 1
+        return brightness(question, images, request) if asked <= last else 503
+
+    def weights(folder):
+        return (folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+
+    with stub(say) as server:
+        table = f'rewards.eye={{source="judge", url="{server.url}", patience=1.0, workers=1}}'
+        words = [table, *LIGHT, "evaluate.every=0"]
+        Trainer(quick(tmp_path / "whole", *words)).run()
+        last, asked = asked * 3 // 4, 0  # in the second of two rollouts
+        with pytest.raises(UserError) as caught:
+            Trainer(quick(tmp_path / "dies", *words)).run()
+        assert "reward eye" in str(caught.value) and "no answer in 1 s" in str(caught.value) and "\n" not in str(caught.value)
+        last = 10**9
+        Trainer(resume=tmp_path / "dies").run()
+    assert weights(tmp_path / "dies") == weights(tmp_path / "whole")
