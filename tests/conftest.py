@@ -45,6 +45,7 @@ TOGETHER = {
         "test_evaluate_images",
         "test_head_to_head",
         "test_lifeline",
+        "test_marble",
         "test_resume",
         "test_served",
         "test_sharding",

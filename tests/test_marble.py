@@ -5,12 +5,14 @@ from itertools import accumulate
 
 import pytest
 import torch
-from conftest import quick
+from conftest import QUICK, quick, two_blocks
 from forward_cases import draw, gradient
+from ranks import together
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.advantages import advantages_by_reward
 from flowtilt.build import build_objective
+from flowtilt.cli import main
 from flowtilt.errors import UserError
 from flowtilt.io.files import read_lines
 from flowtilt.objectives.batches import TrainingBatch
@@ -135,7 +137,7 @@ def colours(folder):
     return [*own, "rewards.playground=0", "combine=marble", "evaluate.every=0", "evaluate.images=4", "optimizer.steps_per_rollout=5"]
 
 
-def test_a_run_costs_what_the_plan_says_and_a_resumed_one_has_its_bits(tmp_path):
+def test_a_run_costs_what_the_plan_says_a_resumed_one_has_its_bits_and_two_ranks_its_weights(tmp_path):
     mine = colours(tmp_path)
     recipe = quick(tmp_path / "whole", *mine, "rollouts=4")
     Trainer(recipe).run()
@@ -151,6 +153,13 @@ def test_a_run_costs_what_the_plan_says_and_a_resumed_one_has_its_bits(tmp_path)
     Trainer(quick(tmp_path / "parts", *mine, "rollouts=4"), resume=tmp_path / "parts").run()
     both = [sorted((tmp_path / name / "checkpoints").iterdir())[-1] for name in ("whole", "parts")]
     assert (both[0] / "current.safetensors").read_bytes() == (both[1] / "current.safetensors").read_bytes()
+
+    words = ["train", "playground", *QUICK, two_blocks(), *mine, "rollouts=1", f"run={tmp_path}/two"]
+    done = together(2, main, words, folder=tmp_path / "ranks")
+    assert done.codes == [0, 0], done.stderr[-2000:]
+    (two,) = read_lines(tmp_path / "two" / "metrics.jsonl")
+    names = ["loss", "grad_norm", *(f"marble/{kind}/{name}" for kind in ("alpha", "norm") for name in ("red", "green", "blue"))]
+    assert [two[name] for name in names] == pytest.approx([lines[0][name] for name in names], rel=1e-4)
 
 
 @pytest.mark.parametrize(
