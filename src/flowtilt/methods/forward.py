@@ -87,6 +87,10 @@ class ForwardSettings(GuideSettings):
         if self.row_share < 1 and self.shared != "none":
             raise ValueError("objective.row_share: images of a prompt that share noise or times have as many rows each; set it to 1")
 
+    def levels_from(self, level: float) -> float:
+        low, high = self.times_range if self.times == "stratified" else (0.0, 1.0)
+        return (high - min(max(level, low), high)) / (high - low)
+
     def rows_per_image(self, steps: int) -> int:
         return self.times_per_image
 

@@ -38,7 +38,8 @@ class GroupSettings(ForwardSettings):
         """One more forward pass of every row than other methods: a first pass measures the groups, a second learns from them."""
         once = super().passes(recipe, step)
         reference = self.reference_passes(once.pairs, step) + (once.pairs if self.frozen else 0)
-        return Passes(sample=once.sample, pairs=once.pairs, old=once.old + once.pairs, reference=reference)
+        old = once.old + once.pairs + self.guide_old(once.pairs, step, once.old / once.pairs)
+        return Passes(sample=once.sample, pairs=once.pairs, old=old, reference=reference)
 
 
 class CRDSettings(GroupSettings):

@@ -37,9 +37,19 @@ class GuideSettings(Method):
     def reference_passes(self, pairs: int, step: int) -> int:
         """Forward passes of the reference in rollout `step`, from 1, of so many trained rows, on average over even noise levels."""
         pull = round(pairs * getattr(self, "reference_share", 1.0)) * (2 if self.reference_guidance != 1 else 1) if self.reference else 0
-        guide = round(pairs * self.guide_share * (1 - self.guide_from)) if self.guide_weight(step - 1) else 0
-        guide *= 2 if self.guide_of == "reference" else 1
-        return pull + guide
+        return pull + self.guide_rows(pairs, step) * (2 if self.guide_of == "reference" else 1)
+
+    def guide_rows(self, pairs: int, step: int) -> int:
+        """Rows that carry the guide in rollout `step`, from 1, of so many trained ones, on average over even noise levels."""
+        return round(pairs * self.guide_share * self.levels_from(self.guide_from)) if self.guide_weight(step - 1) else 0
+
+    def guide_old(self, pairs: int, step: int, asking: float) -> int:
+        """Forward passes of the collecting policy for the guide's target, where the loss has none; `asking` is the share of rows that ask."""
+        return round(self.guide_rows(pairs, step) * asking) if self.guide_of == "old" else 0
+
+    def levels_from(self, level: float) -> float:
+        """Share of the trained noise levels that are no less than `level`, where they are even."""
+        return 1 - level
 
     def guide_weight(self, rollout: int) -> float:
         """The guide's weight in rollout number `rollout`, from 0."""

@@ -73,4 +73,7 @@ class StepSettings(GuideSettings):
     def passes(self, recipe: "Recipe", step: int) -> Passes:
         # guided steps are trained guided, and what the collecting policy said is stored
         pairs = recipe.rollout.trained() * recipe.rows_per_image() * (2 if recipe.rollout.guidance != 1 else 1)
-        return Passes(sample=sampled(recipe), pairs=pairs, old=0, reference=self.reference_passes(pairs, step))
+        # the collecting policy equals the current one before the first update
+        asking = 1 - (1 / recipe.optimizer.steps_per_rollout if step == 1 or not recipe.rollout.lag else 0)
+        old = self.guide_old(pairs, step, asking)
+        return Passes(sample=sampled(recipe), pairs=pairs, old=old, reference=self.reference_passes(pairs, step))
