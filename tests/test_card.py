@@ -1,6 +1,9 @@
 """The card of an exported LoRA: its code works, and a hub reads what it says."""
 
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -62,3 +65,14 @@ def test_a_base_on_the_hub_is_named_with_its_licence(tmp_path, monkeypatch):
     assert metadata(card.metadata(recipe) + "# text\n")["base_model"] == "some/model"
     (tmp_path / "some" / "model").mkdir(parents=True)
     assert "base_model" not in metadata(card.metadata(recipe) + "# text\n")
+
+
+def test_every_base_of_a_recipe_and_of_the_page_of_models_has_its_licence():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "reference" / "models.md").read_text()
+    named = set(re.findall(r"`([\w-]+/[\w.-]+)`", page)) - {"Qwen/Qwen-Image-2.1"}  # whose licence the page does not say
+    recipes = {tomllib.loads(file.read_text()).get("model", {}).get("path") for file in (root / "src/flowtilt/recipes").glob("*.toml")}
+    assert len(named) > 9 and named | recipes - {None} <= set(card.LICENSES)
+    for base in card.LICENSES:
+        found = metadata(card.metadata(load_recipe("playground", [f"model.path={base}"])) + "# text\n")
+        assert found["license"] == "apache-2.0" or found["license_link"].startswith(f"https://huggingface.co/{base}")

@@ -200,7 +200,13 @@ def test_what_can_not_be_read_is_one_line(place, capsys, file, said):
         "while True: pass",
         "import subprocess",
         'config.seed = f"{{config:>9999999999}}"',
+        "config.seed = 0xffffffffffffffffffff",
+        "config.itself = config",
+        "config.seed = {{[]: 1}}",
+        "for k in 5: pass",
+        "break",
     ],
+    ids=range(15),
 )
 def test_code_in_a_configuration_is_refused_with_its_line_and_not_run(place, line):
     body = f"def one():\n    config = ml_collections.ConfigDict()\n    config.seed = 1\n    {line.format(place)}\n    return config\n"
@@ -208,3 +214,22 @@ def test_code_in_a_configuration_is_refused_with_its_line_and_not_run(place, lin
     with pytest.raises(UserError, match=r"code\.py:5: ") as caught:
         convert(f"{place}/code.py:one")
     assert "\n" not in str(caught.value) and not (place / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("grpo: {num_image_per_prompt: 0}", "grpo.num_image_per_prompt = 0 is no value"),
+        ("grpo: {num_steps: [4]}", "grpo.num_steps = [4] is no value"),
+        ("grpo: {reward_fn: [pickscore]}", "grpo.reward_fn = "),
+        ("grpo: {last_step_loss: {ac_consistency_epsilon_timestep: x}}", 'timestep = "x" is no value'),
+        ("grpo: {reward_fn: {pickscore: 1}, seed: 2026-13-45}", "not YAML that can be read: month must be"),
+        ("grpo: &a {b: *a}", "not YAML that can be read: more than 100,000 values"),
+        ("grpo: !!bool x", "not YAML that can be read"),
+    ],
+)
+def test_a_value_that_no_such_configuration_has_is_one_line(tmp_path, line, said):
+    (tmp_path / "x.yaml").write_text(line)
+    with pytest.raises(UserError) as caught:
+        convert(f"{tmp_path}/x.yaml", 8)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -267,11 +267,11 @@ def test_a_fifo_and_a_device_are_written_to(tmp_path):
 def test_scores_go_into_a_fifo_at_once(tmp_path):
     """A first, empty writing would end its reader."""
     (tmp_path / "0.png").write_bytes(to_png(torch.rand(3, 8, 8)))
-    os.mkfifo(tmp_path / "s.jsonl")
+    os.mkfifo(tmp_path / "scores")
     read = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "s.jsonl").read_text()))
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "scores").read_text()))
     reader.start()
-    assert main(["score", str(tmp_path / "0.png"), "--rewards", "jpeg_compressibility", "-o", str(tmp_path / "s.jsonl")]) == 0
+    assert main(["score", str(tmp_path / "0.png"), "--rewards", "jpeg_compressibility", "-o", str(tmp_path / "scores")]) == 0
     reader.join()
     assert json.loads(read[0])["scores"]["jpeg_compressibility"]
 

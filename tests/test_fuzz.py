@@ -11,7 +11,7 @@ READERS = readers()
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused_in_one_line(name, data, tmp_path_factory):
     payload = data.draw(READERS[name].inputs())

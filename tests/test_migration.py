@@ -54,6 +54,7 @@ def test_a_run_of_0_1_0_is_read_without_a_hint_and_a_recipe_of_ones_own_with_one
     (tmp_path / "mine.toml").write_text('base = "playground"\nsteps = 7\n')
     assert load_recipe(tmp_path / "mine.toml").rollouts == 7
     assert "the key 'steps' is called 'rollouts'" in capsys.readouterr().err
+    assert open_run(WRITTEN, ["steps=9"]).rollouts == 9  # what a 0.1.0 run was lengthened by
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path, monkeypat
 
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install pyarrow"):
+    with pytest.raises(UserError, match=r"pip install flowtilt\[pairs\]"):
         read_preferences(tmp_path / "p.parquet")
 
 

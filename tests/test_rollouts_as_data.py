@@ -74,6 +74,22 @@ def test_a_data_set_without_what_is_asked_for_is_one_line(hub_like, data, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("configs", ["5", "[5]", "[{config_name: [1], data_files: x}]", "2026-13-45", "&a [*a]"])
+def test_a_card_that_says_nothing_of_files_is_passed_over(tmp_path, configs):
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    (tmp_path / "train.txt.csv").write_text("prompt\na cat\n")
+    assert texts(dataset=tmp_path) == ["a cat"]
+
+
+def test_a_torn_parquet_file_is_one_line(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a cat"] * 9}), tmp_path / "train.parquet", compression="none")
+    data = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(data[:8] + b"\xff" * 30 + data[38:])
+    with pytest.raises(UserError, match=r"train\.parquet, row 0: can't be read: ") as caught:
+        texts(dataset=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_recipe_has_a_table_and_keeps_one_text(hub_like, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(hub_like)
     recipe = load_recipe("playground", ['prompts={dataset="./plain",column="caption",split="train"}'])

@@ -51,6 +51,11 @@ def damaged(files: Sequence[bytes]) -> st.SearchStrategy[bytes]:
     return st.one_of(mutated(files), mutated(files), mutated(files), st.binary(max_size=200))
 
 
+def mostly(right: st.SearchStrategy, odd: st.SearchStrategy) -> st.SearchStrategy:
+    """The right value, and now and then an odd one."""
+    return st.sampled_from([True] * 19 + [False]).flatmap(lambda fine: right if fine else odd)
+
+
 def json_values() -> st.SearchStrategy:
     """Any JSON, with numbers beyond every float and letters of every kind."""
     leaves = st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, -1, 1e308]) | st.floats() | st.text(max_size=8)

@@ -9,7 +9,7 @@ from flowtilt.prompts.files import read_prompts
 from flowtilt.prompts.geneval_objects import CLASSES, COLORS, RELATIONS, TAGS
 from flowtilt.rewards.geneval import judge
 from flowtilt.rewards.geneval.metadata import parse
-from fuzzing._mutations import json_values, mutated
+from fuzzing._mutations import json_values, mostly, mutated
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -31,19 +31,16 @@ def inputs() -> st.SearchStrategy[bytes]:
     """A line of a metadata file."""
     odd = json_values()
 
-    def mostly(right: st.SearchStrategy) -> st.SearchStrategy:
-        return st.sampled_from([True] * 19 + [False]).flatmap(lambda fine: right if fine else odd)
-
     entry = st.fixed_dictionaries(
-        {"class": mostly(st.sampled_from(CLASSES)), "count": mostly(st.integers(0, 5))},
+        {"class": mostly(st.sampled_from(CLASSES), odd), "count": mostly(st.integers(0, 5), odd)},
         optional={
-            "color": mostly(st.sampled_from(COLORS)),
-            "position": mostly(st.tuples(mostly(st.sampled_from(RELATIONS)), mostly(st.integers(0, 3))).map(list)),
+            "color": mostly(st.sampled_from(COLORS), odd),
+            "position": mostly(st.tuples(mostly(st.sampled_from(RELATIONS), odd), mostly(st.integers(0, 3), odd)).map(list), odd),
         },
     )
-    entries = mostly(st.lists(mostly(entry), max_size=4))
+    entries = mostly(st.lists(mostly(entry, odd), max_size=4), odd)
     record = st.fixed_dictionaries(
-        {"prompt": st.just("a photo"), "tag": mostly(st.sampled_from(TAGS)), "include": entries}, optional={"exclude": entries}
+        {"prompt": st.just("a photo"), "tag": mostly(st.sampled_from(TAGS), odd), "include": entries}, optional={"exclude": entries}
     )
     return record.map(lambda line: json.dumps(line).encode()) | mutated([json.dumps(line).encode() for line in LINES])
 

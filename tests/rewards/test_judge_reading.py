@@ -10,7 +10,7 @@ from flowtilt.errors import UserError
 from flowtilt.prompts import Prompt
 from flowtilt.rewards.judge import reading
 from flowtilt.rewards.judge.questions import Question, questions_of
-from flowtilt.rewards.judge.reading import Answer
+from flowtilt.rewards.judge.reading import Answer, tokens
 
 
 def first(**tokens: float) -> Answer:
@@ -127,3 +127,10 @@ def test_questions_come_from_a_prompts_line():
 def test_questions_of_another_form_are_refused_with_their_line(entry):
     with pytest.raises(UserError, match=r"prompts mine.jsonl:3: questions.* want a list of questions"):
         questions_of(Prompt("x", metadata={"questions": entry}, where="mine.jsonl:3"))
+
+
+def test_what_is_no_log_probability_is_left_out():
+    whole = [("yes", -0.5), ("no", float("nan")), ("a", 3.0), (7, -1.0), ("b", float("-inf")), ("certain", 1e-6)]
+    assert tokens(whole) == (("yes", -0.5), ("b", -math.inf), ("certain", 0.0))
+    for nothing in ([("yes", 10**400)], [("yes", "x")], [("yes",)], 5, None, [], "yes"):
+        assert tokens(nothing) is None

@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     score.add_argument("--rewards", type=words, required=True, help=REWARDS)
     score.add_argument("--images-per-prompt", type=count, default=1, metavar="N", help="consecutive images of each prompt (1)")
     score.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
-    score.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write every image's scores: .jsonl or .csv")
+    score.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write every image's scores: .jsonl, .csv or a pipe")
     score.set_defaults(call=_score)
 
 
@@ -101,7 +101,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     quieten()
-    if args.output and args.output.suffix not in (".jsonl", ".csv"):
+    from flowtilt.io.files import is_stream
+
+    if args.output and args.output.suffix not in (".jsonl", ".csv") and not is_stream(args.output):
         raise UserError(f"score: -o {args.output}: give a .jsonl or .csv file")
     import torch
 
@@ -109,7 +111,6 @@ def _score(args: argparse.Namespace) -> int:
     from flowtilt.evaluate.images import judge_images, save_scores, with_columns
     from flowtilt.evaluate.pairs import find_pairs
     from flowtilt.evaluate.results import results_of
-    from flowtilt.io.files import is_stream
     from flowtilt.prompts.files import read_prompts
     from flowtilt.prompts.sets import is_path
     from flowtilt.report.evaluation.terminal import table

@@ -130,14 +130,14 @@ def _words(source: str, overrides: list[str], run: Path, recipe: Recipe) -> list
     """
     if not RunFolder(run).is_run():
         return ["train", source, *overrides, f"run={json.dumps(str(run))}"]
-    from flowtilt.runs.folder import MAY_CHANGE, open_run
+    from flowtilt.runs.folder import may_change, open_run
 
     open_run(run, [], recipe)
     with read_errors(run):
         summary = json.loads(RunFolder(run).summary.read_text(encoding="utf-8")) if RunFolder(run).summary.is_file() else {}
     if summary.get("steps") == recipe.rollouts:
         return []
-    return ["train", "--resume", str(run), *(item for item in overrides if item.partition("=")[0].strip().partition(".")[0] in MAY_CHANGE)]
+    return ["train", "--resume", str(run), *filter(may_change, overrides)]
 
 
 def train(words: Sequence[str]) -> int:

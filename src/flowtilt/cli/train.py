@@ -118,7 +118,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _begun(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
     """The run to go on with, if it has begun, and the overrides that belong to that."""
-    from flowtilt.runs.folder import MAY_CHANGE
+    from flowtilt.runs.folder import may_change
 
     if args.resume or not args.recipe:
         raise UserError("train: --or-resume wants a recipe and run=FOLDER, and no --resume")
@@ -127,12 +127,13 @@ def _begun(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
         raise UserError("train: --or-resume goes on with the run in a folder; name it: run=FOLDER")
     if not RunFolder(recipe.run).is_run():
         return None, args.overrides
-    return Path(recipe.run), [item for item in args.overrides if item.partition("=")[0].partition(".")[0].strip() in MAY_CHANGE]
+    return Path(recipe.run), list(filter(may_change, args.overrides))
 
 
 def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     """The last lines of a run."""
     from flowtilt.report.loading import load
+    from flowtilt.report.numbers import counted
     from flowtilt.report.verdict import judged_change
 
     changed = judged_change(load(folder))
@@ -140,7 +141,7 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     print(f"{score_name_of(recipe)} {before} -> {after}   ({summary['protocol']})")
     if changed:
         print(changed)
-    print(f"{summary['steps']} rollouts, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
+    print(f"{counted(summary['steps'], 'rollout')}, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
     kind, trained = ("network", RunFolder(folder).network) if recipe.train == "full" else ("lora", RunFolder(folder).lora)
     print(f"{kind:7} {trained}\nreport  {RunFolder(folder).report}")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from flowtilt.config.files import toml_key, toml_value, validate
 from flowtilt.convert.names import EVALUATED, GRPO, NFT, RTDMD, SETS, Names, Silent
-from flowtilt.convert.python import configurations, read_python
+from flowtilt.convert.python import LARGEST, configurations, read_python
 from flowtilt.errors import UserError
+from flowtilt.io.nested import load_yaml
 from flowtilt.rewards.about import built_in
 
 GPUS = 8
@@ -49,7 +50,7 @@ class Converted:
 
     def lines(self) -> list[str]:
         """What was not carried over, and what to look at."""
-        left = [f"no counterpart: {key} = {toml_value(value)}" for key, value in self.unmatched.items()]
+        left = [f"no counterpart: {key} = {_shown(value)}" for key, value in self.unmatched.items()]
         return [*self.notes, *left]
 
     def toml(self) -> str:
@@ -111,7 +112,7 @@ def _from_python(path: Path, name: str, gpus: int | None) -> Converted:
     used = _named(found, values, NFT if nft else GRPO)
     used |= _betas(found, values, "train.adam_beta1", "train.adam_beta2")
     used |= _amounts(found, values, gpus or read.gpus)
-    _rewards(found, values.get("reward_fn", {}))
+    _rewards(found, _weights(found, values, "reward_fn"))
     _prompts(found, str(values.get("dataset", "")))
     used |= {"reward_fn", "dataset"}
     used |= _nft(found, values) if nft else _grpo(found, values, own)
@@ -127,8 +128,37 @@ def _named(found: Converted, values: Mapping[str, Any], names: Names) -> set[str
     """Carries over what has a name here; returns their keys that are done with."""
     for key, name in names.items():
         if key in values and not isinstance(name, Silent):
-            found.set(name.key, name.convert(values[key]))
+            try:
+                found.set(name.key, name.convert(values[key]))
+            except (TypeError, ValueError, OverflowError):
+                raise _strange(found, key, values[key]) from None
     return set(names)
+
+
+def _strange(found: Converted, key: str, value: Any) -> UserError:
+    return UserError(f"convert {found.origin}: {key} = {_shown(value)} is no value that such a configuration has there")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = toml_value(value)
+    except (TypeError, ValueError):  # a date, a null within a list
+        text = toml_value(str(value))
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def _number(found: Converted, values: Mapping[str, Any], key: str, usual: float) -> Any:
+    """A number above 0 of theirs, `usual` where there is none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = values.get(key)
+    if value is None or (value == 0 and usual == 0):
+        return usual
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+        raise _strange(found, key, value)
+    return value
 
 
 def _betas(found: Converted, values: Mapping[str, Any], first: str, second: str) -> set[str]:
@@ -139,19 +169,19 @@ def _betas(found: Converted, values: Mapping[str, Any], first: str, second: str)
 
 def _amounts(found: Converted, values: Mapping[str, Any], gpus: int | None) -> set[str]:
     """Prompts of a rollout, and its updates, from the batches of all GPUs."""
-    number = values.get("sample.mini_num_image_per_prompt") or values.get("sample.train_batch_size", 1)
-    batches, per_prompt = values.get("sample.num_batches_per_epoch", 1), values.get("sample.num_image_per_prompt", 1)
+    number = _number(found, values, "sample.mini_num_image_per_prompt", 0) or _number(found, values, "sample.train_batch_size", 1)
+    batches, per_prompt = (_number(found, values, f"sample.{key}", 1) for key in ("num_batches_per_epoch", "num_image_per_prompt"))
     if gpus is None:
         raise UserError(f"convert {found.origin}: says nowhere for how many GPUs its batches are; give --gpus")
     _prompts_of(found, number * batches * gpus, per_prompt, gpus)
-    updates = batches * number / (values.get("train.batch_size", number) * values.get("train.gradient_accumulation_steps", 1))
-    found.set("optimizer.steps_per_rollout", max(1, round(updates)))
+    rows = _number(found, values, "train.batch_size", number) * _number(found, values, "train.gradient_accumulation_steps", 1)
+    found.set("optimizer.steps_per_rollout", max(1, round(batches * number / rows)))
     keys = ("train_batch_size", "mini_num_image_per_prompt", "num_batches_per_epoch", "num_image_per_prompt")
     return {*(f"sample.{key}" for key in keys), "train.gradient_accumulation_steps"}
 
 
-def _prompts_of(found: Converted, images: float, per_prompt: int, gpus: int) -> None:
-    prompts = images / per_prompt
+def _prompts_of(found: Converted, images: float, per_prompt: float, gpus: int) -> None:
+    prompts = float(images / per_prompt)
     found.set("rollout.prompts", max(1, math.floor(prompts)))
     found.notes.append(
         f"rollout.prompts: {images:g} images on {gpus} GPUs, {per_prompt} of each prompt"
@@ -160,9 +190,9 @@ def _prompts_of(found: Converted, images: float, per_prompt: int, gpus: int) -> 
 
 
 def _nft(found: Converted, values: Mapping[str, Any]) -> set[str]:
-    steps = values.get("sample.num_steps", 10)
+    steps, share = _number(found, values, "sample.num_steps", 10), _number(found, values, "train.timestep_fraction", 1.0)
     found.set("objective.times", "rollout")
-    found.set("objective.times_per_image", max(1, int(steps * values.get("train.timestep_fraction", 1.0))))
+    found.set("objective.times_per_image", max(1, int(steps * share)))
     found.set("evaluate.guidance", found.tree["rollout"].get("guidance"))
     done = {"train.timestep_fraction", "sample.num_steps"}
     done |= {"sample.deterministic"} if values.get("sample.deterministic", True) else set()
@@ -171,23 +201,23 @@ def _nft(found: Converted, values: Mapping[str, Any]) -> set[str]:
 
 def _grpo(found: Converted, values: Mapping[str, Any], own: set[str]) -> set[str]:
     """Which steps are stochastic and trained: the scripts named _fast have a window, which the others ignore."""
-    steps, share = values.get("sample.num_steps", 10), values.get("train.timestep_fraction", 1.0)
+    steps, share = _number(found, values, "sample.num_steps", 10), _number(found, values, "train.timestep_fraction", 1.0)
     found.set("rollout.solver", "euler")
     done = {"sample.sde_window_size", "sample.sde_window_range", "sample.train_num_steps", "train.timestep_fraction", "train.clip_range_lt"}
-    size = values["sample.sde_window_size"] if "sample.sde_window_size" in own else values.get("sample.train_num_steps")
+    size = _number(found, values, "sample.sde_window_size" if "sample.sde_window_size" in own else "sample.train_num_steps", 0)
     if size:
         found.set("objective.window", "random")
         found.set("objective.window_size", size)
         span = values.get("sample.sde_window_range") if "sample.sde_window_range" in own else None
-        found.set("objective.span", list(span) if span else [0, max(size, steps // 2)])
+        found.set("objective.span", (list(span) if isinstance(span, list | tuple) else span) or [0, max(size, steps // 2)])
     elif int(steps * share) not in (steps, steps - 1):
         found.set("objective.span", [0, max(1, int(steps * share))])
     guided = found.tree["rollout"].get("guidance", 1.0) > 1
     if values.get("train.cfg", True) or not guided:
         done.add("train.cfg")
     clip = values.get("train.clip_range")
-    two = {values.get("train.clip_range_lt", clip), values.get("train.clip_range_gt", clip)}
-    if two == {clip} or not {"train.clip_range_lt", "train.clip_range_gt"} & own:
+    two = [values.get("train.clip_range_lt", clip), values.get("train.clip_range_gt", clip)]
+    if two == [clip, clip] or not {"train.clip_range_lt", "train.clip_range_gt"} & own:
         done |= {"train.clip_range_lt", "train.clip_range_gt"}
     return done
 
@@ -203,13 +233,21 @@ def _leave(found: Converted, values: Mapping[str, Any], used: set[str], own: set
 # rewards and prompts --------------------------------------------------------------------------------------
 
 
-def _rewards(found: Converted, given: Any) -> None:
+def _weights(found: Converted, values: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Their table of rewards, with its weights."""
+    given = values.get(key) or {}
+    if not isinstance(given, dict) or not all(isinstance(name, str) and isinstance(one, int | float) for name, one in given.items()):
+        raise _strange(found, key, given)
+    return {name: float(weight) for name, weight in given.items()}
+
+
+def _rewards(found: Converted, given: Mapping[str, float]) -> None:
     known = built_in()
-    for name, weight in dict(given).items():
+    for name, weight in given.items():
         if name in known:
-            found.set(f"rewards.{name}", float(weight))
+            found.set(f"rewards.{name}", weight)
         else:
-            found.tree.setdefault("rewards", {})[name] = {"source": f"{name}.py:{name}", "weight": float(weight)}
+            found.tree.setdefault("rewards", {})[name] = {"source": f"{name}.py:{name}", "weight": weight}
             found.notes.append(f"rewards.{name}: not built in; write the function {name} into {name}.py (docs/guides/add-a-reward.md)")
     if not given:
         raise UserError(f"convert {found.origin}: reward_fn names no reward")
@@ -230,12 +268,10 @@ def _prompts(found: Converted, dataset: str) -> None:
 
 
 def _from_yaml(path: Path, gpus: int | None) -> Converted:
-    import yaml
-
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"convert {path}: not YAML that can be read: {' '.join(str(error).split())[:200]}") from None
+        read = load_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"convert {path}: not YAML that can be read: {error}") from None
     if not isinstance(read, dict) or not ("grpo" in read or "dmd" in read):
         raise UserError(f"convert {path}: not RTDMD's, which has grpo or dmd")
     values = _flat(read)
@@ -248,7 +284,7 @@ def _from_yaml(path: Path, gpus: int | None) -> Converted:
     only = {key: value for key, value in values.items() if not (second and key.startswith("dmd."))}
     used = _named(found, only, RTDMD) | {key for key in values if key.partition(".")[0] in ("logging", "eval")}
     used |= {key for key in values if second and key.startswith("dmd.")}
-    used |= {"prompt_path", *_constants(values, second)}
+    used |= {"prompt_path", *_constants(values, _number(found, values, "grpo.num_steps" if second else "dmd.num_inference_steps", 4))}
     number = GPUS if gpus is None else gpus
     used |= _second(found, values, number) if second else _first(found, values, number)
     _prompts(found, str(values.get("prompt_path", "")))
@@ -289,27 +325,25 @@ COMPUTED = (
 """Ends of their keys that say nothing to us, whatever their values."""
 
 
-def _constants(values: Mapping[str, Any], second: bool) -> set[str]:
-    """Their keys whose values are how the method is computed here."""
-    steps = values.get("grpo.num_steps" if second else "dmd.num_inference_steps", 4)
-    even = [1000 * (steps - k) / steps for k in range(steps)]
+def _constants(values: Mapping[str, Any], steps: float) -> set[str]:
+    """Their keys whose values are how the method is computed here, of so many steps."""
+    even = [1000 * (steps - k) / steps for k in range(min(int(steps), 1000))]
     done = {key for key, value in values.items() if FIXED.get(key.rpartition(".")[2]) == value}
-    done |= {key for key, value in values.items() if key.endswith("denoising_step_list") and list(map(float, value)) == even}
+    done |= {key for key, value in values.items() if key.endswith("denoising_step_list") and value == even}
     return done | {key for key in values if key.endswith(COMPUTED) or key.startswith("solver.fake_score.")}
 
 
 def _second(found: Converted, values: Mapping[str, Any], gpus: int) -> set[str]:
-    batch, batches = values.get("grpo.sample_batch_size", 1), values.get("grpo.num_batches_per_epoch", 1)
-    _prompts_of(found, batch * batches * gpus, values.get("grpo.num_image_per_prompt", 1), gpus)
-    found.set("optimizer.steps_per_rollout", max(1, round(batches / values.get("grpo.gradient_accumulation_steps", batches))))
+    batch, batches = (_number(found, values, f"grpo.{key}", 1) for key in ("sample_batch_size", "num_batches_per_epoch"))
+    _prompts_of(found, batch * batches * gpus, _number(found, values, "grpo.num_image_per_prompt", 1), gpus)
+    accumulated = _number(found, values, "grpo.gradient_accumulation_steps", batches)
+    found.set("optimizer.steps_per_rollout", max(1, round(batches / accumulated)))
     done = _betas(found, values, "grpo.adam_beta1", "grpo.adam_beta2")
-    rewards = values.get("grpo.reward_fn") or {}
+    rewards = _weights(found, values, "grpo.reward_fn")
     _rewards(found, rewards)
     if values.get("grpo.last_step_loss.bp_enabled"):
         known = built_in()
-        found.set(
-            "objective.backprop", {name: float(weight) for name, weight in rewards.items() if name in known and known[name].differentiable}
-        )
+        found.set("objective.backprop", {name: weight for name, weight in rewards.items() if name in known and known[name].differentiable})
     else:
         found.tree["objective"].pop("margin", None)
     if not values.get("grpo.last_step_loss.ac_consistency_enabled"):
@@ -324,18 +358,18 @@ def _second(found: Converted, values: Mapping[str, Any], gpus: int) -> set[str]:
 
 
 def _first(found: Converted, values: Mapping[str, Any], gpus: int) -> set[str]:
-    images = values.get("train.batch_size", 1) * values.get("train.gradient_accumulation_steps", 1) * gpus
+    per_gpu = _number(found, values, "train.batch_size", 1) * _number(found, values, "train.gradient_accumulation_steps", 1)
     found.set("rollout.images_per_prompt", 1)
-    _prompts_of(found, images, 1, gpus)
+    _prompts_of(found, per_gpu * gpus, 1, gpus)
     found.set("optimizer.steps_per_rollout", 1)
-    fake = values.get("dmd.fake_update_ratio", 10)
-    found.set("rollouts", max(1, values.get("train.total_steps", 1) // fake))
-    found.set("checkpoint.every", max(1, values.get("train.save_interval", fake) // fake))
-    found.set("evaluate.every", values.get("eval.eval_interval", fake) // fake)
+    fake = _number(found, values, "dmd.fake_update_ratio", 10)
+    found.set("rollouts", max(1, _number(found, values, "train.total_steps", 1) // fake))
+    found.set("checkpoint.every", max(1, _number(found, values, "train.save_interval", fake) // fake))
+    found.set("evaluate.every", _number(found, values, "eval.eval_interval", fake) // fake)
     found.set("evaluate.steps", values.get("eval.eval_num_steps"))
     found.notes.append(f"rollouts: one here is {fake} updates of the fake score and one of the student; theirs are counted by the former")
     done = _betas(found, values, "solver.generator.beta1", "solver.generator.beta2")
-    measured = [name for name in values.get("eval.reward_fn") or {} if name in built_in()]
+    measured = [name for name in _weights(found, values, "eval.reward_fn") if name in built_in()]
     found.tree["rewards"] = {name: 0.0 for name in measured} or {"pickscore": 0.0}
     if not values.get("ac_dmd.consistency_enabled"):
         found.set("objective.consistency", 0.0)

@@ -6,46 +6,24 @@ file beside it that is loaded as `base`. Everything else is code, and refused wi
 """
 
 import ast
-import operator
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flowtilt.convert.allowed import CALLS, OPERATORS, Config
 from flowtilt.errors import UserError
+from flowtilt.io.nested import size
 
 STEPS = 100_000
 """Nodes that are evaluated at most: a configuration has some hundred."""
+LETTERS = 100
+"""Elements and letters of a value that count as one node."""
 LARGEST = 10**15
 """A number beyond this is no setting."""
 GPUS = ("gpu_number", "n_gpus", "num_gpus", "gpu_num")
 """Names that these configurations give to the number of GPUs."""
 MODULES = ("os", "imp", "importlib", "ml_collections", "copy", "math")
-
-_OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-    ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
-}  # fmt: skip
-_CALLS: dict[str, Callable[..., Any]] = {
-    "int": int, "float": float, "str": str, "bool": bool, "len": len, "min": min, "max": max, "round": round, "abs": abs, "list": list,
-    "tuple": tuple, "dict": dict, "os.path.join": os.path.join, "os.path.basename": os.path.basename, "os.path.dirname": os.path.dirname,
-    "os.getcwd": lambda: "", "ml_collections.ConfigDict": lambda *given: Config(*given),
-    "ml_collections.config_dict.ConfigDict": lambda *given: Config(*given), "config_dict.ConfigDict": lambda *given: Config(*given),
-}  # fmt: skip
-
-
-class Config(dict[str, Any]):
-    """A ConfigDict: keys that are read and set as attributes."""
-
-    def flat(self, prefix: str = "") -> dict[str, Any]:
-        """Values by dotted key; a plain dict is a value."""
-        found: dict[str, Any] = {}
-        for key, value in self.items():
-            found |= value.flat(f"{prefix}{key}.") if isinstance(value, Config) else {prefix + key: value}
-        return found
 
 
 @dataclass
@@ -71,8 +49,8 @@ class _Returned(Exception):
 class _Left(Exception):
     """`break` and `continue`."""
 
-    def __init__(self, again: bool):
-        self.again = again
+    def __init__(self, node: ast.Break | ast.Continue):
+        self.node = node
 
 
 @dataclass
@@ -98,10 +76,13 @@ def read_python(path: Path, name: str) -> Read:
         UserError: there is no such function, or something that would have to be executed, with its line.
     """
     reader = _Reader()
-    file = reader.load(path)
-    if name not in file.functions:
-        raise UserError(f"convert {path}: there is no function {name}; there are {', '.join(configurations(path)) or 'none'}")
-    found = reader.call(file, file.functions[name], [], {}, file.functions[name])
+    try:
+        file = reader.load(path)
+        if name not in file.functions:
+            raise UserError(f"convert {path}: there is no function {name}; there are {', '.join(configurations(path)) or 'none'}")
+        found = reader.call(file, file.functions[name], [], {}, file.functions[name])
+    except RecursionError:
+        raise UserError(f"convert {path}: nested too deeply") from None
     if not isinstance(found, Config):
         raise UserError(f"convert {path}: {name} returns no ConfigDict")
     values = found.flat()
@@ -156,9 +137,9 @@ class _Reader:
         names = [one.name for one in node.names]
         modules = names if isinstance(node, ast.Import) else [node.module or ""]
         for module in modules:
-            beside = file.path.parent / f"{module.rpartition('.')[2]}.py"
             if module.partition(".")[0] in (*MODULES, "__future__", "typing"):
                 continue
+            beside = _beside(file.path, module)
             if not beside.is_file():
                 self._refuse(file, node)
             there = self.load(beside)
@@ -169,7 +150,7 @@ class _Reader:
 
     def call(self, file: _File, function: ast.FunctionDef, given: list[Any], named: Mapping[str, Any], node: ast.AST) -> Any:
         """What a function of a file returns."""
-        if self._depth > 20:
+        if self._depth > 20 or function.args.posonlyargs or function.args.vararg or function.args.kwarg:
             self._refuse(file, node)
         arguments = function.args.args + function.args.kwonlyargs
         defaults = [None] * (len(function.args.args) - len(function.args.defaults)) + list(function.args.defaults)
@@ -191,6 +172,8 @@ class _Reader:
         except _Returned as returned:
             self.base |= file.path != self._main
             return returned.value
+        except _Left as left:
+            self._refuse(file, left.node)
         finally:
             self._depth -= 1
         return None
@@ -230,7 +213,8 @@ class _Reader:
                     if not self._round(file, body, local):
                         break
             case ast.For(target=target, iter=values, body=body, orelse=[]):
-                for value in self._value(file, values, local):
+                found = self._value(file, values, local)
+                for value in list(found) if isinstance(found, list | tuple | dict) else self._refuse(file, values):
                     self._assign(file, target, value, local)
                     if not self._round(file, body, local):
                         break
@@ -240,7 +224,7 @@ class _Reader:
                 if not self._value(file, test, local):
                     raise UserError(f"convert {file.path}:{node.lineno}: what it asserts does not hold: {ast.unparse(test)[:80]}")
             case ast.Break() | ast.Continue():
-                raise _Left(isinstance(node, ast.Continue))
+                raise _Left(node)
             case _:
                 self._refuse(file, node)
 
@@ -249,7 +233,7 @@ class _Reader:
         try:
             self._block(file, body, local)
         except _Left as left:
-            return left.again
+            return isinstance(left.node, ast.Continue)
         return True
 
     def _assign(self, file: _File, target: ast.expr, value: Any, local: dict[str, Any]) -> None:
@@ -260,12 +244,15 @@ class _Reader:
                 return
             case ast.Attribute(value=owner, attr=name) if isinstance(found := self._value(file, owner, local), Config):
                 found[name] = value
+                self._made(file, target, found)
                 if file.path == self._main and (dotted := _dotted(target)):
                     self.assigned.add(dotted.partition(".")[2])
                 return
             case ast.Subscript(value=owner, slice=key) if isinstance(found := self._value(file, owner, local), dict):
-                found[self._value(file, key, local)] = value
-                return
+                if isinstance(name := self._value(file, key, local), str | int):
+                    found[name] = value
+                    self._made(file, target, found)
+                    return
             case ast.Tuple(elts=targets) if isinstance(value, list | tuple) and len(value) == len(targets):
                 for one, part in zip(targets, value, strict=True):
                     self._assign(file, one, part, local)
@@ -279,7 +266,7 @@ class _Reader:
         ask = lambda one: self._value(file, one, local)  # noqa: E731
         match node:
             case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
-                return value
+                return self._made(file, node, value)
             case ast.Name(id=name):
                 for names in (local, file.names, {"__file__": str(file.path)}):
                     if name in names:
@@ -289,11 +276,13 @@ class _Reader:
                 if isinstance(found, Config) and name in found:
                     return found[name]
             case ast.List(elts=elements):
-                return [ask(one) for one in elements]
+                return self._made(file, node, [ask(one) for one in elements])
             case ast.Tuple(elts=elements):
-                return tuple(ask(one) for one in elements)
-            case ast.Dict(keys=keys, values=values) if all(keys):
-                return {ask(key): ask(value) for key, value in zip(keys, values, strict=True) if key}
+                return self._made(file, node, tuple(ask(one) for one in elements))
+            case ast.Dict(keys=keys, values=values):
+                names = [ask(key) for key in keys if key]
+                if len(names) == len(keys) and all(isinstance(name, str | int) for name in names):
+                    return self._made(file, node, dict(zip(names, map(ask, values), strict=True)))
             case ast.Subscript(value=owner, slice=key) if not isinstance(key, ast.Slice):
                 try:
                     return ask(owner)[ask(key)]
@@ -318,9 +307,10 @@ class _Reader:
             case ast.IfExp(test=test, body=body, orelse=other):
                 return ask(body) if ask(test) else ask(other)
             case ast.JoinedStr(values=values) if not any(isinstance(one, ast.FormattedValue) and one.format_spec for one in values):
-                return "".join(str(ask(one.value) if isinstance(one, ast.FormattedValue) else ask(one)) for one in values)
+                parts = [ask(one.value) if isinstance(one, ast.FormattedValue) else ask(one) for one in values]
+                return self._made(file, node, "".join(map(str, parts)))
             case ast.Call():
-                return self._called(file, node, local)
+                return self._made(file, node, self._called(file, node, local))
         self._refuse(file, node)
 
     def _called(self, file: _File, node: ast.Call, local: Mapping[str, Any]) -> Any:
@@ -330,13 +320,13 @@ class _Reader:
         if len(given) < len(node.args) or len(named) < len(node.keywords):
             self._refuse(file, node)
         if name in ("imp.load_source", "importlib.import_module"):
-            beside = file.path.parent / f"{str(given[0]).rpartition('.')[2]}.py" if given else file.path
+            beside = _beside(file.path, str(given[0])) if given else file.path
             if not beside.is_file():
                 raise UserError(f"convert {file.path}:{node.lineno}: needs {beside.name}, which is not beside it; put it there")
             return self.load(beside)
-        if name in _CALLS:
+        if name in CALLS:
             try:
-                return _CALLS[name](*given, **named)
+                return CALLS[name](*given, **named)
             except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(f"convert {file.path}:{node.lineno}: {ast.unparse(node)[:80]}: {error}") from None
         owner, _, last = name.rpartition(".")
@@ -351,28 +341,40 @@ class _Reader:
     def _combined(self, file: _File, node: ast.AST, op: ast.AST, a: Any, b: Any) -> Any:
         """An operator's value; only numbers are multiplied, and only numbers, texts and lists are added."""
         plain = all(isinstance(one, int | float) for one in (a, b))
-        if type(op) in _OPERATORS and (plain or not isinstance(op, ast.Mult | ast.Mod)):
+        if type(op) in OPERATORS and (plain or not isinstance(op, ast.Mult | ast.Mod)):
             try:
-                found = _OPERATORS[type(op)](a, b)
+                found = OPERATORS[type(op)](a, b)
             except (TypeError, ZeroDivisionError, OverflowError) as error:
                 raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: {ast.unparse(node)[:80]}: {error}") from None
-            if not plain or abs(found) < LARGEST:
-                return found
+            return self._made(file, node, found)
         if isinstance(op, ast.Pow) and plain and 0 < abs(a) <= 1024 and isinstance(b, int) and abs(b) <= 32:
-            return a**b
+            return self._made(file, node, a**b)
         self._refuse(file, node)
 
     # bounds ----------------------------------------------------------------------------------------------
 
-    def _spend(self, file: _File, node: ast.AST) -> None:
-        self._left -= 1
+    def _spend(self, file: _File, node: ast.AST, steps: int = 1) -> None:
+        self._left -= steps
         if self._left < 0:
-            raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: a loop that does not end")
+            raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: a loop that does not end, or values that grow")
+
+    def _made(self, file: _File, node: ast.AST, value: Any) -> Any:
+        """The value, once it is known to be of a size and a number that settings have."""
+        if isinstance(value, int | float) and not abs(value) < LARGEST:
+            self._refuse(file, node)
+        self._spend(file, node, size(value, LETTERS * (self._left + 1)) // LETTERS)
+        return value
 
     def _refuse(self, file: _File, node: ast.AST) -> NoReturn:
         line, text = getattr(node, "lineno", 1), " ".join(ast.unparse(node).split())
         short = text if len(text) <= 80 else text[:79] + "…"
         raise UserError(f"convert {file.path}:{line}: `{short}` is code, and a configuration is not executed; write its value there")
+
+
+def _beside(path: Path, module: str) -> Path:
+    """The file of a module beside another; a folder, which is no file, where the name is none."""
+    name = module.rpartition(".")[2]
+    return path.with_name(f"{name}.py") if name.isidentifier() and len(name) < 200 else path.parent
 
 
 def _module(node: ast.Attribute) -> bool:

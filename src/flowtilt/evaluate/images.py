@@ -94,8 +94,8 @@ def _batches(pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Tensor, list[s
 
 
 def save_scores(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a line an image, as JSON or, by the file's ending, as CSV; a missing score is null or empty."""
-    if path.suffix == ".jsonl":
+    """Writes a line per image, as JSON or, by the file's ending, as CSV; a missing score is null or empty."""
+    if path.suffix != ".csv":
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
         return
     text = StringIO()

@@ -141,7 +141,7 @@ def _check_image(record: dict[str, Any], key: str, folder: Path, where: str, the
         except (OSError, ValueError):  # a name too long, a NUL
             there[name] = False
     if not there[name]:
-        raise UserError(f'pairs {where}: no image {name} ("{key}"); paths are relative to {folder}')
+        raise UserError(f'pairs {where}: no image {" ".join(name.split())[:200]} ("{key}"); paths are relative to {folder}')
 
 
 def _weight(value: Any, where: str) -> float:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
+from flowtilt.io import parquet
 from flowtilt.preferences.files import TIE, caption
 from flowtilt.preferences.pair import Pair, Picture
 
 NEEDED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 IN_MEMORY = 2 * 2**30
 """Bytes of row groups kept; the least recently used go first."""
-BATCH = 4096
 
 
 def rows(file: Path) -> Iterator[Pair | str]:
@@ -25,21 +25,13 @@ def rows(file: Path) -> Iterator[Pair | str]:
     Raises:
         UserError: pyarrow is missing, the file can't be read or has other columns, or a row has other types.
     """
-    table = opened(file)
+    table = parquet.opened(file, f"pairs {file}")
     names = table.schema_arrow.names
     if missing := [name for name in NEEDED if name not in names]:
         raise UserError(f"pairs {file}: no column {missing[0]}; Pick-a-Pic's has {', '.join(NEEDED)}")
     columns = [name for name in ("caption", "label_0", "label_1", "has_label", "are_different") if name in names]
-    number = 0
-    try:
-        for batch in table.iter_batches(BATCH, columns=columns):
-            for record in batch.to_pylist():
-                yield _judged(record, file, number)
-                number += 1
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow's own, of several kinds
-        raise UserError(f"pairs {file}, row {number}: can't be read: {_first(error)}") from None
+    for number, record in enumerate(parquet.rows(table, columns, f"pairs {file}")):
+        yield _judged(record, file, number)
 
 
 def _judged(record: Mapping[str, Any], file: Path, number: int) -> Pair | str:
@@ -58,22 +50,6 @@ def _judged(record: Mapping[str, Any], file: Path, number: int) -> Pair | str:
     return Pair(caption(record["caption"], where), chosen, rejected, 1.0, where)
 
 
-def opened(file: Path) -> Any:
-    """A Parquet file of pyarrow's.
-
-    Raises:
-        UserError: pyarrow is missing, or the file is no Parquet file.
-    """
-    try:
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(f"pairs {file}: Parquet files are read with pyarrow; install it: pip install pyarrow") from None
-    try:
-        return pq.ParquetFile(file)
-    except Exception as error:
-        raise UserError(f"pairs {file}: can't be read as a Parquet file: {_first(error)}") from None
-
-
 class Cells:
     """Bytes of cells of Parquet files, read by row group."""
 
@@ -89,7 +65,7 @@ class Cells:
         """
         file, row = picture.file, picture.row or 0
         if file not in self._files:
-            table = opened(file)
+            table = parquet.opened(file, f"pairs {file}")
             lengths = [table.metadata.row_group(k).num_rows for k in range(table.num_row_groups)]
             self._files[file] = table, lengths
         table, lengths = self._files[file]
@@ -99,7 +75,7 @@ class Cells:
         try:
             value = self._group(table, file, group)[picture.column][row].as_py()
         except Exception as error:
-            raise UserError(f"can't be read: {_first(error)}") from None
+            raise UserError(f"can't be read: {parquet.first(error)}") from None
         value = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face's image column
         if not isinstance(value, bytes):
             raise UserError(f"{picture.column} holds no image")
@@ -113,7 +89,3 @@ class Cells:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

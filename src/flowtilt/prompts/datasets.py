@@ -6,14 +6,16 @@ them, or all where no file names any split. Only the columns that are asked for 
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flowtilt.config.prompt_data import PromptData
 from flowtilt.errors import UserError
+from flowtilt.io import parquet
 from flowtilt.io.download import hub_errors
+from flowtilt.io.nested import load_yaml
 from flowtilt.prompts.decoding import visible
 from flowtilt.prompts.files import CAPTIONS, READERS, read_prompts
 from flowtilt.prompts.prompt import Prompt
@@ -84,26 +86,28 @@ def _fetched(data: PromptData, names: Sequence[str]) -> list[Path]:
         return [Path(hf_hub_download(data.dataset, name, repo_type="dataset", revision=sha)) for name in names]
 
 
-def _card(data: PromptData, folder: Path | None, names: Sequence[str]) -> Any:
-    """`configs` of the card; [] where there are none."""
+def _card(data: PromptData, folder: Path | None, names: Sequence[str]) -> list[dict[str, Any]]:
+    """`configs` of the card, those with a name and files; [] where there are none."""
     if CARD not in names:
         return []
-    import yaml
-
     place = folder / CARD if folder else _fetched(data, [CARD])[0]
     text = place.read_text(encoding="utf-8", errors="replace")
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        found = yaml.safe_load(head[1]) if head else {}
-    except (yaml.YAMLError, RecursionError):
+        found = load_yaml(head[1]) if head else {}
+    except ValueError:
         return []
-    return found.get("configs") or [] if isinstance(found, dict) else []
+    configs = found.get("configs") if isinstance(found, dict) else []
+    named = (
+        [{"config_name": "default", **config} for config in configs or [] if isinstance(config, dict)] if isinstance(configs, list) else []
+    )
+    return [config for config in named if isinstance(config["config_name"], str) and config.get("data_files")]
 
 
-def _of_split(data: PromptData, names: Sequence[str], configs: Any) -> list[str]:
+def _of_split(data: PromptData, names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The files of the split, of one format."""
     read = [name for name in names if Path(name).suffix.lower() in (PARQUET, *READERS)]
-    known = {config.get("config_name", "default"): config.get("data_files") for config in configs if isinstance(config, dict)}
+    known = {config["config_name"]: config["data_files"] for config in configs}
     if data.config is not None and known and data.config not in known:
         raise UserError(f"prompts {data.dataset}: there is no config {data.config!r}; there are {', '.join(known)}")
     listed = known.get(data.config or ("default" if "default" in known else next(iter(known), None)))
@@ -153,27 +157,17 @@ def _read(data: PromptData, path: Path) -> Iterator[Prompt]:
 
 
 def _parquet(data: PromptData, path: Path) -> Iterator[Prompt]:
-    try:
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(f"prompts {data.dataset}: Parquet files are read with pyarrow; install it: pip install flowtilt[pairs]") from None
-    try:
-        table: Any = pq.ParquetFile(path)
-        names = list(table.schema_arrow.names)
-    except Exception as error:
-        raise UserError(f"prompts {path}: can't be read as a Parquet file: {' '.join(str(error).split())[:200]}") from None
+    table = parquet.opened(path, f"prompts {path}")
+    names = list(table.schema_arrow.names)
     column = data.column or next((name for name in CAPTIONS if name in names), None)
     wanted = [data.tag] if data.tag else ["tag"] if "tag" in names else []
     for name in (column or "prompt", *wanted):
         if name not in names:
             raise UserError(f"prompts {data.dataset}: no column {name!r}; it has {', '.join(names)[:200]}")
-    number = 0
-    for batch in table.iter_batches(4096, columns=[column, *wanted]):
-        for record in batch.to_pylist():
-            text, where = record[column], f"{path.name}, row {number}"
-            number += 1
-            if not isinstance(text, str):
-                raise UserError(f"prompts {data.dataset}: {column} holds no text ({where}); name the column with the captions")
-            if clean := visible(text).strip():
-                tag = record[wanted[0]] if wanted else ""
-                yield Prompt(clean, "" if tag is None else str(tag), {}, where)
+    for number, record in enumerate(parquet.rows(table, [column or "", *wanted], f"prompts {path}")):
+        text, where = record.get(column), f"{path.name}, row {number}"
+        if not isinstance(text, str):
+            raise UserError(f"prompts {data.dataset}: {column} holds no text ({where}); name the column with the captions")
+        if clean := visible(text).strip():
+            tag = record.get(wanted[0]) if wanted else ""
+            yield Prompt(clean, "" if tag is None else str(tag), {}, where)

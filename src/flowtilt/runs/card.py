@@ -64,14 +64,39 @@ CPS = """from flowtilt.schedulers import CPSScheduler
 # the stochastic steps of the evaluation, at its noise levels
 pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta={eta!r})"""
 
+APACHE = "apache-2.0"
 LICENSES = {
-    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
-    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
-    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
-    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
-    "playground": "apache-2.0",
+    "playground": APACHE,
+    "stabilityai/stable-diffusion-3-medium-diffusers": "stabilityai-ai-community LICENSE.md",
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community LICENSE.md",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community LICENSE.md",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license LICENSE.md",
+    "black-forest-labs/FLUX.1-Kontext-dev": "flux-1-dev-non-commercial-license LICENSE.md",
+    "black-forest-labs/FLUX.1-schnell": APACHE,
+    "black-forest-labs/FLUX.2-dev": "flux-non-commercial-license",
+    "black-forest-labs/FLUX.2-klein-9B": "flux-non-commercial-license LICENSE.md",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux-non-commercial-license LICENSE.md",
+    "black-forest-labs/FLUX.2-klein-4B": APACHE,
+    "black-forest-labs/FLUX.2-klein-base-4B": APACHE,
+    "Qwen/Qwen-Image": APACHE,
+    "Qwen/Qwen-Image-2512": APACHE,
+    "Qwen/Qwen-Image-Edit": APACHE,
+    "Qwen/Qwen-Image-Edit-2509": APACHE,
+    "Qwen/Qwen-Image-Edit-2511": APACHE,
+    "Tongyi-MAI/Z-Image": APACHE,
+    "Tongyi-MAI/Z-Image-Turbo": APACHE,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "nscl-v2-custom LICENSE.txt",
+    "Alpha-VLLM/Lumina-Image-2.0": APACHE,
+    "fal/AuraFlow": APACHE,
+    "fal/AuraFlow-v0.2": APACHE,
+    "fal/AuraFlow-v0.3": APACHE,
+    "lodestones/Chroma1-Base": APACHE,
+    "lodestones/Chroma1-HD": APACHE,
 }
-"""Licences by base, in the hub's words, as their publishers state them; a LoRA is bound by that of its base."""
+"""Licences by base, as their publishers state them: the hub's word for it, or a name and perhaps the file of the base that holds it.
+
+A LoRA is bound by that of its base.
+"""
 
 
 def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
@@ -133,11 +158,13 @@ def metadata(recipe: Recipe, library: str = "diffusers") -> str:
 
 
 def _license(base: str) -> dict[str, Any]:
-    """The licence field; a licence that the hub has no word for is named, with a link."""
-    name = LICENSES.get(base)
-    if name in (None, "apache-2.0"):
-        return {"license": name}
-    return {"license": "other", "license_name": name, "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}
+    """The licence field; a licence that the hub has no word for is named, with a link to its text, or to the base where that says more."""
+    licence = LICENSES.get(base)
+    if licence in (None, APACHE):
+        return {"license": licence}
+    name, _, file = licence.partition(" ")
+    page = f"https://huggingface.co/{base}"
+    return {"license": "other", "license_name": name, "license_link": f"{page}/blob/main/{file}" if file else page}
 
 
 def _is_hub_id(path: str) -> bool:

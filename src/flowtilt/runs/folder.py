@@ -10,6 +10,7 @@ from typing import Any
 
 from flowtilt.build import inputs
 from flowtilt.config import Recipe, load_recipe, to_toml
+from flowtilt.config.renamed import RENAMED
 from flowtilt.config.trust import of_recipe, remember
 from flowtilt.distributed import world as distributed
 from flowtilt.errors import UserError
@@ -140,8 +141,9 @@ def open_run(
     check_run(folder)
     place = RunFolder(folder).recipe
     kept = inputs.found_again(load_recipe(place, stored=True), folder)
-    for key in (item.partition("=")[0].strip() for item in overrides):
-        if key.partition(".")[0] not in MAY_CHANGE:
+    for item in overrides:
+        if not may_change(item):
+            key = item.partition("=")[0].strip()
             raise UserError(f"override {key}: a resumed run can't change it; only {', '.join(MAY_CHANGE)}")
     if recipe is not None:
         believed = inputs.found_again(recipe, folder)
@@ -154,6 +156,12 @@ def open_run(
     found = inputs.found_again(load_recipe(place, overrides, stored=True), folder)
     before_code(found)
     return found.model_copy(update={"objective": loaded(found.objective)})
+
+
+def may_change(override: str) -> bool:
+    """Whether a resumed run may have this "key=value"."""
+    first = override.partition("=")[0].partition(".")[0].strip()
+    return RENAMED.get(first, first) in MAY_CHANGE
 
 
 def check_run(folder: Path) -> None:

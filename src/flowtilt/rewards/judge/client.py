@@ -1,6 +1,5 @@
 """One server of OpenAI's chat completions: which model it has, what its requests may hold, and its answers."""
 
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from flowtilt.io.notices import notice
 from flowtilt.io.web import Refused, get_json, post_json
 from flowtilt.rewards.judge.budget import Budget, Spent
 from flowtilt.rewards.judge.kept import Kept, key_of
-from flowtilt.rewards.judge.reading import Answer
+from flowtilt.rewards.judge.reading import Answer, tokens
 from flowtilt.rewards.judge.wording import Part, picture, text
 from flowtilt.rewards.serving.wire import key_for
 
@@ -27,6 +26,8 @@ LOADING = 60.0
 TOP = 20
 """First tokens whose log-probabilities are asked for: the most that vLLM and OpenAI give."""
 FEW = 5
+MOST_TOKENS = 10**9
+"""Of one request: more is no count."""
 
 
 class Client:
@@ -207,7 +208,7 @@ class Client:
         usage = reply.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
-        read, written = (count if isinstance(count, int) and count >= 0 else 0 for count in counts)
+        read, written = (count if isinstance(count, int) and 0 <= count <= MOST_TOKENS else 0 for count in counts)
         return Answer(
             content if isinstance(content, str) else "", _first_tokens(choice.get("logprobs")) if self._top else None, read, written
         )
@@ -228,13 +229,11 @@ def quoted(answer: str, length: int = 100) -> str:
 def _first_tokens(logprobs: Any) -> tuple[tuple[str, float], ...] | None:
     """The first token's alternatives in a choice's `logprobs`; none where they are not there."""
     try:
-        found = [(entry["token"], float(entry["logprob"])) for entry in logprobs["content"][0]["top_logprobs"]]
-    except (KeyError, IndexError, TypeError, ValueError):
+        return tokens([(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]])
+    except (LookupError, TypeError):
         return None
-    known = tuple((token, value) for token, value in found if isinstance(token, str) and not math.isnan(value))
-    return known or None
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name)[:80] for name in names[:5])
+    shown = ", ".join(printable(" ".join(name.split()))[:80] for name in names[:5])
     return (shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowtilt.io.files import disk_errors, read_errors
 from flowtilt.rewards.judge.budget import Spent
-from flowtilt.rewards.judge.reading import Answer
+from flowtilt.rewards.judge.reading import Answer, tokens
 
 
 def key_of(body: Mapping[str, Any]) -> str:
@@ -67,8 +67,7 @@ class Kept:
             record = _parsed(file.readline())
         if record is None:
             return None
-        first = None if record["first"] is None else tuple((token, value) for token, value in record["first"])
-        return Answer(record["text"], first)
+        return Answer(record["text"], tokens(record["first"]))
 
     def add(self, key: str, answer: Answer) -> None:
         """Keeps an answer."""
@@ -90,8 +89,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         counts = record["read"], record["written"]
-        first = record["first"]
         whole = isinstance(record["key"], str) and isinstance(record["text"], str) and all(isinstance(count, int) for count in counts)
-        return record if whole and (first is None or all(len(pair) == 2 for pair in first)) else None
+        return record if whole and (record["first"] is None or tokens(record["first"])) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

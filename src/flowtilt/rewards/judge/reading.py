@@ -5,10 +5,13 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 LEAST = 0.01
 """Probability of the answers that were asked for, together; below it a first token is the beginning of something else."""
 YES, NO = ("yes",), ("no",)
+_ROUNDING = 1e-3
+"""What servers that compute in half precision give as the log-probability of a certain token."""
 _NUMBER = r"[-+]?\d+(?:[.,]\d+)?(?![\w]|[.,]\d)"
 _WHOLE = re.compile(rf"({_NUMBER})(?:\s*(?:/|out of)\s*{_NUMBER})?\.?")
 _NAMED = re.compile(rf"(?:score|rating|answer|points?)\W{{0,4}}(?:is\W{{0,3}})?({_NUMBER})", re.IGNORECASE)
@@ -29,6 +32,15 @@ class Answer:
     first: tuple[tuple[str, float], ...] | None = None
     read: int = 0
     written: int = 0
+
+
+def tokens(pairs: Any) -> tuple[tuple[str, float], ...] | None:
+    """Those of the pairs that are a token and its log-probability, at most 0; none where there is none."""
+    try:
+        found = [(token, float(value)) for token, value in pairs if isinstance(token, str)]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return tuple((token, min(value, 0.0)) for token, value in found if value < _ROUNDING) or None
 
 
 def yes(answer: Answer) -> float:

@@ -1,0 +1,36 @@
+"""Values that other programs wrote, of lists and tables in one another."""
+
+from typing import Any
+
+LARGEST = 100_000
+"""Elements and letters of a YAML file, with its repeated parts written out."""
+
+
+def size(value: Any, most: int) -> int:
+    """Letters and elements of a value, each part counted wherever it occurs; more than `most` where it holds itself or exceeds that."""
+    found, rest = 0, [value]
+    while rest and found <= most:
+        one = rest.pop()
+        found += len(one) if isinstance(one, str | bytes) else 1
+        if isinstance(one, dict):
+            rest += [*one, *one.values()]
+        elif isinstance(one, list | tuple | set | frozenset):
+            rest += one
+    return found
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, read without making objects of its own.
+
+    Raises:
+        ValueError: it is none, or larger than `LARGEST`; the message is one line.
+    """
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except Exception as error:  # also of dates, numbers and tags that PyYAML takes for right until it converts them
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+    if size(value, LARGEST) > LARGEST:
+        raise ValueError(f"more than {LARGEST:,} values, aliases written out")
+    return value
