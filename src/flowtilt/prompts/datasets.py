@@ -159,12 +159,12 @@ def _read(data: PromptData, path: Path) -> Iterator[Prompt]:
 def _parquet(data: PromptData, path: Path) -> Iterator[Prompt]:
     table = parquet.opened(path, f"prompts {path}")
     names = list(table.schema_arrow.names)
-    column = data.column or next((name for name in CAPTIONS if name in names), None)
+    column = data.column or next((name for name in CAPTIONS if name in names), "prompt")
     wanted = [data.tag] if data.tag else ["tag"] if "tag" in names else []
-    for name in (column or "prompt", *wanted):
+    for name in (column, *wanted):
         if name not in names:
             raise UserError(f"prompts {data.dataset}: no column {name!r}; it has {', '.join(names)[:200]}")
-    for number, record in enumerate(parquet.rows(table, [column or "", *wanted], f"prompts {path}")):
+    for number, record in enumerate(parquet.rows(table, [column, *wanted], f"prompts {path}")):
         text, where = record.get(column), f"{path.name}, row {number}"
         if not isinstance(text, str):
             raise UserError(f"prompts {data.dataset}: {column} holds no text ({where}); name the column with the captions")
