@@ -100,7 +100,9 @@ def main() -> None:
         "machine": f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
     }
-    (Path(__file__).parent / "results" / "kill_and_resume.json").write_text(json.dumps([entry], indent=1) + "\n")
+    results = Path(__file__).parent / "results" / "kill_and_resume.json"
+    others = [other for other in json.loads(results.read_text()) if other["command"] != entry["command"]]
+    results.write_text(json.dumps([*others, entry], indent=1) + "\n")
     sys.exit(equal != runs)
 
 

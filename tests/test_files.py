@@ -264,6 +264,15 @@ def test_a_fifo_and_a_device_are_written_to(tmp_path):
     assert (tmp_path / "null").is_symlink() and stat.S_ISCHR(os.stat("/dev/null").st_mode) and names(tmp_path) == ["fifo", "null"]
 
 
+def test_an_open_descriptor_keeps_what_is_in_its_file_and_standard_output_is_the_commands(tmp_path, capsysbinary):
+    with (tmp_path / "log").open("wb", buffering=0) as file:
+        file.write(b"before, ")
+        write_atomic(Path(f"/dev/fd/{file.fileno()}"), b"after")
+    assert (tmp_path / "log").read_bytes() == b"before, after"
+    write_atomic(Path("/dev/stdout"), "a line\n")
+    assert capsysbinary.readouterr().out == b"a line\n"
+
+
 def test_scores_go_into_a_fifo_at_once(tmp_path):
     """A first, empty writing would end its reader."""
     (tmp_path / "0.png").write_bytes(to_png(torch.rand(3, 8, 8)))

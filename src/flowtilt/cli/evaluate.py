@@ -101,7 +101,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     quieten()
-    from flowtilt.io.files import is_stream
+    from flowtilt.io.files import is_stdout, is_stream
 
     if args.output and args.output.suffix not in (".jsonl", ".csv") and not is_stream(args.output):
         raise UserError(f"score: -o {args.output}: give a .jsonl or .csv file")
@@ -141,7 +141,8 @@ def _score(args: argparse.Namespace) -> int:
     for record in unread[:5]:
         say(f"no score: {record['note']}")
     variants = [variant for variant in ("tuned", "base") if any(record["variant"] == variant for record in records)]
-    print(table(results_of(records, variants, {}, ranges_of(rewards))))
+    own = say if args.output and is_stdout(args.output) else print  # standard output holds the scores alone
+    own(table(results_of(records, variants, {}, ranges_of(rewards))))
     if args.output:
-        print(f"scores   {args.output}")
+        own(f"scores   {args.output}")
     return 0

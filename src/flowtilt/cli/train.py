@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.cli.check import run as check_recipe
-from flowtilt.cli.words import LORA, TRUST, count, model_keys, model_options, seeds
+from flowtilt.cli.words import LORA, TRUST, count, model_keys, model_options, say, seeds
 from flowtilt.config import Recipe, load_recipe, recipe_names
 from flowtilt.config.held_out import score_name_of
 from flowtilt.config.trust import check, of_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
+from flowtilt.io.files import is_stdout
 from flowtilt.io.quiet import quieten
 from flowtilt.io.run_folder import RunFolder
 
@@ -175,7 +176,6 @@ def _sample(args: argparse.Namespace) -> int:
         trust=args.trust,
         images=args.image,
     )
-    print(written)
-    if args.save_each:
-        print(args.save_each)
+    for place in filter(None, (written, args.save_each)):
+        say(str(place)) if is_stdout(written) else print(place)
     return 0

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,8 +33,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """
     content = data.encode() if isinstance(data, str) else data
     if is_stream(path):
-        with disk_errors(path), path.open("wb") as file:
-            file.write(content)
+        with disk_errors(path):
+            _write_stream(path, content)
         return
     target = _behind_link(path)
     temporary = _beside(target, "tmp")
@@ -102,6 +103,21 @@ def is_stream(path: Path) -> bool:
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether the path is a name of standard output."""
+    return os.path.abspath(path) in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def _write_stream(path: Path, content: bytes) -> None:
+    if is_stdout(path):  # by `sys.stdout`, which is behind another descriptor in a command (`cli/output`)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    with path.open("ab") as file:  # an open descriptor may be that of a regular file, which has something in it
+        file.write(content)
 
 
 def made_by(name: str, kinds: str = "tmp|old") -> str | None:
