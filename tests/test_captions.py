@@ -10,6 +10,7 @@ from transformers import T5Tokenizer
 
 from flowtilt.config import ModelSettings
 from flowtilt.device.placement import on_device
+from flowtilt.io.user_code import from_file
 from flowtilt.models import captions
 from flowtilt.models.captions import Captions, captions_of
 from flowtilt.models.conditioning import Conditioning
@@ -111,6 +112,19 @@ def test_other_tokenizers_have_another_folder_whatever_their_last_call_left_set(
     shorter.model_max_length = 7
     assert folder(one) == folder(same)
     assert len({folder(words) for words in (one, other, shorter, None)}) == 4
+
+
+def test_a_family_that_reads_captions_otherwise_has_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pipeline = nn.Module()
+    pipeline.components = {"text_encoder": nn.Linear(2, 2)}
+
+    def folder(code):
+        (tmp_path / "mine.py").write_text(f"class Mine:\n    def read(self, text):\n        return {code}\n")
+        family = from_file("model.adapter", f"{tmp_path}/mine.py:Mine")()
+        return captions_of(pipeline, family.read, torch.device("cpu"), True)._folder
+
+    assert folder("1") == folder("1") != folder("22")
 
 
 def pipeline_of(clip_tokens, t5_length=None):

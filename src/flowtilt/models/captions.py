@@ -1,10 +1,12 @@
 """Captions: each distinct one is encoded once, by itself, and kept in memory and, where asked, on disk."""
 
 import hashlib
+import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -173,9 +175,10 @@ def captions_of(
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module is not None]
     if not offload:
         return Captions(encode, encoders, device, ragged=ragged, negative=negative)
-    tokenizers = [_tokenizer(one) for name, one in pipeline.components.items() if name.startswith("tokenizer") and one is not None]
+    readers = [one for name, one in pipeline.components.items() if name.startswith(("tokenizer", "processor")) and one is not None]
     eyes = [] if negative is None else [pipeline.vae]  # which encodes the source images
-    name = _fingerprint([*encoders, *eyes], device.type, torch.__version__, *said, *tokenizers)
+    settings = [*map(_tokenizer, readers), *map(_image_processor, readers)]
+    name = _fingerprint([*encoders, *eyes], device.type, torch.__version__, *said, *settings, _code(encode))
     return Captions(encode, encoders, device, cache_folder("FLOWTILT_CAPTIONS", "captions") / name, ragged, negative)
 
 
@@ -193,11 +196,29 @@ def _tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _image_processor(processor: Any) -> str:
+    """How a processor prepares source images; "" of one that prepares none."""
+    own = getattr(processor, "image_processor", None)
+    return json.dumps(own.to_dict(), sort_keys=True, default=str) if own is not None else ""
+
+
+def _code(encode: Read) -> str:
+    """What reads a caption: the files of the function, or of all classes of its family, and the libraries' versions."""
+    places = [encode] if inspect.isfunction(encode) else type(getattr(encode, "__self__", encode)).__mro__
+    found = [f"diffusers {version('diffusers')}, transformers {version('transformers')}"]
+    for place in places:
+        try:
+            found.append(digest(Path(inspect.getfile(place))))
+        except (TypeError, OSError):
+            continue  # built in, or typed into a notebook
+    return " ".join(found)
+
+
 def _fingerprint(encoders: Iterable[nn.Module], *said: object) -> str:
     """A name for what decides an embedding: names, shapes and first values of all weights, and whatever else is said."""
-    digest = hashlib.sha256(repr(said).encode())
+    found = hashlib.sha256(repr(said).encode())
     for module in encoders:
         for name, x in chain(module.named_parameters(), module.named_buffers()):
-            digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-            digest.update(bytes(x.detach().flatten()[:64].float().cpu().view(torch.uint8).tolist()))
-    return digest.hexdigest()[:24]
+            found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+            found.update(bytes(x.detach().flatten()[:64].float().cpu().view(torch.uint8).tolist()))
+    return found.hexdigest()[:24]
