@@ -174,3 +174,16 @@ def test_host_memory_is_what_waits_there():
     many = make_plan(load_recipe("sd35m-geneval", ["objective.times=stratified", "objective.times_per_image=100", "rollouts=1"]), Machine())
     assert many.host["noise of the training pairs"] == 1152 * 100 * 16 * 64 * 64 * 4
     assert many.host["captions"] == 48 * many.costs.caption
+
+
+def test_a_plan_counts_all_weights():
+    overrides = ["rewards.mine=jpeg_compressibility"]
+    full = make_plan(load_recipe("sd35m", [*overrides, "train=full"]), Machine())
+    number = full.weights["all weights, fp32"].number
+    held = full.resident["weights (current, old, ema)"] + full.resident["gradient and AdamW"]
+    assert 2.2e9 < number < full.weights["network"].number  # which counts the table of positions, too
+    assert held == 6 * 4 * number
+    assert full.resident["as the network takes it (old, ema)"] == 2 * 2 * number
+    assert full.costs.train(False, True).fixed.saved >= 0.99 * 2 * number  # current's weights but biases, as the network takes them
+    assert full.peak.total > held and not full.fits
+    assert make_plan(load_recipe("sd35m", [*overrides, "train=full"]), Machine(memory=160)).fits

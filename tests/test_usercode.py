@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -198,18 +198,9 @@ def test_a_class_that_changes_the_process_when_it_is_built_or_asked_is_contained
 
 
 def test_inference_mode_that_is_left_on_is_refused_by_name(tmp_path):
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from test_usercode import *
-reward = fromfile(Path({str(tmp_path)!r}), IMPORTS + CALL.format("global on; on = torch.inference_mode(); on.__enter__()"))
-try:
-    score({{"mine": reward}}, IMAGES, PROMPTS)
-except UserError as error:
-    print(error)
-"""
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "reward mine: leaves torch.inference_mode switched" in said.stdout, said.stderr
+    reward = fromfile(tmp_path, IMPORTS + CALL.format("global on; on = torch.inference_mode(); on.__enter__()"))
+    with ThreadPoolExecutor(1) as its_own_mode, pytest.raises(UserError, match=r"reward mine: leaves torch\.inference_mode switched"):
+        its_own_mode.submit(score, {"mine": reward}, IMAGES, PROMPTS).result()
 
 
 def test_what_is_put_back_and_matters_to_the_file_is_said_once(tmp_path, said):

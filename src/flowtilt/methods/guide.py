@@ -44,7 +44,7 @@ class GuideSettings(Method):
         return round(pairs * self.guide_share * self.levels_from(self.guide_from)) if self.guide_weight(step - 1) else 0
 
     def guide_old(self, pairs: int, step: int, asking: float) -> int:
-        """Forward passes of the collecting policy for the guide's target, where the loss has none; `asking` is the share of rows that ask."""
+        """Forward passes of the collecting policy for the guide's target, where the loss has none; a share `asking` of its rows asks."""
         return round(self.guide_rows(pairs, step) * asking) if self.guide_of == "old" else 0
 
     def levels_from(self, level: float) -> float:
