@@ -204,7 +204,7 @@ def _image_processor(processor: Any) -> str:
 
 def _code(encode: Read) -> str:
     """What reads a caption: the files of the function, or of all classes of its family, and the libraries' versions."""
-    places = [encode] if inspect.isfunction(encode) else type(getattr(encode, "__self__", encode)).__mro__
+    places: Sequence[Any] = [encode] if inspect.isfunction(encode) else inspect.getmro(type(getattr(encode, "__self__", encode)))
     found = [f"diffusers {version('diffusers')}, transformers {version('transformers')}"]
     for place in places:
         try:
