@@ -39,7 +39,8 @@ def _once(pipeline: Any) -> Any:
     encode_prompt = pipeline.encode_prompt
 
     def known(*captions: Any, **how: Any) -> Any:
-        if any(isinstance(value, torch.Tensor) for value in how.values()):
+        # an image or a tensor is known by where it lies in memory alone, where another one may lie the next time
+        if not all(isinstance(value, bool | int | float | str | torch.device | None) for value in how.values()):
             return encode_prompt(*captions, **how)
         encoders = [id(part) for name, part in sorted(pipeline.components.items()) if name.startswith(("text_encoder", "tokenizer"))]
         asked = repr((encoders, captions, sorted(how.items())))

@@ -4,13 +4,13 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from small_families import SMALL, opened
 
 from flowtilt import Trainer, UserError
 from flowtilt.config import ModelSettings
 from flowtilt.conformance import Conformance
 from flowtilt.io.files import read_lines
 from flowtilt.lora import Lora
-from flowtilt.models import opening
 from flowtilt.models.captions import Captions
 from flowtilt.models.levels import levels_of
 from flowtilt.models.opening import adapted, open_model
@@ -18,20 +18,6 @@ from flowtilt.models.z_image import ZImage
 from flowtilt.policy.tuned_model import TunedModel
 
 CPU = torch.device("cpu")
-SIZES = {"sana": (32, 64), "lumina2": (32, 48)}
-"""In pixels; (16, 24) where none are given."""
-FAMILIES = {
-    "sd35": {"t5_length": 40},
-    "flux": {"t5_length": 40},
-    "qwen_image": {"options": {"text_length": 320}},
-    "aura_flow": {"options": {"text_length": 40}},
-    "flux2_klein": {"options": {"text_length": 160}},
-    "sana": {"options": {"text_length": 40}},
-    "lumina2": {},
-    "chroma": {"options": {"text_length": 40}},
-    "z_image": {"options": {"text_length": 128}},
-    "kontext": {"t5_length": 40, "options": {"source_resolution": 12}},
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +32,10 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_conforms(folders, name):
-    settings = ModelSettings(path=folders(name), **FAMILIES[name])
-    wrong = [str(check) for check in Conformance(settings, CPU, SIZES.get(name, (16, 24))).checks() if not check.right]
-    assert not wrong, "\n".join(wrong)
-
-
-def test_flux2_dev_conforms_with_a_stand_in_for_its_processor(folders, monkeypatch):
-    load = opening.load_pipeline
-
-    def with_letters(*args, **how):
-        pipeline = load(*args, **how)
-        pipeline.tokenizer = tiny_pipelines.Letters()
-        return pipeline
-
-    monkeypatch.setattr(opening, "load_pipeline", with_letters)
-    settings = ModelSettings(path=folders("flux2_dev"), options={"text_length": 48, "embedded_guidance": 2.5})
-    wrong = [str(check) for check in Conformance(settings, CPU, (16, 24)).checks() if not check.right]
+@pytest.mark.parametrize("name", SMALL)
+def test_a_family_conforms(name, tmp_path):
+    with opened(name, tmp_path) as (settings, sizes):
+        wrong = [str(check) for check in Conformance(settings, CPU, sizes).checks() if not check.right]
     assert not wrong, "\n".join(wrong)
 
 
@@ -126,7 +98,7 @@ def test_a_family_trains_with_and_without_guidance(folders, name, tmp_path):
     (tmp_path / "p.txt").write_text("a cat\ntwo dogs on a hill\n")
     recipe = {
         "name": "x",
-        "model": {"path": folders(name), "resolution": 16, **FAMILIES[name]},
+        "model": {"path": folders(name), "resolution": 16, **SMALL[name].settings},
         "prompts": str(tmp_path / "p.txt"),
         "rewards": {"red": 1.0},
         "rollout": {"prompts": 2, "images_per_prompt": 2, "steps": 2, "guidance": 2.0},

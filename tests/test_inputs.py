@@ -93,6 +93,26 @@ def test_whatever_was_edited_is_named(project, file, said, how):
     assert "\n" not in str(caught.value)
 
 
+def test_a_source_image_that_was_replaced_is_named_as_long_as_a_prompt_names_it(project, tmp_path):
+    (project / "p.jsonl").write_text('{"prompt": "brighter", "image": "in/a.png"}\n{"prompt": "darker", "image": "in/b.png"}\n')
+    (project / "in").mkdir()
+    for name in "ab":
+        (project / "in" / f"{name}.png").write_bytes(name.encode() * 3_000_000)
+    edits = inputs.whole(recipe("evaluate.prompts=./p.jsonl"))
+    hold = runs.create(edits)
+    inputs.save(edits, hold.folder, None, [])
+    hold.release()
+    moved = tmp_path / "elsewhere"
+    shutil.move(project, moved)
+    run, image = moved / "run", moved / "in" / "b.png"
+    inputs.check(runs.open_run(run, []), run, begun=True)
+    for change, said in ((lambda: image.write_bytes(b"b" * 2_999_999 + b"c"), "has changed"), (image.unlink, "is gone")):
+        change()
+        with pytest.raises(UserError, match=rf"source image .*b\.png {said} since the run began"):
+            inputs.check(runs.open_run(run, []), run, begun=True)
+    inputs.check(runs.open_run(run, [f"evaluate.prompts={moved / 'test.txt'}"]), run, begun=True)
+
+
 def test_what_a_model_folder_holds_besides_the_model_may_change(project):
     folder = begun(project)
     (project / "model" / "README.md").write_text("new")

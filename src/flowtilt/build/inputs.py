@@ -1,7 +1,8 @@
 """The files that a recipe names: their whole paths, and how a run knows them again.
 
-A run's sources.json has the SHA-256 of its prompt files, reward files (and what those import from their folder), adapter,
-model folder and LoRAs. Of a model folder's large files it covers the size, the beginning and the end.
+A run's sources.json has the SHA-256 of its prompt files (and the source images that those name), reward files (and what those import
+from their folder), adapter, model folder and LoRAs. Of large source images and a model folder's large files it covers the size, the
+beginning and the end.
 """
 
 import hashlib
@@ -24,10 +25,13 @@ from flowtilt.lora.find import find
 from flowtilt.methods import is_own
 from flowtilt.models.opening import fingerprint
 from flowtilt.prompts import datasets
+from flowtilt.prompts.files import load_prompts
 from flowtilt.prompts.sets import is_path
 
 ONCE = ("lora.init", "lora.on", "objective.fake")
 """What is read when a run begins and never again: its checkpoints and its copies (`lora.stacked.keep`) have all of it."""
+SOURCE_IMAGE = "source image"
+"""The key of an image that a prompt file names."""
 _WHOLE = 1 << 20
 _ENDS = 1 << 16
 _FOLDER_FILES = (".json", ".txt", ".model", ".safetensors", ".bin", ".jsonl", ".parquet")
@@ -120,10 +124,12 @@ def changes(recipe: Recipe, run: Path, begun: bool) -> list[str]:
         recipe: as `found_again` returns it.
         begun: the run has a checkpoint, so that it does not read `ONCE` again.
     """
-    named = _named(recipe)
+    named = _with_source_images(_named(recipe))
     found = []
     for entry in _load(run).get("files", []):
         key, path = entry["key"], _place(entry, run)
+        if key == SOURCE_IMAGE and _beside(entry, run) in named[key]:
+            path = _beside(entry, run)  # another image there is no other file: the prompt file means it
         if "sha256" not in entry or (begun and key in ONCE) or (key in named and path not in named[key]):
             continue
         now = _digest(key, path)
@@ -159,12 +165,10 @@ def save(recipe: Recipe, run: Path, step: int | None, accepted: list[str]) -> No
     """
     old = _load(run)
     kept = [entry for entry in old.get("files", []) if step is not None and entry["key"] in ONCE]
-    files = kept + [_entry(key, path, run) for key, paths in _named(recipe).items() for path in paths if not (kept and key in ONCE)]
+    named = _with_source_images(_named(recipe))
+    files = kept + [_entry(key, path, run) for key, paths in named.items() for path in paths if not (kept and key in ONCE)]
     places = [
-        path
-        for key, paths in _named(recipe).items()
-        if key.startswith("rewards.") or key in ("model.adapter", "objective.type")
-        for path in paths
+        path for key, paths in named.items() if key.startswith("rewards.") or key in ("model.adapter", "objective.type") for path in paths
     ]
     files += [_entry("import", str(path), run) for path in neighbours(places)]
     if not os.path.isdir(recipe.model.path) and (commit := fingerprint(recipe.model.path, recipe.model.revision).get("commit")):
@@ -192,6 +196,16 @@ def _named(recipe: Recipe) -> dict[str, list[str]]:
     return found
 
 
+def _with_source_images(named: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The same, with the source images of the prompt files."""
+    images: dict[str, None] = {}
+    for path in (*named.get("prompts", ()), *named.get("evaluate.prompts", ())):
+        with suppress(UserError):  # the file itself is gone, or can't be read any more
+            if os.path.isfile(path):
+                images |= {os.path.normpath(prompt.image): None for prompt in load_prompts(path, quiet=True) if prompt.image}
+    return {**named, SOURCE_IMAGE: list(images)}
+
+
 def _entry(key: str, path: str, run: Path) -> Entry:
     entry: Entry = {"key": key, "path": path}
     with suppress(ValueError):  # another drive
@@ -203,12 +217,15 @@ def _entry(key: str, path: str, run: Path) -> Entry:
 
 def _place(entry: Mapping[str, Any], run: Path) -> str:
     """Where the file of an entry is now."""
-    path = entry["path"]
-    if "from_run" in entry and not os.path.exists(path):
-        moved = os.path.normpath(run.resolve() / entry["from_run"])
-        if "sha256" in entry and _digest(entry["key"], moved) == entry["sha256"]:
-            return moved
+    path, moved = entry["path"], _beside(entry, run)
+    if not os.path.exists(path) and "sha256" in entry and _digest(entry["key"], moved) == entry["sha256"]:
+        return moved
     return path
+
+
+def _beside(entry: Mapping[str, Any], run: Path) -> str:
+    """Where the file of an entry would be had it been moved with the run."""
+    return os.path.normpath(run.resolve() / entry["from_run"]) if "from_run" in entry else entry["path"]
 
 
 def _digest(key: str, path: str) -> str | None:
@@ -222,6 +239,10 @@ def _digest(key: str, path: str) -> str | None:
                 return None
         if place.is_dir():
             return _folder_digest(place)
+        if key == SOURCE_IMAGE and place.is_file():
+            found = hashlib.sha256()
+            _add_file(found, "", place)
+            return found.hexdigest()
         return digest(place) if place.is_file() else None
 
 
@@ -231,14 +252,19 @@ def _folder_digest(folder: Path) -> str:
         name = file.relative_to(folder)
         if file.suffix not in _FOLDER_FILES or any(part.startswith(".") for part in name.parts) or not file.is_file():
             continue
-        size = file.stat().st_size
-        found.update(f"{name.as_posix()}\0{size}\0".encode())
-        with file.open("rb") as opened:
-            if size > _WHOLE:
-                found.update(opened.read(_ENDS))
-                opened.seek(-_ENDS, os.SEEK_END)
-            found.update(opened.read())
+        _add_file(found, name.as_posix(), file)
     return found.hexdigest()
+
+
+def _add_file(found: Any, name: str, file: Path) -> None:
+    """Adds a file to a hash: its name, its size, and its content or, of a large one, both ends of it."""
+    size = file.stat().st_size
+    found.update(f"{name}\0{size}\0".encode())
+    with file.open("rb") as opened:
+        if size > _WHOLE:
+            found.update(opened.read(_ENDS))
+            opened.seek(-_ENDS, os.SEEK_END)
+        found.update(opened.read())
 
 
 def _load(run: Path) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class Editing(Packed):
         """What the network reads of an instruction for a source image [3, S, S] in [0, 1], besides the image's latents."""
         return self.read(text)
 
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`; the source image's latents are among them, as among what is read of an edit."""
+        side = self.source_resolution // self.scale
+        return {**super().blank(tokens), SOURCE: torch.empty(self.latent_shape[0], side, side, device=self.device)}
+
     def _read(self, caption: Caption) -> Mapping[str, Tensor]:
         assert isinstance(caption, Edit)
         try:

@@ -53,7 +53,7 @@ class Family:
     ragged: ClassVar[bool] = False
     """Whether `read` gives as many tokens as the caption has; otherwise it pads all captions alike."""
     row_by_row: ClassVar[bool] = False
-    """Whether the network's code goes over rows one by one, in Python; `flowtilt plan` then measures few of them."""
+    """Whether the network's code goes over rows or their tokens in Python; `flowtilt plan` then measures few of them."""
     negative: ClassVar[str] = ""
     """The caption that guidance leads away from."""
     guidable: ClassVar[bool] = True

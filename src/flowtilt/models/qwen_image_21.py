@@ -26,6 +26,7 @@ class QwenImage21(Family):
     lora_targets = ATTENTION
     encoders = ("text_encoder", "processor")
     ragged = True
+    row_by_row = True
     negative = " "
     one_by_one = True
     several_passes = True
@@ -38,6 +39,10 @@ class QwenImage21(Family):
         """The last layer's output for the caption's tokens, without the system message."""
         embeds, _, _ = self.pipeline.encode_prompt(text, device=self.device)
         return {"encoder_hidden_states": embeds[0]}
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`."""
+        return {"encoder_hidden_states": self.empty(tokens, self.network.config.context_in_dim)}
 
     def own_resolution(self) -> int:
         """The pipeline's default."""
@@ -57,7 +62,8 @@ class QwenImage21(Family):
         """Tokens, captions, the image's rows and columns, and which slots are the image's."""
         given = super().inputs(x, t, conditioning)
         words, slots = given["encoder_hidden_states"].shape[1], x.shape[1] // SLOT
-        image = torch.arange(words + slots, device=x.device) >= words
+        # the network reads these one by one in Python, which a tensor without numbers does not allow
+        image = torch.arange(words + slots, device="cpu" if x.is_meta else x.device) >= words
         return {**given, "img_shapes": [[(1, self.side, self.side)]] * len(x), "img_mask": image.expand(len(x), -1)}
 
     def mu(self, steps: int) -> float:

@@ -46,6 +46,16 @@ class QwenImageEdit(Editing, QwenImage):
         """The source image [3, S, S] as the text encoder's processor takes it."""
         return to_pil(picture[None])[0]
 
+    def seen_side(self) -> int:
+        """Height and width of that image in pixels."""
+        return self.source_resolution
+
+    def blank(self, tokens: int) -> dict[str, Tensor]:
+        """See `Family.blank`: the text encoder's tokens of the source image stand before the instruction's."""
+        eyes = self.pipeline.text_encoder.config.vision_config
+        side = round(self.seen_side() / (eyes.patch_size * eyes.spatial_merge_size))
+        return super().blank(tokens + side**2)
+
     def inputs(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """As Qwen-Image's, with the source's tokens, rows and columns."""
         given = super().inputs(self.with_source(x, conditioning), t, conditioning)
@@ -58,5 +68,9 @@ class QwenImageEditPlus(QwenImageEdit):
 
     def seen(self, picture: Tensor) -> list[Any]:
         """A list of one image, of the pipeline's own size."""
-        width, height = plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, 1.0)
-        return [self.pipeline.image_processor.resize(to_pil(picture[None])[0], height, width)]
+        side = self.seen_side()
+        return [self.pipeline.image_processor.resize(to_pil(picture[None])[0], side, side)]
+
+    def seen_side(self) -> int:
+        """The pipeline's own, of a square."""
+        return plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, 1.0)[0]

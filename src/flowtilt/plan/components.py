@@ -14,10 +14,19 @@ from flowtilt.plan.geometry import Geometry
 
 
 class Words:
-    """Stands in for a tokenizer, of which the longest caption alone is known."""
+    """Stands in for a tokenizer or a processor, of which the longest caption alone is known."""
 
     def __init__(self, model_max_length: int):
         self.model_max_length = model_max_length
+        self.tokenizer = self
+
+    def apply_chat_template(self, *messages: Any, **how: Any) -> list[list[int]]:
+        """A conversation of no tokens."""
+        return [[]]
+
+    def encode(self, text: str) -> list[int]:
+        """Some token."""
+        return [0]
 
 
 def build_pipeline(geometry: Geometry, dtype: str) -> Any:

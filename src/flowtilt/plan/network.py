@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.config import ModelSettings
+from flowtilt.models.captions import SOURCE
 from flowtilt.models.conditioning import Conditioning
+from flowtilt.models.encoding import encode_images
 from flowtilt.models.opening import adapted
 from flowtilt.objectives.batches import TrainingBatch
 from flowtilt.objectives.nft import NFT
@@ -51,9 +53,11 @@ class Costs:
         brought: bytes of what a role brings along to its forwards: merged weights, A and B or all weights in the base's half precision;
             0 where the role's own weights are taken as they are.
         bringing: operations that make it.
-        latent, caption, image: bytes of one image's latents, of what the network reads of a caption, of one decoded image.
+        latent, caption, image: bytes of one image's latents, of what the network reads of a caption, of one decoded image. Of an edit,
+            the source image's latents are among the caption, and so is what guidance leads away from.
         caption_tokens: tokens of a caption where captions keep their own lengths, an assumption; none where all are padded alike.
         resolution: in pixels.
+        source_resolution: of source images, for a family that edits.
         shards: bytes of the weights that FSDP2 gathers together: of each of the network's blocks, then of what is outside of them; tables
             that are not trained stay whole.
         encode: one caption.
@@ -80,6 +84,7 @@ class Costs:
     caption_tokens: int | None
     image: int
     resolution: int
+    source_resolution: int | None
     shards: tuple[int, ...]
     encode: Work
     forward: Line
@@ -144,12 +149,13 @@ def _costs(settings: str, rank: int, alpha: float, whole: bool) -> Costs:
         injected_weights=_injected_weights(policy),
         bringing=bringing.flops,
         latent=one.x0[0].nbytes,
-        caption=sum(x.nbytes for x in given.distinct.values()),
+        caption=(2 if model.edits else 1) * sum(x.nbytes for x in _read(given)),
         caption_tokens=tokens_of(model) if model.ragged else None,
         image=3 * side * side * 4,
         resolution=side,
+        source_resolution=model.source_resolution if model.edits else None,
         shards=shards,
-        encode=_encode(model, encoders),
+        encode=_encode(model, encoders, given),
         forward=_forward(policy, "old", model, given, rows),
         reference=cache(lambda: _forward(policy, "reference", model, given, rows)),
         train=train,
@@ -176,11 +182,16 @@ def tokens_of(model: Any) -> int:
 
 
 def conditioning(model: Any) -> Conditioning:
-    """What the network reads of one caption."""
-    tokens = tokens_of(model)
+    """What the network reads of one caption, and of its source image in a family that edits."""
     rows = torch.zeros(1, dtype=torch.long, device="cpu" if model.row_by_row else "meta")
-    lengths = torch.tensor([tokens]) if model.ragged else None
-    return Conditioning({name: x[None] for name, x in model.blank(tokens).items()}, rows, lengths)
+    read = {name: x[None] for name, x in model.blank(tokens_of(model)).items()}
+    sources = read.pop(SOURCE, None)
+    lengths = torch.tensor([next(iter(read.values())).shape[1]]) if model.ragged else None
+    return Conditioning(read, rows, lengths, sources)
+
+
+def _read(given: Conditioning) -> list[Tensor]:
+    return [*given.distinct.values(), *([] if given.sources is None else [given.sources])]
 
 
 def batch(model: Any, given: Conditioning, rows: int) -> TrainingBatch:
@@ -242,25 +253,34 @@ def _decode_back(model: Any) -> Line:
 
 
 @torch.no_grad()
-def _encode(model: Any, encoders: Mapping[str, Any]) -> Work:
-    """One caption through every text encoder.
+def _encode(model: Any, encoders: Mapping[str, Any], given: Conditioning) -> Work:
+    """One caption through every text encoder; of an edit with what guidance leads away from, and the source image through the VAE.
 
-    Not counted: a chat's template, instructions before the caption, and what a language model says after it.
+    Not counted: a chat's template, instructions before the caption, what a language model says after it, and a text encoder's own
+    network for images.
     """
+    length = tokens_of(model) if given.lengths is None else int(given.lengths[0])
 
     def encode() -> None:
+        if model.edits:
+            side = model.source_resolution
+            encode_images(model, torch.empty(1, 3, side, side, device="meta"), checked=False)
         for encoder in encoders.values():
             if "CLIP" in type(encoder).__name__:
                 encoder(_ids(model.pipeline.tokenizer_max_length), output_hidden_states=True)
             elif encoder.config.model_type in ("t5", "umt5"):
-                encoder(_ids(tokens_of(model)))
+                encoder(_ids(length))
             else:
                 inner = getattr(encoder, "model", encoder)
-                words, length = getattr(inner, "language_model", inner), tokens_of(model)
+                words = getattr(inner, "language_model", inner)
                 seen = torch.zeros(1, 1, length, length, dtype=encoder.dtype, device="meta")  # or it would look for one in the numbers
                 words(_ids(length), attention_mask=seen, output_hidden_states=True, use_cache=False)
 
-    return measure(encode)
+    def twice() -> None:
+        encode()
+        encode()
+
+    return measure(twice if model.edits else encode)
 
 
 def _ids(length: int) -> Tensor:

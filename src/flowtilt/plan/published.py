@@ -135,6 +135,31 @@ _QWEN25_VL_7B: Component = (
         "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
     },
 )
+_QWEN3_VL_8B: Component = (
+    "Qwen3VLForConditionalGeneration",
+    {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]},
+        },
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
+)
+_QWEN_PROCESSOR: Component = ("Qwen2VLProcessor", {"model_max_length": 131072})
 _MISTRAL_SMALL: Component = (
     "Mistral3ForConditionalGeneration",
     {
@@ -260,6 +285,23 @@ _QWEN_IMAGE = (
         "scheduler": _QWEN_LEVELS,
     },
 )
+
+
+def _qwen_edit(plus: bool, **network: bool) -> tuple[str, dict[str, Component]]:
+    parts = {"processor": _QWEN_PROCESSOR, "transformer": ("QwenImageTransformer2DModel", network)}
+    return f"QwenImageEdit{'Plus' if plus else ''}Pipeline", {**_QWEN_IMAGE[1], **parts}
+
+
+_QWEN_IMAGE_21 = (
+    "QwenImage21Pipeline",
+    {
+        "transformer": ("QwenImage21Transformer2DModel", {}),
+        "vae": ("AutoencoderKLQwenImage21", {}),
+        "text_encoder": _QWEN3_VL_8B,
+        "processor": _QWEN_PROCESSOR,
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    },
+)
 _CHROMA = (
     "ChromaPipeline",
     {"transformer": ("ChromaTransformer2DModel", {}), "vae": _FLUX_VAE, "text_encoder": _T5_XXL, "scheduler": _DYNAMIC},
@@ -271,6 +313,7 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, Component]]] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(_SD3_MEDIUM),
     "black-forest-labs/FLUX.1-dev": _flux(guidance=True),
     "black-forest-labs/FLUX.1-schnell": _flux(guidance=False),
+    "black-forest-labs/FLUX.1-Kontext-dev": ("FluxKontextPipeline", _flux(guidance=True)[1]),
     "black-forest-labs/FLUX.2-klein-4B": _KLEIN_4B,
     "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
     "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B,
@@ -286,6 +329,10 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, Component]]] = {
     ),
     "Qwen/Qwen-Image": _QWEN_IMAGE,
     "Qwen/Qwen-Image-2512": _QWEN_IMAGE,
+    "Qwen/Qwen-Image-2.1": _QWEN_IMAGE_21,
+    "Qwen/Qwen-Image-Edit": _qwen_edit(plus=False),
+    "Qwen/Qwen-Image-Edit-2509": _qwen_edit(plus=True),
+    "Qwen/Qwen-Image-Edit-2511": _qwen_edit(plus=True, zero_cond_t=True),
     "Tongyi-MAI/Z-Image": _z_image(6.0),
     "Tongyi-MAI/Z-Image-Turbo": _z_image(3.0),
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": (

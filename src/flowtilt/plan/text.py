@@ -16,7 +16,7 @@ def table(plan: Plan) -> str:
     """Parameters, memory, work and hours; the last line says the whole."""
     m = plan.machine
     head = f"{plan.recipe.name} on {m.gpus} x {m.gpu} of {m.gib:.4g} GiB: every figure is computed, none is measured"
-    shapes = f"shapes: {plan.costs.source}; images of {plan.costs.resolution} pixels; base in {plan.costs.dtype}"
+    shapes = f"shapes: {plan.costs.source}; images of {plan.costs.resolution} pixels{_sources(plan)}; base in {plan.costs.dtype}"
     return "\n\n".join(
         [
             "\n".join([head, *wrapped(shapes, "")]),
@@ -28,6 +28,11 @@ def table(plan: Plan) -> str:
             "\n".join(wrapped(summary(plan), "")),
         ]
     )
+
+
+def _sources(plan: Plan) -> str:
+    side = plan.costs.source_resolution
+    return f" and source images of {side}" if side else ""
 
 
 def summary(plan: Plan) -> str:
