@@ -1,0 +1,112 @@
+"""FlowGRPO as an expert might set it: kinds of step, noise, windows, updates, clips and groups, on a third of the comparison's budget.
+
+    python benchmarks/grpo_search.py --folder runs/grpo_search       one seed of each setting, on playground-search
+    python benchmarks/grpo_search.py --folder runs/grpo_search --report
+
+`head_to_head.py` searches two keys of every method. This asks whether another FlowGRPO would have changed the comparison. All settings are
+declared below, before anything is run; validation prompts and seed are those of that search, and so is the budget. Finished runs are not
+made again. results/grpo_search.json has what is finished.
+"""
+
+import argparse
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from contest.estimate import expected
+from contest.jobs import VALIDATION
+from contest.running import Job, more_rollouts, run_all
+from contest.settings import SEARCH_SEED, Plan
+
+from flowtilt.config import load_recipe
+from flowtilt.io.environment import processor
+from flowtilt.io.files import read_lines, write_json
+from flowtilt.io.quiet import quieten
+from flowtilt.report.compare.entries import load_entry
+
+RESULTS = Path(__file__).parent / "results" / "grpo_search.json"
+EVALUATIONS = 6
+"""Of a run, besides the one before."""
+WINDOW = ("objective.window=random", "objective.window_size=2", "objective.span=[0,4]")
+CPS = ("objective.sde=cps", "objective.eta=0.8")
+
+
+@dataclass(frozen=True)
+class Setting:
+    label: str
+    overrides: tuple[str, ...]
+
+
+SETTINGS = (
+    Setting("as head to head chose it: Flow-SDE, eta 1, all steps, 2 updates, lr 3e-3, clip 1e-3", ()),
+    Setting("eta 0.7", ("objective.eta=0.7",)),
+    Setting("clip 3e-3", ("objective.clip_range=3e-3",)),
+    Setting("1 update", ("optimizer.steps_per_rollout=1",)),
+    Setting("4 updates, lr 1.5e-3", ("optimizer.steps_per_rollout=4", "optimizer.lr=1.5e-3")),
+    Setting("groups of 24", ("rollout.prompts=6", "rollout.images_per_prompt=24")),
+    Setting("one standard deviation for all groups", ("advantage=global",)),
+    Setting("kl 0.04", ("objective.kl=0.04",)),
+    Setting("a window of 2 in the first 4 steps", WINDOW),
+    Setting("Dance, eta 0.3", ("objective.sde=dance", "objective.eta=0.3")),
+    Setting("CPS, eta 0.8", CPS),
+    Setting("CPS, eta 0.8, that window", (*CPS, *WINDOW)),
+    Setting("CPS, eta 0.8, that window, lr 1.5e-3", (*CPS, *WINDOW, "optimizer.lr=1.5e-3")),
+    Setting("CPS, eta 0.8, that window, kl 0.04", (*CPS, *WINDOW, "objective.kl=0.04")),
+    Setting("CPS, eta 0.8, that window, 1 update", (*CPS, *WINDOW, "optimizer.steps_per_rollout=1")),
+    Setting("Flow-DPPO's trust 1e-5", ("objective.trust=1e-5",)),
+)
+
+
+def job_of(folder: Path, number: int, budget: int, more: tuple[str, ...]) -> Job:
+    overrides = (*SETTINGS[number].overrides, *more, *VALIDATION, f"seed={SEARCH_SEED}")
+    rollouts = more_rollouts(load_recipe("playground-grpo", overrides), 0, budget)
+    return Job(folder / f"{number:02}", "playground-grpo", (*overrides, f"evaluate.every={max(1, rollouts // EVALUATIONS)}"), budget)
+
+
+def finished(job: Job, setting: Setting) -> dict[str, object]:
+    costs, scores = load_entry(job.folder).line("evaluations")
+    lines, guards = read_lines(job.folder / "metrics.jsonl"), job.folder / "guards.jsonl"
+    return {
+        "setting": setting.label,
+        "overrides": list(setting.overrides),
+        "curve_evaluations_score": [[int(cost), round(float(score), 4)] for cost, score in zip(costs, scores, strict=True)],
+        "final_score": round(float(scores[-1]), 4),
+        "best_score": round(float(scores.max()), 4),
+        "rollouts": len(lines),
+        "guards": [line["guard"] for line in read_lines(guards)] if guards.is_file() else [],
+        "command": job.command(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (%(default)s)")
+    parser.add_argument("--budget", type=int, default=Plan().search_budget, help="network evaluations of a run (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    quieten()
+    jobs = [job_of(args.folder.resolve(), number, args.budget, tuple(args.overrides)) for number in range(len(SETTINGS))]
+    if not args.report:
+        run_all(jobs, args.workers, lambda line: print(line, flush=True), expected)
+    entries = [finished(job, setting) for job, setting in zip(jobs, SETTINGS, strict=True) if job.finished()]
+    for entry in entries:
+        print(f"{entry['final_score']:.3f}  best {entry['best_score']:.3f}  {entry['setting']}")
+    write_json(
+        RESULTS,
+        {
+            "command": "python " + " ".join(["benchmarks/grpo_search.py", *sys.argv[1:]]),
+            "machine": f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
+            "prompts": "playground-search, 240 images of its validation prompts, EMA weights",
+            "seed": SEARCH_SEED,
+            "budget": args.budget,
+            "runs": entries,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
