@@ -1,6 +1,7 @@
 """What a lag costs in learning, and what it gains in time: `rollout.lag` 0, 1 and 2 on the playground.
 
     python benchmarks/lag.py --folder runs/lag                 learning: playground-fast, seeds 0 to 2 on the test prompts
+    python benchmarks/lag.py objective.beta=0.5 --folder runs/lag-beta --lags 1        the same with another key
     python benchmarks/lag.py --folder runs/lag --speed         images per second with a judge as slow as sampling and training together
     python benchmarks/lag.py --folder runs/lag --report        only what is finished there
 
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="make no run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    part = "speed" if args.speed else f"learning, {args.recipe}"
+    part = " ".join(["speed", *args.overrides] if args.speed else [f"learning, {args.recipe}", *args.overrides])
     told = speed(args) if args.speed else learning(args)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
