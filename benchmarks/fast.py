@@ -1,7 +1,8 @@
 """A quarter of DiffusionNFT's evaluations: `playground-fast` over seeds on the test prompts, and what its parts are worth.
 
     python benchmarks/fast.py --folder runs/fast                          seeds 0 to 4 on the test prompts
-    python benchmarks/fast.py --folder runs/fast --ablate                 seeds 100, 101 on playground-search, one change each
+    python benchmarks/fast.py --folder runs/fast --ablate                 seeds 100 to 104 on playground-search, one change each
+    python benchmarks/fast.py model.dtype=bfloat16 --folder runs/half --seeds 0 1 2      the same in half precision
     python benchmarks/fast.py --folder runs/fast --report                 only what is finished there, into results/fast.json
 
 Finished runs in the folder are not made again. The figures of DiffusionNFT beside them are those of results/head_to_head.json.
@@ -94,22 +95,24 @@ def span(values: list[float | None]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--ablate", action="store_true", help="one change each, on the search prompts, seeds 100 and 101")
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 to 4; of --ablate 100 to 104")
+    parser.add_argument("--ablate", action="store_true", help="one change each, on the search prompts")
     parser.add_argument("--report", action="store_true", help="make no run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
+    seeds = args.seeds or (range(100, 105) if args.ablate else range(5))
     wanted: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
     if args.ablate:
         for name, change in ABLATIONS.items():
             place = name.replace(" ", "-").replace("'", "")
-            wanted[name] = [(args.folder / f"{place}-{seed}", (*SEARCH, *change, *args.overrides, f"seed={seed}")) for seed in (100, 101)]
+            wanted[name] = [(args.folder / f"{place}-{seed}", (*SEARCH, *change, *args.overrides, f"seed={seed}")) for seed in seeds]
     else:
-        wanted["test"] = [(args.folder / f"test-{seed}", (*args.overrides, f"seed={seed}")) for seed in args.seeds]
+        name = " ".join(["test", *args.overrides])
+        wanted[name] = [(args.folder / f"test-{seed}", (*args.overrides, f"seed={seed}")) for seed in seeds]
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name, runs in wanted.items():
         folders = [folder if args.report else made(folder, overrides) for folder, overrides in runs]
-        entries = [entry(folder, name == "test") for folder in folders if RunFolder(folder).summary.is_file()]
+        entries = [entry(folder, not args.ablate) for folder in folders if RunFolder(folder).summary.is_file()]
         if not entries:
             continue
         known[name] = {
