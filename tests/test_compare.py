@@ -222,7 +222,7 @@ def test_runs_that_were_not_judged_alike_are_refused_unless_mixed(tmp_path, over
     found = compare([a, b], mixed=True)
     assert len(found.methods) == 2 and "Scores can't be compared" in text(found)
     shown = page(found, tmp_path)
-    assert shown.says(key) and shown.says("do not draw from the same noise")
+    assert shown.says(key) and shown.says("do not sample from the same noise")
 
 
 def test_a_run_whose_evaluation_was_changed_on_its_way_is_refused(tmp_path):
@@ -260,7 +260,7 @@ def test_images_from_the_same_noise_stand_side_by_side(six, tmp_path):
     assert [alt.partition(":")[0] for alt in alts[:3]] == [f"two red circles, {name}" for name in ("base", "beta=1.0", "beta=0.5")]
     assert shown.says("from the same noise (seed 1)"), "of seed 0 nothing was kept"
     others = compare([six[1], six[5]])
-    assert page(others, tmp_path).says("other seeds draw from other noise")
+    assert page(others, tmp_path).says("other seeds sample from other noise")
 
 
 def test_guards_are_marked_on_the_curve_of_their_run_and_told_once(six, tmp_path):

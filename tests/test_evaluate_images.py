@@ -146,7 +146,7 @@ def test_an_evaluation_without_its_images_is_not_scored_by_its_small_pictures(tm
     from flowtilt.evaluate.assess import assess
 
     assess(tmp_path / "e", images=6, steps=2)
-    with pytest.raises(UserError, match="with --save-images draws them once more"):
+    with pytest.raises(UserError, match="with --save-images"):
         find_pairs([tmp_path / "e"], None)
 
 

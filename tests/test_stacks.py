@@ -161,7 +161,7 @@ def test_the_configuration_beside_generator_ema_is_still_pefts(shapes, tmp_path)
 def test_damage_there_is_one_line(shapes, tmp_path, said):
     to_generator_ema(random_lora(shapes), tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(json.loads((tmp_path / CONFIG).read_text()) | {PARENTS: said}))
-    assert "what it says of the LoRAs beneath it is damaged" in refused(tmp_path)
+    assert "its list of base LoRAs is damaged" in refused(tmp_path)
 
 
 # reading a stack -------------------------------------------------------------------------------------
@@ -265,14 +265,14 @@ def test_training_goes_on_only_upon_what_a_lora_was_trained_on(cold, tuned, tmp_
     beneath = read_stack([cold])
     same(read_lora(tuned), read_onto(tuned, beneath))
     same(read_lora(cold), read_onto(cold, beneath))
-    with pytest.raises(UserError, match=r"lora\.init .*was trained on top of \w{12} \(.*cold in its recipe\).*; name in lora\.on what"):
+    with pytest.raises(UserError, match=r"lora\.init .*was trained on top of \w{12} \(.*cold in its recipe\).*; name its base LoRAs in lora\.on"):
         read_onto(tuned, [])
 
 
 def test_a_policy_of_a_recipe_does_not_start_from_the_top_of_a_stack_alone(tuned, tmp_path):
     from flowtilt.distributed import world as distributed
 
-    with pytest.raises(UserError, match=r"name in lora\.on what was beneath it"):
+    with pytest.raises(UserError, match=r"name its base LoRAs in lora\.on"):
         build_policy(quick(tmp_path / "next", f"lora.init={tuned}", "lora.rank=2", "lora.alpha=3", whole=True), distributed.start())
 
 

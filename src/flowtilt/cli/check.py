@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     )
     check.add_argument("recipe", help="name (`flowtilt recipes` lists them) or .toml file")
     check.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe")
-    check.add_argument("--price", type=float, metavar="MONEY", help="of an hour of this machine, for the cost of the run")
+    check.add_argument("--price", type=float, metavar="MONEY", help="price of an hour of this machine, for the cost of the run")
     check.set_defaults(call=lambda args: run(args.recipe, args.overrides, args.price))
 
 

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     """The command and its options."""
     compare = commands.add_parser(
         "compare",
-        help="put runs side by side: score for compute, images from the same noise",
+        help="compare runs: score against compute, images from the same noise",
         description=ABOUT,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,13 +33,13 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=RUN,RUN",
-        help="these runs are one method of this name, whatever their recipes; they may stand among the others, too",
+        help="treat these runs as one method of this name, whatever their recipes",
     )
     compare.add_argument(
         "--axis",
         choices=("evaluations", "seconds", "rollouts", "steps"),
         default="evaluations",
-        help="cost that leads: network evaluations (a backward counts two), seconds of training, rollouts, optimizer steps (%(default)s)",
+        help="cost to compare by: network evaluations (a backward counts two), training seconds, rollouts, optimizer steps (%(default)s)",
     )
     compare.add_argument(
         "--target",
@@ -47,10 +47,10 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="SCORE",
-        help="what it cost to reach this score; may be repeated (a round score that all methods reached)",
+        help="report the cost of reaching this score; may be repeated (a round score that all methods reached)",
     )
-    compare.add_argument("--mixed", action="store_true", help="also compare runs that were not judged alike, with a warning")
-    compare.add_argument("--json", type=Path, metavar="FILE", help="also write all figures for programs")
+    compare.add_argument("--mixed", action="store_true", help="also compare runs with different evaluations, with a warning")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
     compare.add_argument("-o", "--output", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (%(default)s)")
     compare.set_defaults(call=_compare)
 

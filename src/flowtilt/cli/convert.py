@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     """The command and its options."""
     convert = commands.add_parser("convert", help="turn a configuration of DiffusionNFT, flow_grpo or RTDMD into a recipe")
     convert.add_argument("file", metavar="FILE", help="config/nft.py:sd3_ocr, config/grpo.py:geneval_sd3, or RTDMD's .yaml; never executed")
-    convert.add_argument("--gpus", type=count, metavar="N", help="on how many it was run (what the file says)")
+    convert.add_argument("--gpus", type=count, metavar="N", help="GPUs that it was run on (the file's)")
     convert.add_argument("-o", "--output", type=Path, metavar="FILE.toml", help="a new file (standard output)")
     convert.set_defaults(call=_convert)
 

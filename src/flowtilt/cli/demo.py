@@ -11,7 +11,7 @@ from flowtilt.io.quiet import quieten
 
 def add(commands: Any) -> None:
     """The command and its options."""
-    demo = commands.add_parser("demo", help="a page in a browser where prompts are sampled, base and tuned side by side")
+    demo = commands.add_parser("demo", help="open a page that samples your prompts, base and tuned side by side")
     demo.add_argument(
         "lora", type=Path, metavar="RUN", help="what `flowtilt sample --lora` takes: a run, a checkpoint, a LoRA folder or file"
     )

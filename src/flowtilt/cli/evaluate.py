@@ -14,7 +14,7 @@ REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function,
 
 def add(commands: Any) -> None:
     """The commands and their options."""
-    evaluate = commands.add_parser("evaluate", help="draw sets of prompts and judge them, with intervals; goes on where it was interrupted")
+    evaluate = commands.add_parser("evaluate", help="sample and score sets of prompts, with intervals; resumes after an interrupt")
     evaluate.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
     evaluate.add_argument(
         "--lora",
@@ -26,32 +26,32 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("--prompts", type=words, default=[], help="sets or files, comma-separated (default: the run's own evaluation)")
     evaluate.add_argument("--rewards", type=words, default=[], help=REWARDS)
-    evaluate.add_argument("--images-per-prompt", type=count, metavar="N", help="images of every prompt (1)")
-    evaluate.add_argument("--images", type=count, metavar="N", help="instead: this many in all, spread over tags and prompts")
+    evaluate.add_argument("--images-per-prompt", type=count, metavar="N", help="images per prompt (1)")
+    evaluate.add_argument("--images", type=count, metavar="N", help="instead: total number, spread over tags and prompts")
     model_options(evaluate, "the run's")
     evaluate.add_argument("--solver", choices=("euler", "ddim", "dpm1", "dpm2", "heun", "cps"), help="(the recipe's evaluation)")
-    evaluate.add_argument("--eta", type=float, help="how much of the noise is new in a step of cps, at most 1 (the recipe's, else 0.9)")
+    evaluate.add_argument("--eta", type=float, help="share of new noise in a step of cps, at most 1 (the recipe's, else 0.9)")
     evaluate.add_argument("--steps", type=count, help="solver steps (the recipe's evaluation)")
     evaluate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none (the recipe's evaluation)")
-    evaluate.add_argument("--seed", type=int, help="of the noise (the run's)")
-    evaluate.add_argument("--compare", choices=("base",), help="also draw without LoRAs, from the same noise, and give paired differences")
-    evaluate.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
+    evaluate.add_argument("--seed", type=int, help="seed of the noise (the run's)")
+    evaluate.add_argument("--compare", choices=("base",), help="also sample the base from the same noise, and give paired differences")
+    evaluate.add_argument("--compat", action="store_true", help="reproduce upstream's numbers, also where upstream is wrong")
     evaluate.add_argument(
-        "--save-images", action="store_true", help="keep every image at its full size; of a finished evaluation they are drawn once more"
+        "--save-images", action="store_true", help="keep every image at its full size; a finished evaluation samples its images once more"
     )
     evaluate.add_argument("--trust", action="store_true", help=TRUST)
-    evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images through the network at once (found by trying)")
+    evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images per pass through the network (found by trying)")
     evaluate.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(%(default)s)")
     evaluate.set_defaults(call=_evaluate)
 
-    score = commands.add_parser("score", help="judge images that are there already")
+    score = commands.add_parser("score", help="score images that you already have")
     score.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGES", help="files, folders, a run's samples, or a folder in GenEval's layout"
     )
     score.add_argument("--prompts", help="set or file: one prompt per image in the order of the names, or a table that names its images")
     score.add_argument("--rewards", type=words, required=True, help=REWARDS)
-    score.add_argument("--images-per-prompt", type=count, default=1, metavar="N", help="consecutive images of each prompt (1)")
-    score.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
+    score.add_argument("--images-per-prompt", type=count, default=1, metavar="N", help="consecutive images per prompt (1)")
+    score.add_argument("--compat", action="store_true", help="reproduce upstream's numbers, also where upstream is wrong")
     score.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write every image's scores: .jsonl, .csv or a pipe")
     score.set_defaults(call=_score)
 

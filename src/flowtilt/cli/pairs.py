@@ -12,9 +12,9 @@ from flowtilt.io.quiet import quieten
 def add(commands: Any) -> None:
     """The command and its options."""
     pairs = commands.add_parser("pairs", help="sample pairs of images to train on with objective.type = dpo-offline")
-    pairs.add_argument("source", choices=("playground",), help="whose base samples, and whose verifier prefers")
+    pairs.add_argument("source", choices=("playground",), help="model that samples and verifier that prefers")
     pairs.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder: pairs.jsonl, images, made.json")
-    pairs.add_argument("--images", type=count, default=4000, metavar="N", help="sampled in all (%(default)s)")
+    pairs.add_argument("--images", type=count, default=4000, metavar="N", help="images to sample in all (%(default)s)")
     pairs.add_argument("--per-prompt", type=count, default=4, metavar="N", help="images of each prompt, best against worst (%(default)s)")
     pairs.add_argument("--prompts", choices=("playground", "playground-search"), default="playground", help="(%(default)s)")
     pairs.add_argument("--seed", type=int, default=0, help="(%(default)s)")

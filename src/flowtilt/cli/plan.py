@@ -11,18 +11,18 @@ from flowtilt.io.quiet import quieten
 
 def add(commands: Any) -> None:
     """The command and its options."""
-    plan = commands.add_parser("plan", help="say what a recipe will ask of a machine: memory, work, hours; needs neither weights nor a GPU")
+    plan = commands.add_parser("plan", help="estimate a recipe's memory, work and hours; needs no weights or GPU")
     plan.add_argument("recipe", help="name (`flowtilt recipes` lists them) or .toml file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe")
-    plan.add_argument("--gpu", help="its published peak counts: h100, h200, a100, l40s, 4090, 3090 (h100)")
-    plan.add_argument("--gpus", type=count, metavar="N", help="how many in all (1)")
-    plan.add_argument("--nodes", type=count, metavar="N", help="machines that they are in (1)")
-    plan.add_argument("--hours", type=float, metavar="H", help="propose a geometry that is done within so many hours")
-    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each (the GPU's own)")
-    plan.add_argument("--utilisation", type=float, metavar="SHARE", help="of the peak (0.24 as measured, 0.37 with model.compile)")
+    plan.add_argument("--gpu", help="GPU, for its published peak: h100, h200, a100, l40s, 4090, 3090 (h100)")
+    plan.add_argument("--gpus", type=count, metavar="N", help="GPUs in all (1)")
+    plan.add_argument("--nodes", type=count, metavar="N", help="machines that hold them (1)")
+    plan.add_argument("--hours", type=float, metavar="H", help="propose a geometry that finishes within this time")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of each GPU (its own)")
+    plan.add_argument("--utilisation", type=float, metavar="SHARE", help="share of the peak (0.24 as measured, 0.37 with model.compile)")
     plan.add_argument("--link", metavar="LINK", help="between the GPUs of a machine: nvlink, nvlink3, pcie or GB/s (what such GPUs have)")
-    plan.add_argument("--network", metavar="LINK", help="between machines: infiniband, ethernet or GB/s of a machine (infiniband)")
-    plan.add_argument("--json", action="store_true", help="all figures for programs: bytes, operations, hours")
+    plan.add_argument("--network", metavar="LINK", help="network between machines: infiniband, ethernet or GB/s per machine (infiniband)")
+    plan.add_argument("--json", action="store_true", help="print all figures as JSON: bytes, operations, hours")
     plan.set_defaults(call=_plan)
 
 

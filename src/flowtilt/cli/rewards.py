@@ -12,13 +12,13 @@ from flowtilt.io.quiet import quieten
 
 def add(commands: Any) -> None:
     """The commands and their options."""
-    serve = commands.add_parser("serve-rewards", help="one process that owns reward models and scores for others, over HTTP")
+    serve = commands.add_parser("serve-rewards", help="serve reward models to other processes over HTTP")
     serve.add_argument("--rewards", type=words, required=True, help="comma-separated: names, or name=file.py:function")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; any other needs FLOWTILT_REWARD_KEY (%(default)s)")
     serve.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
-    serve.add_argument("--device", help="where the models go (the GPU if there is one)")
-    serve.add_argument("--max-batch", type=count, default=32, metavar="N", help="images of one call of a reward (%(default)s)")
-    serve.add_argument("--compat", action="store_true", help="upstream's numbers also where upstream is wrong")
+    serve.add_argument("--device", help="device of the models (the GPU if there is one)")
+    serve.add_argument("--max-batch", type=count, default=32, metavar="N", help="images per call of a reward (%(default)s)")
+    serve.add_argument("--compat", action="store_true", help="reproduce upstream's numbers, also where upstream is wrong")
     serve.set_defaults(call=_serve)
 
     download = commands.add_parser("download", help="fetch models, rewards' weights and prompt sets, with checksums")
@@ -28,18 +28,18 @@ def add(commands: Any) -> None:
     download.add_argument(
         "--to", type=Path, metavar="FOLDER", help="for FLOWTILT_WEIGHTS, FLOWTILT_PROMPTS and model.path to point at (the caches)"
     )
-    download.add_argument("--list", action="store_true", help="what there is, and what is here")
+    download.add_argument("--list", action="store_true", help="list what can be downloaded, and what is here")
     download.set_defaults(call=_download)
 
     prompts = commands.add_parser("prompts", help="list prompt sets, or write training prompts of GenEval's or GenEval 2's form")
     prompts.add_argument("kind", nargs="?", choices=("geneval", "geneval2"), help="generate prompts of this kind")
-    prompts.add_argument("--n", type=count, default=50_000, help="how many (%(default)s)")
+    prompts.add_argument("--n", type=count, default=50_000, help="number of prompts (%(default)s)")
     prompts.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    prompts.add_argument("--exclude", action="append", default=[], metavar="FILE", help="a set or file whose prompts must not occur")
+    prompts.add_argument("--exclude", action="append", default=[], metavar="FILE", help="set or file whose prompts are left out")
     prompts.add_argument("-o", "--output", type=Path, metavar="FILE", help="(standard output)")
     prompts.set_defaults(call=_prompts)
 
-    doctor = commands.add_parser("doctor", help="what is installed, which device, what is missing for which reward")
+    doctor = commands.add_parser("doctor", help="show what is installed, the device, and what each reward still needs")
     doctor.add_argument(
         "--rewards", type=words, nargs="?", const=["all"], metavar="NAMES", help="load rewards and compare with published reference scores"
     )
@@ -48,8 +48,10 @@ def add(commands: Any) -> None:
         action="store_true",
         help="reproduce published numbers: PickScore on DrawBench of SD3.5-Medium and of DiffusionNFT's public LoRA (a GPU, some minutes)",
     )
-    doctor.add_argument("--images", type=count, default=50, metavar="N", help="of each number of --public (%(default)s)")
-    doctor.add_argument("-o", "--output", type=Path, default=Path("doctor-public"), metavar="FOLDER", help="of --public (%(default)s)")
+    doctor.add_argument("--images", type=count, default=50, metavar="N", help="images per number of --public (%(default)s)")
+    doctor.add_argument(
+        "-o", "--output", type=Path, default=Path("doctor-public"), metavar="FOLDER", help="folder of --public (%(default)s)"
+    )
     doctor.set_defaults(call=_doctor)
 
 

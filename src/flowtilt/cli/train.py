@@ -19,17 +19,17 @@ from flowtilt.io.run_folder import RunFolder
 
 def add(commands: Any) -> None:
     """The commands and their options."""
-    train = commands.add_parser("train", help="run a recipe, or go on with a run")
+    train = commands.add_parser("train", help="train a recipe, or resume a run")
     train.add_argument("recipe", nargs="?", help="name (`flowtilt recipes` lists them) or .toml file")
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="override a key of the recipe (`flowtilt keys` lists them)"
     )
-    train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file, its rank and alpha the recipe's")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with")
-    train.add_argument("--or-resume", action="store_true", help="go on with the run in run=FOLDER if there is one, else begin it")
+    train.add_argument("--init-lora", metavar="LORA", help="start from a LoRA: a run, folder or file with the recipe's rank and alpha")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to resume")
+    train.add_argument("--or-resume", action="store_true", help="resume the run in run=FOLDER if there is one, else start it")
     train.add_argument("--changed", action="store_true", help="resume although prompts, reward files or the model have changed")
     train.add_argument("--trust", action="store_true", help=TRUST)
-    train.add_argument("--dry-run", action="store_true", help="train nothing: `flowtilt check` with the same recipe")
+    train.add_argument("--dry-run", action="store_true", help="do not train: run `flowtilt check` on the same recipe")
     train.set_defaults(call=_train)
 
     sample = commands.add_parser("sample", help="sample prompts, base and tuned side by side from the same noise")
@@ -50,11 +50,11 @@ def add(commands: Any) -> None:
     sample.add_argument("--steps", type=int, help="solver steps (default: the recipe's evaluation)")
     sample.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is none")
     sample.add_argument("--solver", help="euler, ddim, dpm1, dpm2, heun or cps")
-    sample.add_argument("--eta", type=float, help="how much of the noise is new in a step of cps, at most 1 (the recipe's, else 0.9)")
-    sample.add_argument("--seed", type=seeds, default=[0], metavar="N", help="one, several as 0,1,2, or a range as 0..4 (0)")
+    sample.add_argument("--eta", type=float, help="share of new noise in a step of cps, at most 1 (the recipe's, else 0.9)")
+    sample.add_argument("--seed", type=seeds, default=[0], metavar="N", help="one seed, several as 0,1,2, or a range as 0..4 (0)")
     sample.add_argument("--images", type=count, default=1, metavar="N", help="images per prompt and seed (%(default)s)")
     sample.add_argument("--save-each", type=Path, metavar="FOLDER", help="also write every image, with a table for `flowtilt score`")
-    sample.add_argument("--same-noise", action="store_true", help="start all prompts from one noise")
+    sample.add_argument("--same-noise", action="store_true", help="start all prompts from the same noise")
     sample.add_argument("--no-base", action="store_true", help="sample only the tuned model")
     sample.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help=".png, .jpg or .webp (%(default)s)")
     sample.add_argument("--trust", action="store_true", help=TRUST)

@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
     """The command and its options."""
     watch = commands.add_parser(
         "watch",
-        help="show runs in a browser while they go on",
-        description="Serves the pages of runs. They change as the runs log, evaluate and end. A run that is not there yet is waited for.",
+        help="show runs in a browser while they train",
+        description="Serves the pages of runs, updated as the runs log, evaluate and end. Waits for a run that does not exist yet.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

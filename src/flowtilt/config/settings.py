@@ -101,13 +101,13 @@ class RolloutSettings(Table):
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "dpm2"
     """ODE solver of the rollout, or "cps" (arXiv 2509.05952), whose steps but the last are stochastic: for few steps."""
     eta: float | None = Field(default=None, gt=0, le=1)
-    """How much of the noise is new in a step of cps, 0.9 where none is said; the other solvers have none."""
+    """Share of new noise in a step of cps, by default 0.9; the other solvers have none."""
     steps: int = Field(default=10, ge=1, le=LEVELS)
     """Solver steps."""
     guidance: float = Field(default=1.0, ge=1, le=WEIGHT)
     """Classifier-free guidance scale of the rollout; 1 turns it off."""
     lag: int = Field(default=0, ge=0, le=MOST_LAG)
-    """Sample with the policy of this many rollouts before, so that rewards are computed elsewhere meanwhile (docs/guides/lag.md)."""
+    """Sample with the policy of so many rollouts before, while rewards are computed elsewhere; slows learning (docs/guides/lag.md)."""
 
     _eta = field_validator("eta", mode="before")(_known_eta)
 
@@ -169,7 +169,7 @@ class EvaluateSettings(Table):
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "euler"
     """ODE solver, or "cps", as in `[rollout]`."""
     eta: float | None = Field(default=None, gt=0, le=1)
-    """How much of the noise is new in a step of cps, 0.9 where none is said; the other solvers have none."""
+    """Share of new noise in a step of cps, by default 0.9; the other solvers have none."""
     steps: int = Field(default=40, ge=1, le=LEVELS)
     """Solver steps."""
     guidance: float = Field(default=1.0, ge=1, le=WEIGHT)

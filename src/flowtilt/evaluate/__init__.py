@@ -30,7 +30,7 @@ Row = tuple[int, int]
 
 
 BLOCK = 32
-"""Images that are drawn together: fixed, so that no batch depends on who draws it or how often it was interrupted."""
+"""Images per batch: fixed, so that no batch depends on the rank that samples it or on interruptions."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def evaluate(
     micro_batch: MicroBatch,
     world: World,
 ) -> Evaluation:
-    """Draws and judges `images` images, spread over the prompts, in the blocks of which `flowtilt evaluate` draws them.
+    """Samples and scores `images` images, spread over the prompts, in the same batches as `flowtilt evaluate`.
 
     Args:
         column: the reward, or "reward/detail", that is the score.

@@ -60,10 +60,10 @@ def assess(
     trust: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Draws, judges and writes `folder`; goes on where it was interrupted. Returns results.json's content on the first rank.
+    """Samples, scores and writes `folder`; resumes where it was interrupted. Returns the content of results.json on rank 0.
 
-    What is none or empty comes from the recipe of the run that the first LoRA lies in, or the one on top of it, which then
-    gives the run's own score again; for the playground from its recipe, for another model from DiffusionNFT's evaluation.
+    What is None or empty comes from the recipe of the first LoRA's run (or of the run on top of it), which repeats the run's own
+    score. For the playground it comes from its recipe, for another model from DiffusionNFT's evaluation.
 
     Args:
         prompts: files or names of sets.
@@ -71,10 +71,10 @@ def assess(
         resolution, dtype, t5_length, levels: keys of `[model]`. A model without a recipe is evaluated at 512 pixels, or its own resolution
             where that is smaller.
         images: spread over the prompts; or else `images_per_prompt` of each.
-        compare_base: also draw the model without LoRAs, from the same noise, and give paired differences.
-        compat: upstream's numbers, of the rewards that have such a mode.
-        trust: the recipe that lies with the LoRA may run its own code and contact its servers; a run of this user's may anyway.
-        say: told in a line what is left out.
+        compare_base: also sample the model without LoRAs, from the same noise, and give paired differences.
+        compat: reproduce upstream's numbers, for rewards that have such a mode.
+        trust: the recipe beside the LoRA may run its own code and contact its servers; a run of this user may anyway.
+        say: called with a line for each reward that is left out.
 
     Raises:
         UserError: something can't be loaded, a recipe of somebody else's runs code, the solver does not have the eta, the folder

@@ -1,4 +1,4 @@
-"""`flowtilt evaluate`: draws sets of prompts and judges them, in a folder from which an interrupted evaluation goes on.
+"""`flowtilt evaluate`: samples sets of prompts and scores them, in a folder from which an interrupted evaluation resumes.
 
 The folder: protocol.json (what is done, fixed at the start), scores-<rank>.jsonl (a line an image, as it is
 done), pictures/, images/ if they are to be kept, and in the end scores.jsonl, results.json and report.html.
@@ -45,7 +45,7 @@ THUMBNAIL = 256
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of one name, which images of them are drawn, and the rewards that can judge any of them."""
+    """Prompts of one name, which images of them are sampled, and the rewards that can score any of them."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -55,7 +55,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Block:
-    """Images that are drawn and judged together: which ones is fixed by the protocol, so that no batch depends on who draws it."""
+    """Images that are sampled and scored together: fixed by the protocol, so that no batch depends on the rank that samples it."""
 
     of: PromptSet
     variant: str
@@ -153,7 +153,7 @@ def run(
 ) -> dict[str, Any]:
     """Draws and judges what the folder does not hold yet, and writes its results; the first rank returns them.
 
-    An image that was judged but not kept is drawn again from its noise, and its scores stay.
+    An image that was scored but not kept is sampled again from its noise, and its scores stay.
 
     Args:
         variants: roles of `drawing`: ("tuned",), or ("tuned", "base") to compare.

@@ -39,7 +39,7 @@ def evaluation(folder: Path) -> list[Pair]:
         if not file.is_file():
             raise UserError(
                 f"score: {folder} is an evaluation without all its images; "
-                "the same `flowtilt evaluate` with --save-images draws them once more"
+                "the same `flowtilt evaluate` with --save-images samples them once more"
             )
         prompt = Prompt(record["prompt"], record["tag"], record.get("metadata", {}))
         found.append(Pair(file, prompt, record["index"], record["copy"], record["set"], record["variant"]))

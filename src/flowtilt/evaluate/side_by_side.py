@@ -36,14 +36,14 @@ Images = dict[tuple[str, int, int], Tensor]
 class SideBySide:
     """A base and what was trained on it, opened once; both start from the same noise.
 
-    Several LoRAs add up, with what lies beneath them. Model, steps, guidance, solver and eta default to those of the
+    Several LoRAs add up, with their own base LoRAs. Model, steps, guidance, solver and eta default to those of the
     first LoRA's run, or of the one on top of it, else to the playground's.
 
     Args:
         base_too: also sample the base where there is a LoRA.
         resolution, dtype, t5_length, levels: keys of `[model]`. A model without a recipe is sampled at 512 pixels, or its own resolution
             where that is smaller.
-        trust: the recipe that lies with the LoRA may run its own code; a run of this user's may anyway.
+        trust: the recipe beside the LoRA may run its own code; a run of this user may anyway.
 
     Raises:
         UserError: a model or LoRA that can't be loaded, an eta that the solver does not have, or a recipe of somebody else's that

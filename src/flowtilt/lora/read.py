@@ -247,5 +247,5 @@ def _parents(found: Found, metadata: Mapping[str, str]) -> tuple[str, ...]:
         except (ValueError, TypeError, RecursionError):
             told = text
     if not isinstance(told, list) or not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in told):
-        raise UserError(f"lora {found.weights}: what it says of the LoRAs beneath it is damaged: {told!r:.80}")
+        raise UserError(f"lora {found.weights}: its list of base LoRAs is damaged: {told!r:.80}")
     return tuple(told)

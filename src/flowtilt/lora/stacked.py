@@ -51,7 +51,7 @@ def read_onto(place: Path | str, base_loras: Sequence[Lora]) -> Lora:
     """
     lora = read_lora(place)
     if not _fits(lora, base_loras):
-        raise UserError(f"lora.init {lora.source}: {_wants(lora)}{_instead(lora, base_loras)}; name in lora.on what was beneath it")
+        raise UserError(f"lora.init {lora.source}: {_wants(lora)}{_instead(lora, base_loras)}; name its base LoRAs in lora.on")
     return lora
 
 

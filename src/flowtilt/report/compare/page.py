@@ -108,14 +108,14 @@ def _reached(comparison: Comparison) -> str:
 def _samples(comparison: Comparison) -> str:
     """The last samples of one seed, which all methods have, beside the base's."""
     if comparison.odd:
-        return none_yet("Runs that are not judged alike do not draw from the same noise.")
+        return none_yet("Runs with different evaluations do not sample from the same noise.")
     common = set.intersection(*(set(method.seeds) for method in comparison.methods))
     for seed in sorted(common):
         chosen = [next(entry for entry in method.entries if entry.seed == seed) for method in comparison.methods]
         if all(entry.run.samples for entry in chosen):
             said = f"Each card is one prompt, every image in it from the same noise (seed {seed}), at each run's last evaluation."
             return f"<p>{said}</p>{sample_cards(_columns(comparison, chosen))}"
-    return none_yet("No seed has kept samples of every method, and other seeds draw from other noise.")
+    return none_yet("No seed has kept samples of every method, and other seeds sample from other noise.")
 
 
 def _columns(comparison: Comparison, chosen: Sequence[Entry]) -> list[Column]:

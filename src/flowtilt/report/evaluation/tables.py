@@ -80,8 +80,8 @@ def estimate_cell(estimate: Estimate | None, digits: int, signed: bool = False) 
 def _reading(results: Results) -> str:
     found = [row for one in results.sets for column in one.columns for row in rows_of(one, column)]
     said = [
-        "In brackets is the 95% interval of the mean, by a bootstrap that draws whole prompts, as images of one prompt are alike. "
-        "It says how far the mean might be off for another draw of prompts of the same kinds; another training run may differ by more."
+        "In brackets is the 95% interval of the mean, by a bootstrap over whole prompts, since images of one prompt are alike. "
+        "It says how far the mean might be off for other prompts of the same kinds; another training run may differ by more."
     ]
     if any(which for which, _ in found):
         said.append(

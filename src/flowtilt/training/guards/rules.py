@@ -138,7 +138,7 @@ def log_ratio(seen: Seen) -> str | None:
     if not seen.least("log_ratio", LOG_RATIO):
         return None
     return (
-        f"|log p_theta - log p_old| is {seen.metrics['log_ratio']:.2g} on average: updates outrun the policy that draws the images, and "
+        f"|log p_theta - log p_old| is {seen.metrics['log_ratio']:.2g} on average: updates outrun the policy that samples the images, and "
         "importance weights with them. Lower optimizer.lr, objective.scale or optimizer.steps_per_rollout"
     )
 
