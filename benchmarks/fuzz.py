@@ -91,10 +91,11 @@ def main() -> int:
     if unknown := [name for name in args.readers if name not in known]:
         parser.error(f"no reader {unknown[0]}; there are {', '.join(known)}")
     logging.getLogger("flowtilt").setLevel(logging.CRITICAL)  # what is left out of thousands of files
-    results = json.loads(RESULTS.read_text()) if args.readers and RESULTS.is_file() else {}
+    results = {}
     for name in args.readers or known:
         found = fuzz(known[name], args.inputs, args.seed)
         command = shlex.join(["python", "benchmarks/fuzz.py", name, "--inputs", str(args.inputs), "--seed", str(args.seed)])
+        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}  # another process may have written its own
         results[name] = {"command": command, "seed": args.seed, **found, "machine": processor(), "packages": versions()}
         print(
             f"{name:10} {found['inputs']:7,} inputs: {found['values']:,} read, {found['refused']:,} refused, {found['crashes']:,} crashes",

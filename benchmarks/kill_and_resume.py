@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=40, help="rollouts of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--within", type=float, default=4.0, help="seconds from a start to its kill, at most; more on a slow machine")
     args = parser.parse_args()
     rng, kills, runs, equal, at = random.Random(args.seed), 0, 0, 0, []
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +79,7 @@ def main() -> None:
             while True:
                 process = CONTEXT.Process(target=train, args=(folder, args.steps))
                 process.start()
-                process.join(rng.uniform(0.3, 4.0) if kills < args.kills else None)
+                process.join(rng.uniform(0.3, args.within) if kills < args.kills else None)
                 if process.exitcode is not None:
                     assert process.exitcode == 0, f"exit {process.exitcode}"
                     break

@@ -25,6 +25,7 @@ from flowtilt.report.numbers import fixed, short
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results: written by benchmarks/head_to_head.py -->", "<!-- end of results -->"
+CAPTION = "*Lines are medians over seeds, bands the range of the seeds. A triangle marks a rollout at which a guard warned.*"
 NOTHING = "**No run is finished yet.**"
 LADDER = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, TARGET)
 """Scores to which the cost of getting there is told: where some methods end, another has hardly begun."""
@@ -55,7 +56,7 @@ def markdown(results: Record | None) -> str:
         return NOTHING
     parts = [run_on(results["entries"]), _methods(results["entries"], results["base"])]
     if (Path(__file__).parents[2] / "docs" / "images" / "head_to_head.svg").is_file():
-        parts.insert(1, "![Score against network evaluations](../images/head_to_head.svg)")
+        parts.insert(1, f"![Score against network evaluations](../images/head_to_head.svg)\n\n{CAPTION}")
     parts.append(_ladder(drawn(results["entries"])))
     parts += ["### What the search tried", *(_search(method, tried) for method, tried in results["search"].items())]
     if results["ablations"]:
