@@ -233,3 +233,14 @@ def test_a_value_that_no_such_configuration_has_is_one_line(tmp_path, line, said
     with pytest.raises(UserError) as caught:
         convert(f"{tmp_path}/x.yaml", 8)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_configuration_says_stays_within_a_comment(tmp_path):
+    said = "a\\nsource = 1 \\ud800"
+    lines = (
+        "grpo: {num_steps: 4, reward_fn: {pickscore: 1}, x: {1: 2}}",
+        f'model: {{pretrained_path: some/model, other: {{load_path: "{said}"}}}}',
+    )
+    (tmp_path / "x.yaml").write_text("\n".join(lines))
+    written = convert(f"{tmp_path}/x.yaml", 8).toml()
+    assert written.encode() and "\nsource" not in written and "# no counterpart: grpo.x.1 = 2" in written and "source = 1" in written

@@ -51,7 +51,7 @@ class Converted:
     def lines(self) -> list[str]:
         """What was not carried over, and what to look at."""
         left = [f"no counterpart: {key} = {_shown(value)}" for key, value in self.unmatched.items()]
-        return [*self.notes, *left]
+        return [_one_line(line) for line in (*self.notes, *left)]
 
     def toml(self) -> str:
         """The recipe's file."""
@@ -139,10 +139,15 @@ def _strange(found: Converted, key: str, value: Any) -> UserError:
     return UserError(f"convert {found.origin}: {key} = {_shown(value)} is no value that such a configuration has there")
 
 
+def _one_line(text: str) -> str:
+    """A text that stays within a comment: without line breaks, halves of surrogate pairs escaped."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
+
+
 def _shown(value: Any) -> str:
     try:
         text = toml_value(value)
-    except (TypeError, ValueError):  # a date, a null within a list
+    except (TypeError, ValueError, AttributeError):  # a date, a null within a list, a key that is no text
         text = toml_value(str(value))
     return text if len(text) <= 200 else f"{text[:199]}…"
 

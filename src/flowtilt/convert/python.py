@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flowtilt.convert.allowed import CALLS, OPERATORS, Config
+from flowtilt.convert.nodes import dotted, written
 from flowtilt.errors import UserError
 from flowtilt.io.nested import size
 
@@ -22,7 +23,7 @@ LETTERS = 100
 LARGEST = 10**15
 """A number beyond this is no setting."""
 GPUS = ("gpu_number", "n_gpus", "num_gpus", "gpu_num")
-"""Names that these configurations give to the number of GPUs."""
+"""What these configurations call the number of GPUs."""
 MODULES = ("os", "imp", "importlib", "ml_collections", "copy", "math")
 
 
@@ -222,7 +223,7 @@ class _Reader:
                 self._block(file, body, local)
             case ast.Assert(test=test):
                 if not self._value(file, test, local):
-                    raise UserError(f"convert {file.path}:{node.lineno}: what it asserts does not hold: {ast.unparse(test)[:80]}")
+                    raise UserError(f"convert {_place(file, node)}: what it asserts does not hold: {written(test)}")
             case ast.Break() | ast.Continue():
                 raise _Left(node)
             case _:
@@ -245,8 +246,8 @@ class _Reader:
             case ast.Attribute(value=owner, attr=name) if isinstance(found := self._value(file, owner, local), Config):
                 found[name] = value
                 self._made(file, target, found)
-                if file.path == self._main and (dotted := _dotted(target)):
-                    self.assigned.add(dotted.partition(".")[2])
+                if file.path == self._main and (key := dotted(target)):
+                    self.assigned.add(key.partition(".")[2])
                 return
             case ast.Subscript(value=owner, slice=key) if isinstance(found := self._value(file, owner, local), dict):
                 if isinstance(name := self._value(file, key, local), str | int):
@@ -314,7 +315,7 @@ class _Reader:
         self._refuse(file, node)
 
     def _called(self, file: _File, node: ast.Call, local: Mapping[str, Any]) -> Any:
-        name = _dotted(node.func)
+        name = dotted(node.func)
         given = [self._value(file, one, local) for one in node.args if not isinstance(one, ast.Starred)]
         named = {one.arg: self._value(file, one.value, local) for one in node.keywords if one.arg}
         if len(given) < len(node.args) or len(named) < len(node.keywords):
@@ -322,13 +323,13 @@ class _Reader:
         if name in ("imp.load_source", "importlib.import_module"):
             beside = _beside(file.path, str(given[0])) if given else file.path
             if not beside.is_file():
-                raise UserError(f"convert {file.path}:{node.lineno}: needs {beside.name}, which is not beside it; put it there")
+                raise UserError(f"convert {_place(file, node)}: needs {beside.name}, which is not beside it; put it there")
             return self.load(beside)
         if name in CALLS:
             try:
                 return CALLS[name](*given, **named)
             except (TypeError, ValueError, OverflowError) as error:
-                raise UserError(f"convert {file.path}:{node.lineno}: {ast.unparse(node)[:80]}: {error}") from None
+                raise UserError(f"convert {_place(file, node)}: {written(node)}: {error}") from None
         owner, _, last = name.rpartition(".")
         where = local.get(owner, file.names.get(owner)) if owner else file
         if isinstance(where, _File) and last in where.functions:
@@ -345,7 +346,7 @@ class _Reader:
             try:
                 found = OPERATORS[type(op)](a, b)
             except (TypeError, ZeroDivisionError, OverflowError) as error:
-                raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: {ast.unparse(node)[:80]}: {error}") from None
+                raise UserError(f"convert {_place(file, node)}: {written(node)}: {error}") from None
             return self._made(file, node, found)
         if isinstance(op, ast.Pow) and plain and 0 < abs(a) <= 1024 and isinstance(b, int) and abs(b) <= 32:
             return self._made(file, node, a**b)
@@ -356,7 +357,7 @@ class _Reader:
     def _spend(self, file: _File, node: ast.AST, steps: int = 1) -> None:
         self._left -= steps
         if self._left < 0:
-            raise UserError(f"convert {file.path}:{getattr(node, 'lineno', 1)}: a loop that does not end, or values that grow")
+            raise UserError(f"convert {_place(file, node)}: a loop that does not end, or values that grow")
 
     def _made(self, file: _File, node: ast.AST, value: Any) -> Any:
         """The value, once it is known to be of a size and a number that settings have."""
@@ -366,9 +367,9 @@ class _Reader:
         return value
 
     def _refuse(self, file: _File, node: ast.AST) -> NoReturn:
-        line, text = getattr(node, "lineno", 1), " ".join(ast.unparse(node).split())
-        short = text if len(text) <= 80 else text[:79] + "…"
-        raise UserError(f"convert {file.path}:{line}: `{short}` is code, and a configuration is not executed; write its value there")
+        raise UserError(
+            f"convert {_place(file, node)}: `{written(node)}` is code, and a configuration is not executed; write its value there"
+        )
 
 
 def _beside(path: Path, module: str) -> Path:
@@ -377,14 +378,9 @@ def _beside(path: Path, module: str) -> Path:
     return path.with_name(f"{name}.py") if name.isidentifier() and len(name) < 200 else path.parent
 
 
+def _place(file: _File, node: ast.AST) -> str:
+    return f"{file.path}:{getattr(node, 'lineno', 1)}"
+
+
 def _module(node: ast.Attribute) -> bool:
-    return _dotted(node).partition(".")[0] in MODULES
-
-
-def _dotted(node: ast.AST) -> str:
-    """a.b.c as text; "" for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (owner := _dotted(node.value)):
-        return f"{owner}.{node.attr}"
-    return ""
+    return dotted(node).partition(".")[0] in MODULES
