@@ -93,6 +93,19 @@ def test_what_is_saved_samples_as_the_average_did(policy, tmp_path):
     assert not torch.equal(tuned, policy.sample(PROMPTS, role="reference", **FOUR).latents)
 
 
+def test_all_weights_are_trained_and_saved_as_the_average_has_them(tmp_path):
+    policy = ft.load_policy(two_blocks().partition("=")[2], train="full")
+    batch = policy.sample(PROMPTS, 4, seed=0, **FOUR)
+    assert torch.equal(batch.latents, policy.sample(PROMPTS, 4, seed=0, role="reference", **FOUR).latents)
+    learner = ft.Learner(policy, ft.NFT(kl=0.0), lr=1e-3)
+    assert learner.step(batch, ft.group_advantages(ft.score(red, batch)["red"], batch.groups))["grad_norm"] > 0
+    policy.save(str(tmp_path / "network"))
+    again = type(policy.model.network).from_pretrained(tmp_path / "network").state_dict()
+    base, average = policy.model.network.state_dict(), policy.state("ema")
+    assert all(torch.equal(again[name], x) for name, x in average.items())
+    assert sum(not torch.equal(base[name], x) for name, x in average.items()) > len(average) / 2
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -112,6 +125,8 @@ def test_what_is_saved_samples_as_the_average_did(policy, tmp_path):
         (lambda p: ft.Learner("playground", ft.NFT()), "Learner: want a policy of load_policy, not str"),
         (lambda p: ft.Learner(p, ft.NFT), "Learner: want a method with its settings, such as NFT"),
         (lambda p: ft.load_policy("nowhere"), "model nowhere"),
+        (lambda p: ft.load_policy("playground", train="all"), 'load_policy: train must be "lora" or "full"'),
+        (lambda p: ft.load_policy("playground", train="full", base_loras=["x"]), "base_loras is for a trained LoRA"),
         (lambda p: ft.load_policy("playground", resolutoin=32), "load_policy: resolutoin: "),
     ],
 )

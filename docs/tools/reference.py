@@ -19,7 +19,9 @@ PAGES = ("reference/recipe.md", "reference/recipes.md", "reference/cli.md", "ref
 """The generated pages. Pages of the repository do not link to them: there they are not files."""
 API = {
     "Train": ("flowtilt.training.trainer.Trainer",),
-    "Call by call": tuple(f"flowtilt.library.{name}" for name in ("load_policy", "load_prompts", "Policy", "Samples", "score", "Learner")),
+    "Call by call": tuple(
+        f"flowtilt.library.{name}" for name in ("load_policy", "load_prompts", "Policy", "FullPolicy", "Samples", "score", "Learner")
+    ),
     "Rewards and advantages": ("flowtilt.rewards.RewardOutput", "flowtilt.prompts.Prompt", "flowtilt.advantages.group_advantages"),
     "Losses": tuple(
         f"flowtilt.objectives.{name}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowtilt.advantages import group_advantages
     from flowtilt.config import Recipe, load_recipe
     from flowtilt.errors import UserError
-    from flowtilt.library import Learner, Policy, Samples, load_policy, load_prompts, score
+    from flowtilt.library import FullPolicy, Learner, Policy, Samples, load_policy, load_prompts, score
     from flowtilt.objectives.awm import AWM
     from flowtilt.objectives.elbo import EPG, PAR, PEPG
     from flowtilt.objectives.grpo import GRPO
@@ -38,6 +38,7 @@ __all__ = [
     "PAR",
     "PEPG",
     "RAM",
+    "FullPolicy",
     "Learner",
     "Policy",
     "Prompt",
@@ -57,7 +58,7 @@ _FROM = {
     "flowtilt.advantages": ("group_advantages",),
     "flowtilt.config": ("Recipe", "load_recipe"),
     "flowtilt.errors": ("UserError",),
-    "flowtilt.library": ("Learner", "Policy", "Samples", "load_policy", "load_prompts", "score"),
+    "flowtilt.library": ("FullPolicy", "Learner", "Policy", "Samples", "load_policy", "load_prompts", "score"),
     "flowtilt.objectives.awm": ("AWM",),
     "flowtilt.objectives.elbo": ("EPG", "PAR", "PEPG"),
     "flowtilt.objectives.grpo": ("GRPO",),

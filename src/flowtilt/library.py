@@ -14,7 +14,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from PIL import Image as Picture
@@ -35,7 +35,9 @@ from flowtilt.methods.base import Method
 from flowtilt.models.conditioning import Conditioning
 from flowtilt.models.editing import check_sources
 from flowtilt.models.opening import open_model
+from flowtilt.policy import roles
 from flowtilt.policy.lora import LoraPolicy
+from flowtilt.policy.whole import WholePolicy
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import Reward, load_reward
 from flowtilt.rewards.judging import judge
@@ -47,7 +49,7 @@ from flowtilt.training.collector import collector
 from flowtilt.training.scored import ScoredRollout
 from flowtilt.training.timing import Phases
 
-__all__ = ["Learner", "Policy", "Samples", "load_policy", "load_prompts", "score"]
+__all__ = ["FullPolicy", "Learner", "Policy", "Samples", "load_policy", "load_prompts", "score"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Samples(Showable):
         return sheet(self.images.unflatten(0, (-1, self.settings.images_per_prompt)).unbind(1))
 
 
-class Policy(LoraPolicy):
-    """A pipeline with a LoRA to train, in the roles "current" (trained), "old" (samples) and "ema" (the average, saved)."""
+class Sampling(roles.Policy):
+    """A pipeline to train, in the roles "current" (trained), "old" (samples) and "ema" (the average, saved)."""
 
     world: World
     micro_batch: MicroBatch
@@ -144,9 +146,19 @@ class Policy(LoraPolicy):
         return Samples(images, latents, each, groups, conditioning, settings, seed, path)
 
 
+class Policy(Sampling, LoraPolicy):
+    """A pipeline with a LoRA to train, in the roles "current" (trained), "old" (samples) and "ema" (the average, saved)."""
+
+
+class FullPolicy(Sampling, WholePolicy):
+    """A pipeline all of whose network's weights are trained, in the same roles; `save` writes the network's folder."""
+
+
+@overload
 def load_policy(
     model: str = "playground",
     *,
+    train: Literal["lora"] = "lora",
     lora_rank: int = 32,
     lora_alpha: float | None = None,
     base_loras: Sequence[str | Path] = (),
@@ -154,11 +166,37 @@ def load_policy(
     device: str | torch.device | None = None,
     micro_batch: int | str = "auto",
     **settings: Any,
-) -> Policy:
+) -> Policy: ...
+
+
+@overload
+def load_policy(
+    model: str = "playground",
+    *,
+    train: Literal["full"],
+    device: str | torch.device | None = None,
+    micro_batch: int | str = "auto",
+    **settings: Any,
+) -> FullPolicy: ...
+
+
+def load_policy(
+    model: str = "playground",
+    *,
+    train: Literal["lora", "full"] = "lora",
+    lora_rank: int = 32,
+    lora_alpha: float | None = None,
+    base_loras: Sequence[str | Path] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    micro_batch: int | str = "auto",
+    **settings: Any,
+) -> Policy | FullPolicy:
     """A diffusers pipeline with a fresh LoRA, which samples what the base samples until it is trained.
 
     Args:
         model: a folder, a hub id, or "playground".
+        train: "full" trains all weights of the network instead; the LoRA's arguments are then without effect.
         lora_alpha: None is twice the rank.
         base_loras: frozen LoRAs on which the trained one is put, as in `lora.on`.
         seed: of the LoRA's start.
@@ -175,9 +213,16 @@ def load_policy(
     except ValidationError as error:
         raise UserError(f"load_policy: {_first(error)}") from None
     opened = open_model(wanted, where)
-    policy = Policy(
-        opened, rank=lora_rank, alpha=2.0 * lora_rank if lora_alpha is None else lora_alpha, seed=seed, base_loras=read_stack(base_loras)
-    )
+    if train == "full":
+        if base_loras or wanted.quantize:
+            name = "base_loras" if base_loras else "quantize"
+            raise UserError(f'load_policy: {name} is for a trained LoRA; leave it out with train="full"')
+        policy = FullPolicy(opened)
+    elif train == "lora":
+        alpha = 2.0 * lora_rank if lora_alpha is None else lora_alpha
+        policy = Policy(opened, rank=lora_rank, alpha=alpha, seed=seed, base_loras=read_stack(base_loras))
+    else:
+        raise UserError(f'load_policy: train must be "lora" or "full", not {train!r}')
     e = default_evaluation(model)
     policy.world = World(0, 1, where)
     policy.micro_batch = MicroBatch(micro_batch, where.type)
@@ -241,8 +286,8 @@ class Learner:
         UserError: a setting is wrong, the method needs a recipe, or another learner trains this policy.
     """
 
-    def __init__(self, policy: Policy, objective: Method, lr: float = 3e-4, *, ema: float = 0.9, seed: int = 0, **optimizer: Any):
-        if not isinstance(policy, Policy):
+    def __init__(self, policy: Sampling, objective: Method, lr: float = 3e-4, *, ema: float = 0.9, seed: int = 0, **optimizer: Any):
+        if not isinstance(policy, Sampling):
             raise UserError(f"Learner: want a policy of load_policy, not {type(policy).__name__}")
         if not isinstance(objective, Method):
             raise UserError(f"Learner: want a method with its settings, such as NFT(beta=1.0), not {objective!r:.80}")
