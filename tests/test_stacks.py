@@ -265,7 +265,7 @@ def test_training_goes_on_only_upon_what_a_lora_was_trained_on(cold, tuned, tmp_
     beneath = read_stack([cold])
     same(read_lora(tuned), read_onto(tuned, beneath))
     same(read_lora(cold), read_onto(cold, beneath))
-    with pytest.raises(UserError, match=r"lora\.init .*was trained on top of \w{12} \(.*cold in its recipe\).*; name its base LoRAs in lora\.on"):
+    with pytest.raises(UserError, match=r"lora\.init .* on top of \w{12} \(.*cold in its recipe\).*; name its base LoRAs in lora\.on"):
         read_onto(tuned, [])
 
 
