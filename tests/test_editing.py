@@ -170,6 +170,9 @@ def test_an_edit_trains_and_goes_on_to_the_same_bits(kontext, edits, kind, tmp_p
     ours, theirs = (load_file(tmp_path / run / "checkpoints" / "step-000002" / "current.safetensors") for run in ("run", "half"))
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
     if kind == "nft":
+        card = (tmp_path / "run" / "lora" / "README.md").read_text()
+        assert "pipeline_tag: image-to-image" in card and 'image=load_image("photo.png")' in card
+        compile(card.split("```python")[1].split("```")[0], "card", "exec")
         (tmp_path / "mine.py").write_text("def stays(images, prompts, sources):\n    return 1 - (images - sources).abs().mean((1, 2, 3))\n")
         found = assess(
             tmp_path / "out", loras=[tmp_path / "run"], rewards=[f"{tmp_path}/mine.py:stays"], steps=2, trust=True, prompts=[str(edits)]

@@ -48,8 +48,10 @@ The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats th
 
 LOAD = """import torch
 from diffusers import DiffusionPipeline
-
+{loads}
 pipe = DiffusionPipeline.from_pretrained({base!r}{revision}, dtype=torch.{dtype}).to("{device}")"""
+
+LOADS_IMAGES = "from diffusers.utils import load_image\n"
 
 LOAD_PLAYGROUND = """from diffusers import StableDiffusion3Pipeline
 from flowtilt.playground import pipeline_path
@@ -64,6 +66,8 @@ CPS = """from flowtilt.schedulers import CPSScheduler
 # the stochastic steps of the evaluation, at its noise levels
 pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta={eta!r})"""
 
+EDITING = "image-to-image"
+"""The hub's word for pipelines that take a source image."""
 APACHE = "apache-2.0"
 LICENSES = {
     "playground": APACHE,
@@ -111,7 +115,9 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
     cps = e.solver == "cps"
     call = {"num_inference_steps": repr(e.steps)} | ({} if cps or m.levels == "stock" else {"sigmas": "sigmas"})
     call |= {name: repr(value) for name, value in policy.model.call_options(e.guidance).items()}
-    return metadata(recipe) + CARD.format(
+    edits = getattr(policy.model, "edits", False)
+    call |= {"image": 'load_image("photo.png")'} if edits else {}
+    return metadata(recipe, edits=edits) + CARD.format(
         name=recipe.name,
         base="the pipeline that comes with flowtilt" if playground else f"`{m.path}`",
         made=recipe.objective.made,
@@ -125,33 +131,41 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         before=before,
         after=after,
         protocol=recipe.protocol(),
-        load=LOAD_PLAYGROUND if playground else LOAD.format(base=m.path, revision=revision, dtype=dtype, device=device),
+        load=LOAD_PLAYGROUND
+        if playground
+        else LOAD.format(loads=LOADS_IMAGES if edits else "", base=m.path, revision=revision, dtype=dtype, device=device),
         on_top=ON_TOP.format(others=" and ".join(f"`{place}`" for place in base_loras)) if base_loras else "",
         add=REPLACED.format(folder=_quoted(RunFolder(run).network))
         if recipe.train == "full"
         else _added([*base_loras, RunFolder(run).lora]),
         recipe=BESIDE,
-        prompt="a red circle left of a blue square" if playground else "a photo of a red bench left of a blue bicycle",
+        prompt="a red circle left of a blue square"
+        if playground
+        else "paint the bench red"
+        if edits
+        else "a photo of a red bench left of a blue bicycle",
         sampling=CPS.format(eta=e.eta) if cps else "" if m.levels == "stock" else LEVELS.format(steps=e.steps),
         options=", ".join(f"{name}={value}" for name, value in call.items()),
         defaults="another scheduler and other text lengths" if cps else "other noise levels and text lengths",
     )
 
 
-def metadata(recipe: Recipe, library: str = "diffusers") -> str:
+def metadata(recipe: Recipe, library: str = "diffusers", edits: bool = False) -> str:
     """The block above a card that a hub reads; a base that is no hub id is left out of it.
 
     Args:
         library: what loads the LoRA: "diffusers" or "peft".
+        edits: prompts have source images.
     """
+    task = EDITING if edits else "text-to-image"
     path = recipe.model.path
     base = path if _is_hub_id(path) else None
     data = ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if recipe.train == "full" else "adapter") if base else None,
         library_name=library,
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", *(["lora"] if recipe.train == "lora" else []), "flowtilt", recipe.objective.type],
+        pipeline_tag=task,
+        tags=[task, *(["lora"] if recipe.train == "lora" else []), "flowtilt", recipe.objective.type],
         **_license(path),
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -191,7 +205,8 @@ def exported(text: str, recipe: Recipe, rank: int, alpha: float, output: Path, t
         "diffusers": f"pipe.load_lora_weights({_quoted(output)})",
         "peft": f"from peft import PeftModel\n\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, {_quoted(output)})",
     }[to]
-    text = HEAD.sub(lambda _: metadata(recipe, to), text, count=1)
+    edits = any(f"pipeline_tag: {EDITING}" in head[0] for head in HEAD.finditer(text))
+    text = HEAD.sub(lambda _: metadata(recipe, to, edits), text, count=1)
     text = LOADS.sub(lambda _: load, text, count=1)
     text = re.sub(f"^{ON_TOP.format(others='.*')}", JOINED, text, count=1, flags=re.MULTILINE)
     text = re.sub(r"^A LoRA of rank \S+ \(alpha [^)]+\)", f"A LoRA of rank {rank} (alpha {alpha:g})", text, count=1, flags=re.MULTILINE)
