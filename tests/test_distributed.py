@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from functools import cache
 
 import pytest
@@ -12,10 +13,11 @@ from holders import held_by
 from ranks import together
 from test_trainer import rewards, weights
 
-from flowtilt import Trainer
+from flowtilt import Trainer, UserError
 from flowtilt.cli import main
 from flowtilt.distributed.world import World
 from flowtilt.io.files import read_lines
+from flowtilt.runs import checkpoint
 
 
 def launch(folder, processes, *overrides):
@@ -187,14 +189,26 @@ def test_ranks_all_take_the_checkpoint_before_a_damaged_one(launched, tmp_path):
 
 
 def of_library(run):
-    """A script that iterates over rollouts; 0 where each rank saw all of them and only the first was called back."""
+    """A script that iterates over rollouts; 0 where each rank saw all of them and only the first was called back, 3 where that fails."""
     seen: list[float] = []
     trainer = Trainer(quick(run, "rollouts=2"), on_rollout=lambda metrics, preview: seen.append(metrics["step"]))
     steps = [metrics["step"] for metrics in trainer]
-    return 0 if steps == [1, 2] and seen == ([] if trainer.world.rank else steps) else 1
+    assert steps == [1, 2] and seen == ([] if trainer.world.rank else steps)
+
+    def fail(metrics, preview):
+        raise ZeroDivisionError("one over nothing")
+
+    try:
+        Trainer(resume=run, rollouts=4, on_rollout=fail).run()
+    except (ZeroDivisionError, UserError) as error:
+        print(type(error).__name__, error, file=sys.stderr)
+        return 3
+    return 0
 
 
-def test_a_trainer_is_iterated_over_and_calls_back_on_the_first_of_two_processes(tmp_path):
+def test_a_trainer_is_iterated_over_and_calls_back_on_the_first_of_two_processes_whose_error_ends_both(tmp_path):
     done = together(2, of_library, tmp_path / "run", folder=tmp_path / "ranks")
-    assert done.codes == [0, 0], done.stderr[-2000:]
-    assert len(rewards(tmp_path / "run")) == 2
+    assert done.codes == [3, 3], done.stderr[-2000:]
+    assert done.errors[0].splitlines()[-1] == "ZeroDivisionError one over nothing"
+    assert "UserError rank 0: on_rollout failed: ZeroDivisionError: one over nothing, at " in done.errors[1].splitlines()[-1]
+    assert len(rewards(tmp_path / "run")) == checkpoint.newest(tmp_path / "run").step == 3

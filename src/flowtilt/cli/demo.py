@@ -24,12 +24,10 @@ def add(commands: Any) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     quieten()
-    try:
-        from flowtilt.evaluate.demo import page
-    except ModuleNotFoundError as error:
-        raise UserError(f"demo needs {error.name}: pip install gradio") from error
+    from flowtilt.evaluate.demo import gradio, page
     from flowtilt.evaluate.side_by_side import SideBySide
 
+    gradio()  # where it is missing, no model is opened first
     application = page(SideBySide(model=args.model, loras=[args.lora], trust=args.trust), args.lora)
     try:
         _, url, _ = application.launch(

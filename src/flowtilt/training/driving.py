@@ -14,6 +14,7 @@ from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_json
 from flowtilt.io.run_folder import RunFolder
+from flowtilt.io.user_errors import describe_error
 from flowtilt.methods.base import Method
 from flowtilt.runs import folder as runs
 from flowtilt.runs import tracking
@@ -31,7 +32,7 @@ class Driver(ABC):
     """`run`, `step` and iteration over rollouts; a `Trainer` is one.
 
     Args:
-        recipe: its `steps` say where the run ends.
+        recipe: its `rollouts` say where the run ends.
         on_rollout: called after each rollout on the first process.
     """
 
@@ -41,7 +42,7 @@ class Driver(ABC):
     stopped_by: str | None = None
     """The guard's message that ended the run."""
     interrupted = False
-    """Set from outside, by a signal say: the run saves after the step that is going on, and ends."""
+    """Set from outside, by a signal say: the run saves after the rollout that is going on, and ends."""
     unsaved = False
     """Whether there is more than the newest checkpoint has; where not, the run may be ended at any instant and loses nothing."""
 
@@ -124,7 +125,7 @@ class Driver(ABC):
         return self.clock.step >= self.recipe.rollouts or self.stopped_by is not None
 
     def run(self) -> dict[str, object] | None:
-        """Trains to the recipe's last step; returns the summary, or none when interrupted or stopped by a guard.
+        """Trains to the recipe's last rollout; returns the summary, or none when interrupted or stopped by a guard.
 
         Ctrl-C and SIGTERM end it after the rollout that is going on, and save. It may be called again to go on from there.
 
@@ -154,7 +155,9 @@ class Driver(ABC):
         """
         if self.done:
             why = (
-                f"stopped by a guard: {self.stopped_by}" if self.stopped_by else f"at rollout {self.clock.step}, its last one; raise steps"
+                f"stopped by a guard: {self.stopped_by}"
+                if self.stopped_by
+                else f"at rollout {self.clock.step}, its last one; raise rollouts"
             )
             raise UserError(f"{self.run_folder}: nothing is left to train, the run is {why}")
         with self._running():
@@ -241,8 +244,11 @@ class Driver(ABC):
         if self._page:
             self._page.after_rollout()
         metrics = {"step": self.clock.step, **metrics}
-        self._show(metrics)
-        stopping = self.world.any(self.interrupted)
+        raised = self._show(metrics)
+        stopping, complaints = self._heard(raised)
+        if complaints:
+            self.save()
+            raise raised or UserError(f"{complaints[0]}; saved after rollout {self.clock.step}")
         due = self._evaluation_due()
         if due or stopping or self.stopped_by or self.clock.step % self.recipe.checkpoint.every == 0:
             self.save()
@@ -251,13 +257,18 @@ class Driver(ABC):
             self._evaluate(self._display)
         return metrics, stopping
 
-    def _show(self, metrics: dict[str, float]) -> None:
-        """Calls the user's own code, which may raise anything; the rollout is whole by then."""
+    def _show(self, metrics: dict[str, float]) -> BaseException | None:
+        """Calls the user's own code on the first process; what it raised, if anything."""
         if self._on_rollout is None or self.world.rank:
-            return
+            return None
         try:
             self._on_rollout(metrics, self._preview)
-        except BaseException:
-            if self.world.size == 1:
-                self.save()
-            raise
+        except BaseException as error:
+            return error
+        return None
+
+    def _heard(self, raised: BaseException | None) -> tuple[bool, list[str]]:
+        """Whether any rank is to stop, and what the callback of the first one raised."""
+        complaint = raised and f"rank {self.world.rank}: on_rollout failed: {describe_error(raised)}"
+        ranks = self.world.gather_json([[self.interrupted, complaint]])
+        return any(interrupted for interrupted, _ in ranks), [said for _, said in ranks if said]
