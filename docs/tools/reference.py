@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Iterator
+from textwrap import fill
 from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter
@@ -17,6 +18,8 @@ from flowtilt.config.settings import Recipe
 
 PAGES = ("reference/recipe.md", "reference/recipes.md", "reference/cli.md", "reference/api.md")
 """The generated pages. Pages of the repository do not link to them: there they are not files."""
+INHERITED = {"Trainer": ["run", "step", "close", "done"], "Policy": ["save_lora"], "Samples": ["show", "save"]}
+"""What users call of a class that one of its bases defines."""
 API = {
     "Train": ("flowtilt.training.trainer.Trainer",),
     "Call by call": tuple(
@@ -168,6 +171,8 @@ def _commands() -> str:
         parts.append(f"## flowtilt {name}\n\n{_sentence(command.description or about.get(name) or '')}")
         command.prog = f"flowtilt {name}"
         usage = " ".join(command.format_usage().split()).removeprefix("usage: ")
+        whole = re.sub(r"\[[^\]]*\]", lambda option: option[0].replace(" ", "\0"), usage)  # an option stays on its line
+        usage = fill(whole, 78, subsequent_indent="    ", break_on_hyphens=False).replace("\0", " ")
         rows = [row for action in command._actions for row in _option(action)]
         parts.append(f"```text\n{usage}\n```\n\n| argument | meaning |\n|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
@@ -178,7 +183,7 @@ def _option(action: argparse.Action) -> Iterator[str]:
         return
     shown = ", ".join(action.option_strings) or str(action.metavar or action.dest)
     if action.option_strings and action.nargs != 0:
-        choices = "|".join(map(str, action.choices)) if action.choices else ""
+        choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else ""
         shown += f" {action.metavar or choices or action.dest.upper()}"
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     yield f"| `{_cell(shown)}` | {_cell(_sentence(text))} |"
@@ -188,6 +193,10 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", ")", "…")) or not text else ".")
 
 
+def _inherited(name: str) -> str:
+    return f"\n    options:\n      inherited_members: {INHERITED[name]}" if name in INHERITED else ""
+
+
 def _api() -> str:
     parts = [
         "# Python API\n\n`import flowtilt as ft`. Names of the first three sections are `ft.NAME`, and so is each method with its loss "
@@ -195,5 +204,5 @@ def _api() -> str:
     ]
     for title, names in API.items():
         parts.append(f"## {title}")
-        parts += [f"::: {name}" for name in names]
+        parts += [f"::: {name}" + _inherited(name.rpartition(".")[2]) for name in names]
     return "\n\n".join(parts) + "\n"

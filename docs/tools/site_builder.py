@@ -47,7 +47,7 @@ def stage() -> None:
     shutil.copytree(ROOT / "docs", STAGED, ignore=shutil.ignore_patterns("tools", "*.md"))
     for page in sorted((ROOT / "docs").rglob("*.md")):
         write(page.relative_to(ROOT / "docs"), page.read_text(encoding="utf-8"), page.parent)
-    write(Path("index.md"), (ROOT / "README.md").read_text(encoding="utf-8"), ROOT)
+    write(Path("index.md"), "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text(encoding="utf-8"), ROOT)
     write(Path("changelog.md"), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), ROOT)
     for name, text in reference.pages().items():
         write(Path(name), text, ROOT / "docs" / Path(name).parent)

@@ -8,8 +8,8 @@ from typing import Any
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_json
 
-ABOUT = """Which of several runs got further for its compute. Reads the folders of runs, finished or not; trains and draws nothing.
-Runs whose recipes differ only in the seed are one method, drawn as the median and the span of its seeds; the first is the baseline."""
+ABOUT = """Which of several runs got further for its compute. Reads the folders of runs, finished or not; it does not train or sample.
+Runs whose recipes differ only in the seed are one method, shown as the median and the range of its seeds; the first is the baseline."""
 EXAMPLES = """examples:
   flowtilt compare runs/nft-0 runs/nft-1 runs/grpo-0 runs/grpo-1 --target 0.8
   flowtilt compare runs/* --axis seconds --json compare.json

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     train.set_defaults(call=_train)
 
     sample = commands.add_parser("sample", help="sample prompts, base and tuned side by side from the same noise")
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT")
+    sample.add_argument("prompts", nargs="+", metavar="PROMPT", help="a caption; several may follow")
     sample.add_argument("--model", help="pipeline folder or hub id (default: the LoRA's own base, else the playground)")
     sample.add_argument(
         "--lora",

@@ -95,11 +95,11 @@ class RolloutSettings(Table):
     prompts: int = Field(default=48, ge=1, le=IMAGES)
     """Prompts per rollout."""
     images_per_prompt: int = Field(default=24, ge=1, le=IMAGES)
-    """Images of each prompt: the group within which rewards are compared, so two at least where there are any."""
+    """Images per prompt: the group in which rewards are compared. At least 2 if there are rewards."""
     train_per_prompt: int | None = Field(default=None, ge=2, le=IMAGES)
     """Train only this many images of each prompt, those whose rewards differ most (Pro-GRPO, arXiv 2512.15347); none trains all."""
     solver: Literal["euler", "ddim", "dpm1", "dpm2", "heun", "cps"] = "dpm2"
-    """ODE solver of the rollout, or "cps" (arXiv 2509.05952), whose steps but the last are stochastic: for few steps."""
+    """ODE solver of the rollout, or "cps" (arXiv 2509.05952) for few steps: all its steps but the last are stochastic."""
     eta: float | None = Field(default=None, gt=0, le=1)
     """Share of new noise in a step of cps, by default 0.9; the other solvers have none."""
     steps: int = Field(default=10, ge=1, le=LEVELS)
@@ -211,23 +211,23 @@ class RewardSettings(Table):
 
 class Recipe(Table):
     name: str = Field(default="run", pattern=r"^\.*[\w-][\w.-]*$", max_length=100)
-    """What the run is called; its folder has this name, so dots alone are none."""
+    """Name of the run and of its folder."""
     model: ModelSettings
     """The base model."""
     prompts: str = Field(min_length=1)
     """Training prompts: a .txt, .csv or .jsonl file, a set ("ocr-train", see `flowtilt prompts`), or {dataset, column, split} of a hub."""
     tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] | Literal["auto"] = Field(default_factory=dict)
-    """Turns of a tag among the training prompts: tag = number, 1 where it is not named, 0 leaves it out; "auto" prefers low rewards."""
+    """How often a tag takes its turn: {tag = number}. Default 1; 0 leaves a tag out; "auto" prefers tags with low rewards."""
     prompts_by: Literal["turn", "variance"] = "turn"
-    """Which prompts of a tag come next: each once per pass, or more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
+    """Order of a tag's prompts: "turn" takes each once per pass, "variance" more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
     rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, and its options}."""
     combine: Literal["sum", "normalized", "group", "marble"] = "sum"
-    """Several rewards: weighted sum of raw scores (the papers'), of normalised ones, over the rollout or its group (GDPO), or MARBLE."""
+    """How rewards add up: weighted sum of raw scores, of scores normalised over the rollout or over the group (GDPO), or MARBLE."""
     advantage: Literal["global", "group", "none"] = "global"
-    """Whose standard deviation divides advantages: that of all rewards of a rollout, or of the group, or nobody's."""
+    """Standard deviation that divides advantages: of all rewards of the rollout, of the group's, or none."""
     objective: Objective = NFTSettings()
-    """What is optimised; `type` chooses the method and with it the other keys; "file.py:Class" is your own."""
+    """The loss. `type` chooses the method and with it the other keys; "file.py:Class" is your own."""
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: Literal["lora", "full"] = "lora"
@@ -236,15 +236,15 @@ class Recipe(Table):
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Greatest decay of the average that is evaluated and saved; it warms up as (1 + s) / (10 + s)."""
     ema_every: int = Field(default=1, ge=1, le=ROLLOUTS)
-    """Updates from one step of that average to the next; published FlowGRPO code has 8."""
+    """Optimizer steps per update of that average; FlowGRPO's code has 8."""
     rollouts: int = Field(default=1000, ge=1, le=ROLLOUTS)
     """Rollouts of the run: each samples images, scores them and trains on them."""
     seed: int = Field(default=0, ge=0, le=2**64 - 1)
-    """Seed of every random draw."""
+    """Seed of all random numbers."""
     run: str | None = None
-    """Folder of the run; none makes runs/<name>, numbered if that is taken."""
+    """Folder of the run; by default runs/<name>, with a number if that exists."""
     micro_batch: Annotated[int, Field(le=IMAGES)] | Literal["auto"] = "auto"
-    """Images, or noised images, that pass through the network at once: a matter of memory, never of results."""
+    """Rows that pass through the network at once. It changes memory and speed, never results."""
     shard: Literal["none", "base", "weights"] = "none"
     """"base" spreads the frozen network over all processes (FSDP2), for one that does not fit on a device; "weights" spreads all
     trained weights of train = "full". Both need a micro_batch."""
@@ -252,9 +252,9 @@ class Recipe(Table):
     log: LogSettings = LogSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     guards: Literal["warn", "stop", "off"] = "warn"
-    """What happens when training looks broken: one line of warning, or a stop with a checkpoint."""
+    """What to do when training looks broken: warn in one line, stop with a checkpoint, or nothing."""
     track: tuple[Literal["wandb", "tensorboard", "trackio", "mlflow"], ...] = ()
-    """Trackers that get metrics, scores and samples, too; each needs flowtilt[track], mlflow its own package (docs/guides/trackers.md)."""
+    """"wandb", "tensorboard", "trackio", "mlflow": they also get metrics, scores and samples (docs/guides/trackers.md)."""
 
     _prompts = field_validator("prompts", mode="before")(as_source)
 

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+import flowtilt
+
 PACKAGES = ("flowtilt", "torch", "diffusers", "transformers", "peft", "huggingface_hub", "safetensors", "numpy", "pydantic", "pillow")
 
 
@@ -20,6 +22,8 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 
 @cache
 def _version(package: str) -> str | None:
+    if package == "flowtilt":
+        return flowtilt.__version__  # an editable install keeps the metadata of the day it was made
     try:
         return version(package)
     except PackageNotFoundError:

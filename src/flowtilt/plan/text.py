@@ -87,7 +87,7 @@ def _micro_batches(plan: Plan) -> str:
 
 def _work(plan: Plan) -> str:
     steps = plan.recipe.rollouts
-    rows = [["work", "network evaluations", "of them a rollout", "operations", "time", "share"]]
+    rows = [["work", "network evaluations", "per rollout", "operations", "time", "share"]]
     for name, effort in plan.work.items():
         calls = [f"{effort.evaluations:,}", f"{effort.evaluations / steps:,.0f}"] if effort.evaluations else ["", ""]
         time = [duration(effort.hours), f"{100 * effort.hours / plan.hours:.0f} %"]
@@ -101,7 +101,7 @@ def _work(plan: Plan) -> str:
     shares = {PRECISIONS[p]: plan.machine.hours({p: count}, plan.utilisation) / plan.hours for p, count in flops.items() if count}
     spent = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
     said = [
-        f"a rollout: {one}, {time}; {plan.evaluations} evaluations of {plan.recipe.evaluate.images} images",
+        f"per rollout: {one}, {time}; {plan.evaluations} evaluations of {plan.recipe.evaluate.images} images",
         f"time by precision: {spent}",
     ]
     return "\n".join([aligned(rows), *(line for text in said for line in wrapped(text))])
@@ -134,11 +134,11 @@ def _link(told: str) -> str:
 
 def _sent(plan: Plan) -> str:
     """What each GPU sends to the others."""
-    rows = [["sent by each GPU, a rollout", "messages", "MiB"]]
+    rows = [["sent by each GPU per rollout", "messages", "MiB"]]
     rows += [[name, f"{one.number:,.0f}", f"{one.sent / 2**20:,.3g}"] for name, one in plan.messages.items()]
     efficiency = (
         f"efficiency {100 * plan.efficiency:.3g} %: the rest goes to messages and uneven shares; "
-        f"{plan.images_per_gpu_second:.3g} images a GPU and second"
+        f"{plan.images_per_gpu_second:.3g} images per GPU-second"
     )
     return "\n".join([aligned(rows), *wrapped(efficiency)])
 

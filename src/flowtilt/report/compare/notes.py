@@ -72,13 +72,13 @@ def _seeds(methods: Sequence[Method]) -> list[str]:
     if len({tuple(method.seeds) for method in methods}) == 1:
         return []
     seeds = "; ".join(f"{method.label} has {', '.join(map(str, method.seeds))}" for method in methods)
-    return [f"Methods have different seeds, and a seed is also that of the noise that evaluations start from: {seeds}."]
+    return [f"Methods have different seeds, so their evaluations start from different noise: {seeds}."]
 
 
 def _machines(entries: Sequence[Entry]) -> list[str]:
     machines = {_machine(entry): None for entry in entries}
     known = [machine for machine in machines if machine]
-    return [f"Seconds are of different machines: {'; '.join(known)}."] if len(known) > 1 else []
+    return [f"Seconds were measured on different machines: {'; '.join(known)}."] if len(known) > 1 else []
 
 
 def _machine(entry: Entry) -> str:

@@ -97,7 +97,7 @@ def _cell(cell: Cell, look: str) -> str:
 
 
 def _reached(comparison: Comparison) -> str:
-    said = "The final score is that of the last evaluation, the best that of whichever evaluation was highest, which flatters noisy curves."
+    said = "The final score is that of the last evaluation. The best score is that of the highest one, which favours noisy curves."
     if len(comparison.methods) > 1:
         said += " Runs that end at different costs are compared at equal cost above."
     if any(len(method.entries) > 1 for method in comparison.methods):
@@ -157,14 +157,13 @@ def _settings(comparison: Comparison) -> str:
 
 def _rules(comparison: Comparison) -> str:
     said = [
-        "A run reaches a score at the first evaluation that has it or more; the cost is read off the straight line from the evaluation "
-        "before, and is no finer than evaluations are apart.",
-        "A method has reached a score where the median of its seeds has: a seed that never did counts as later than all that did.",
-        "“Of the first” is the method's median cost over that of the first method; below it the least and the greatest ratio of any "
-        "two seeds, ? where one of them never got there. Where half the seeds of one of the two spent all they had without getting "
-        "there, the ratio is less or more than the one given; where they ended before the other got there, nothing is known of it.",
-        "Methods are judged as far as all of them have been. A run that ended, or is going on, may have got there later.",
-        "Medians and bands are drawn as far as every seed of a method goes.",
+        "A run reaches a score where the straight line between two evaluations first crosses it.",
+        "A method reaches a score when the median of its seeds does. A seed that never reached it counts as later than all that did.",
+        "“Of the first” is the method's median cost divided by the first method's. Below it are the least and the greatest ratio of any "
+        "two seeds, with ? if one of them never reached the score. “More than” and “less than” mean that half of the seeds of one of the "
+        "two spent that much without reaching it. “Not known” means that they ended before the other method got there.",
+        "Methods are compared only up to where all of them have trained. A run that ended or still goes on may get there later.",
+        "Medians and bands end where the first of a method's seeds ends.",
     ]
     if not comparison.chosen and comparison.targets:
         said.append(
@@ -175,5 +174,5 @@ def _rules(comparison: Comparison) -> str:
 
 def _protocol(comparison: Comparison) -> str:
     folders = {str(entry.folder): f"{method.label}, seed {entry.seed}" for method in comparison.methods for entry in method.entries}
-    alike = "" if comparison.odd else folded("How all runs are judged", flat_table("Protocol", comparison.entries[0].protocol))
+    alike = "" if comparison.odd else folded("How all runs are evaluated", flat_table("Protocol", comparison.entries[0].protocol))
     return alike + folded("Runs", flat_table("Runs", folders))
