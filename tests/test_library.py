@@ -137,8 +137,11 @@ def test_what_is_wrong_is_one_line(policy, call, message):
 
 
 def test_a_learner_can_be_made_again_once_the_first_is_closed(policy):
-    ft.Learner(policy, ft.NFT()).close()
+    first = ft.Learner(policy, ft.NFT())
+    first.close()
     ft.Learner(policy, ft.NFT())
+    with pytest.raises(ft.UserError, match="this learner is closed"):
+        first.step(policy.sample("a red circle", 2, **FOUR), torch.ones(2))
 
 
 # the trainer -----------------------------------------------------------------------------------------

@@ -319,8 +319,10 @@ class Learner:
             advantages: [N]; an image with NaN is left out.
 
         Raises:
-            UserError: shapes differ, nothing to train on, or the samples lack the steps that the method trains.
+            UserError: shapes differ, nothing to train on, the samples lack the steps that the method trains, or this learner is closed.
         """
+        if self._policy.learner is not self:
+            raise UserError("step: this learner is closed; make another with Learner(policy, ...)")
         if advantages.shape != (len(samples),):
             raise UserError(f"step: advantages are {list(advantages.shape)}, but there are {len(samples)} images; want one per image")
         wants = self._objective.keeps(self.steps, samples.settings, samples.seed) is not None

@@ -219,7 +219,7 @@ class Recipe(Table):
     tags: dict[str, Annotated[int, Field(ge=0, le=LEVELS)]] | Literal["auto"] = Field(default_factory=dict)
     """How often a tag takes its turn: {tag = number}. Default 1; 0 leaves a tag out; "auto" prefers tags with low rewards."""
     prompts_by: Literal["turn", "variance"] = "turn"
-    """Order of a tag's prompts: "turn" takes each once per pass, "variance" more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
+    """Order of a tag's prompts: each once per pass, or more often those whose rewards differ (CGPO, arXiv 2605.17807)."""
     rewards: dict[str, Weight | Annotated[str, Field(min_length=1)] | RewardSettings] = Field(min_length=1)
     """Name = weight, name = "file.py:function" or "http://host:port" (weight 1), or name = {source, weight, and its options}."""
     combine: Literal["sum", "normalized", "group", "marble"] = "sum"
