@@ -30,9 +30,22 @@ def checked_loss(objective: Objective, policy: "Policy", batch: Any) -> tuple[Te
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise UserError(f"objective {kind}: the loss failed: {describe_error(error)} ({HINT})") from error
+        no_reference = "NoneType" in str(error) and not getattr(objective, "reference", True)
+        why = "; v_ref and mean_ref are None without a pull to the reference: declare a key kl, and set it above 0" if no_reference else ""
+        raise UserError(f"objective {kind}: the loss failed: {describe_error(error)}{why} ({HINT})") from error
     if why := _wrong(found, objective.metrics, len(batch)):
         raise UserError(f"objective {kind}: {why}")
+    return found
+
+
+def pair_of(kind: str, found: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a method's `sample_loss` returned, where it is a pair.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        raise UserError(f"objective {kind}: sample_loss must return a pair of a tensor [N] and a dict of metrics, not {_described(found)}")
     return found
 
 

@@ -16,6 +16,7 @@ from flowtilt.flow import add_noise, per_sample, velocity_target
 from flowtilt.methods.forward import ForwardSettings, old_policy_decay
 from flowtilt.models.guidance import guided
 from flowtilt.objectives import PlainAdvantages
+from flowtilt.objectives.checking import pair_of
 from flowtilt.objectives.guide import guide_pull
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class ForwardProcess(PlainAdvantages, ForwardSettings):
         """Loss [N] of a micro-batch and its metrics [N], detached."""
         x_t = add_noise(batch.x0, batch.eps, batch.t)
         at = self._velocities(policy, batch, x_t)
-        loss, metrics = self.sample_loss(at, batch)
+        loss, metrics = pair_of(self.type, self.sample_loss(at, batch))
         if self.guided:
             pull = guide_pull(self, policy, batch, x_t, batch.t, at.v, at.v_old if self.needs_old else None)
             metrics |= {"guide": pull.detach()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowtilt.flow import per_sample
 from flowtilt.methods.steps import StepSettings
 from flowtilt.objectives import PlainAdvantages
+from flowtilt.objectives.checking import pair_of
 from flowtilt.objectives.guide import guide_pull
 from flowtilt.sampling.trajectory import KeptSteps
 from flowtilt.seeding import generator
@@ -136,7 +137,8 @@ class StepProcess(PlainAdvantages, StepSettings):
         if self.reference:
             with torch.no_grad():
                 mean_ref, _ = self._step(batch, batch.velocity(policy, "reference", max(batch.guidance, self.reference_guidance)))
-        loss, metrics = self.sample_loss(Gaussians(mean, std, log_new, mean_old, log_old, mean_ref), batch)
+        at = Gaussians(mean, std, log_new, mean_old, log_old, mean_ref)
+        loss, metrics = pair_of(self.type, self.sample_loss(at, batch))
         if mean_ref is not None:
             # the published weights belong to g for Flow-SDE's std, and to the whole step's for the others
             dt = batch.sigma_next - batch.sigma
