@@ -6,16 +6,20 @@ LARGEST = 100_000
 """Elements and letters of a YAML file, with its repeated parts written out."""
 
 
+DEEPEST = 100
+"""Values within one another; what holds itself is deeper."""
+
+
 def size(value: Any, most: int) -> int:
-    """Letters and elements of a value, each part counted wherever it occurs; more than `most` where it holds itself or exceeds that."""
-    found, rest = 0, [value]
+    """Letters and elements of a value, each part counted wherever it occurs; more than `most` where it exceeds that or `DEEPEST`."""
+    found, rest = 0, [(value, 0)]
     while rest and found <= most:
-        one = rest.pop()
+        one, depth = rest.pop()
         found += len(one) if isinstance(one, str | bytes) else 1
-        if isinstance(one, dict):
-            rest += [*one, *one.values()]
-        elif isinstance(one, list | tuple | set | frozenset):
-            rest += one
+        parts = [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list | tuple | set | frozenset) else ()
+        if parts and depth == DEEPEST:
+            return most + 1
+        rest += [(part, depth + 1) for part in parts]
     return found
 
 
