@@ -1,4 +1,4 @@
-"""Seconds of a rollout on an idle machine and beside busy processes, by how OpenMP threads wait: spinning, asleep, or a moment of each.
+"""Seconds of a rollout on an idle machine and beside busy processes, with OpenMP threads that spin and that wait asleep.
 
     python benchmarks/busy.py
 
@@ -21,8 +21,7 @@ from typing import IO
 
 WAYS = {
     "spinning": {"GOMP_SPINCOUNT": "300000"},  # what GNU's runtime does where nothing is set
-    "asleep": {"OMP_WAIT_POLICY": "passive"},
-    "brief": {},  # what flowtilt sets: a short spin, then asleep
+    "asleep": {},  # what flowtilt sets
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
@@ -94,12 +93,6 @@ def spread(values: list[float]) -> list[float]:
     return [round(value, 3) for value in (min(values), statistics.median(values), max(values))]
 
 
-def against(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Seconds of the other ways as multiples of those of the same round with what flowtilt sets."""
-    others = [name for name in found if name != "brief"]
-    return {name: spread([a / b for a, b in zip(found[name], found["brief"], strict=False)]) for name in others}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="rollouts of each way, idle and busy")
@@ -124,7 +117,7 @@ def main() -> None:
             other.wait()
     for worker in workers.values():
         worker.end()
-    cores, threads = os.cpu_count() or 1, workers["brief"].threads
+    cores, threads = os.cpu_count() or 1, workers["asleep"].threads
     # the scheduler shares the cores evenly among the threads that want to run
     fair = (threads + args.busy) / cores if threads + args.busy > cores else 1.0
     slower = {name: [b / statistics.median(idle[name]) for b in busy[name]] for name in WAYS}
@@ -137,10 +130,11 @@ def main() -> None:
         "seconds_busy": busy,
         "busy_by_idle": {name: spread(values) for name, values in slower.items()},
         "busy_by_idle_of_a_fair_share": round(fair, 2),
-        "by_brief_idle": against(idle),
-        "by_brief_busy": against(busy),
-        "same_bits": all(workers[name].bits == workers["brief"].bits for name in ("spinning", "asleep")),
-        "within_twice_the_fair_share": statistics.median(slower["brief"]) <= 2 * fair,
+        "spinning_by_asleep_idle": spread([a / b for a, b in zip(idle["spinning"], idle["asleep"], strict=True)]),
+        "spinning_by_asleep_busy": spread([a / b for a, b in zip(busy["spinning"], busy["asleep"], strict=True)]),
+        "one_thread_by_asleep_busy": spread([a / b for a, b in zip(busy["one thread"], busy["asleep"], strict=True)]),
+        "same_bits": workers["spinning"].bits == workers["asleep"].bits,
+        "within_twice_the_fair_share": statistics.median(slower["asleep"]) <= 2 * fair,
         "machine_shared_with_others": args.shared,
         "command": "python " + " ".join(["benchmarks/busy.py", *sys.argv[1:]]),
         "machine": f"{processor()}, {cores} cores, torch {versions()['torch']}, Python {platform.python_version()}",

@@ -10,7 +10,7 @@ or rollout by rollout: `for metrics in trainer`; or call by call: `load_policy`,
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowtilt.io.openmp import spin_briefly
+from flowtilt.io.openmp import wait_asleep
 from flowtilt.io.quiet import quieten
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flowtilt.rewards import RewardOutput
     from flowtilt.training.trainer import Trainer
 
-spin_briefly()  # while torch is not loaded yet
+wait_asleep()  # while torch is not loaded yet
 
 __version__ = "0.2.0"
 __all__ = [
