@@ -59,7 +59,7 @@ class Pace:
 def shared(free: float, processors: int, threads: int) -> str | None:
     """What to do where other programs leave fewer processors free than training has threads, which wait for each other.
 
-    Two busy programs on two cores made a rollout of two threads 4.4 times slower and one of one thread 1.8 times (benchmarks/busy.py).
+    Two busy programs on two cores made a rollout of two threads 1.3 to 34 times slower, of one thread 1.5 to 3 times (benchmarks/busy.py).
     """
     if threads < 2 or free > threads - 0.5:
         return None
