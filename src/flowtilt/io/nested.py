@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from flowtilt.io.user_errors import in_one_line
+
 LARGEST = 100_000
 """Elements and letters of a YAML file, with its repeated parts written out."""
-
-
 DEEPEST = 100
 """Values within one another; what holds itself is deeper."""
 
@@ -34,7 +34,7 @@ def load_yaml(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except Exception as error:  # also of dates, numbers and tags that PyYAML takes for right until it converts them
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise ValueError(in_one_line(error)) from None
     if size(value, LARGEST) > LARGEST:
         raise ValueError(f"more than {LARGEST:,} values, aliases written out")
     return value

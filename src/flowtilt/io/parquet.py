@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.errors import UserError
+from flowtilt.io.user_errors import in_one_line
 
 BATCH = 4096
 """Rows in memory at once."""
@@ -26,7 +27,7 @@ def opened(file: Path, label: str) -> Any:
     try:
         return pq.ParquetFile(file)
     except Exception as error:
-        raise UserError(f"{label}: can't be read as a Parquet file: {first(error)}") from None
+        raise UserError(f"{label}: can't be read as a Parquet file: {in_one_line(error)}") from None
 
 
 def rows(table: Any, columns: Sequence[str], label: str) -> Iterator[dict[str, Any]]:
@@ -42,11 +43,6 @@ def rows(table: Any, columns: Sequence[str], label: str) -> Iterator[dict[str, A
         except StopIteration:
             return
         except Exception as error:  # pyarrow's own, of several kinds
-            raise UserError(f"{label}, row {number}: can't be read: {first(error)}") from None
+            raise UserError(f"{label}, row {number}: can't be read: {in_one_line(error)}") from None
         yield from found
         number += len(found)
-
-
-def first(error: Exception) -> str:
-    """What an error of pyarrow says, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

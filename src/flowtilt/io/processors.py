@@ -10,8 +10,9 @@ class Others:
     """Watches the processors that this process may use, from here on."""
 
     def __init__(self) -> None:
-        self._processors = len(_busy_seconds())
-        self._began, self._busy, self._own = time.monotonic(), sum(_busy_seconds()), _own_seconds()
+        busy = _busy_seconds()
+        self._processors = len(busy)
+        self._began, self._busy, self._own = time.monotonic(), sum(busy), _own_seconds()
 
     def free(self) -> tuple[float, int]:
         """Processors that other programs left free since this was made, on average, and how many there are."""

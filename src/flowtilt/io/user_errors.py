@@ -28,6 +28,11 @@ def first_line(error: BaseException) -> str:
     return (_words(error) or type(error).__name__).splitlines()[0]
 
 
+def in_one_line(error: BaseException) -> str:
+    """What a library's error says, in one line of at most 200 letters; its kind where it says nothing."""
+    return " ".join(_words(error).split())[:200] or type(error).__name__
+
+
 def _words(error: BaseException) -> str:
     try:
         return printable(str(error)).strip()

@@ -33,26 +33,24 @@ def checked_loss(objective: Objective, policy: "Policy", batch: Any) -> tuple[Te
         no_reference = "NoneType" in str(error) and not getattr(objective, "reference", True)
         why = "; v_ref and mean_ref are None without a pull to the reference: declare a key kl, and set it above 0" if no_reference else ""
         raise UserError(f"objective {kind}: the loss failed: {describe_error(error)}{why} ({HINT})") from error
-    if why := _wrong(found, objective.metrics, len(batch)):
+    loss, metrics = pair_of(kind, found, "loss")
+    if why := _wrong(loss, metrics, objective.metrics, len(batch)):
         raise UserError(f"objective {kind}: {why}")
-    return found
+    return loss, metrics
 
 
-def pair_of(kind: str, found: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a method's `sample_loss` returned, where it is a pair.
+def pair_of(kind: str, found: Any, function: str = "sample_loss") -> tuple[Tensor, dict[str, Tensor]]:
+    """What a function of a method returned, where it is a pair.
 
     Raises:
         UserError: it is anything else.
     """
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
-        raise UserError(f"objective {kind}: sample_loss must return a pair of a tensor [N] and a dict of metrics, not {_described(found)}")
+        raise UserError(f"objective {kind}: {function} must return a pair of a tensor [N] and a dict of metrics, not {_described(found)}")
     return found
 
 
-def _wrong(found: Any, names: tuple[str, ...], number: int) -> str | None:
-    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
-        return f"loss must return a pair of a tensor [N] and a dict of metrics, not {_described(found)}"
-    loss, metrics = found
+def _wrong(loss: Any, metrics: dict[str, Any], names: tuple[str, ...], number: int) -> str | None:
     if not isinstance(loss, Tensor) or loss.shape != (number,) or not loss.is_floating_point():
         return f"loss must be a tensor of floats [{number}], one value per sample, not {_described(loss)}"
     if not loss.requires_grad:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flowtilt.errors import UserError
 from flowtilt.io import parquet
+from flowtilt.io.user_errors import in_one_line
 from flowtilt.preferences.files import TIE, caption
 from flowtilt.preferences.pair import Pair, Picture
 
@@ -75,7 +76,7 @@ class Cells:
         try:
             value = self._group(table, file, group)[picture.column][row].as_py()
         except Exception as error:
-            raise UserError(f"can't be read: {parquet.first(error)}") from None
+            raise UserError(f"can't be read: {in_one_line(error)}") from None
         value = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face's image column
         if not isinstance(value, bytes):
             raise UserError(f"{picture.column} holds no image")

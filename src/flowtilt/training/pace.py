@@ -22,7 +22,7 @@ class Pace:
     """A run's images per second; speaks once of each.
 
     Args:
-        others: has watched the processors since the first rollout began; none where the run does not compute on them alone.
+        others: has watched the processors since the run was prepared; none where the run does not compute on them alone.
     """
 
     def __init__(self, others: Others | None = None) -> None:
