@@ -51,8 +51,8 @@ def test_a_notebook_runs(path, kernel, tmp_path):
     assert not [output["text"] for output in outputs if output.get("name") == "stderr" and "Warning" in output["text"]]
 
 
-def test_there_are_four():
-    assert [path.stem for path in NOTEBOOKS] == ["compare_methods", "own_objective", "own_reward", "quickstart"]
+def test_there_are_five():
+    assert [path.stem for path in NOTEBOOKS] == ["compare_methods", "few_steps", "own_objective", "own_reward", "quickstart"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
