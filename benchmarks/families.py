@@ -45,7 +45,12 @@ CPU = torch.device("cpu")
 CPS = {"rollout": {"solver": "cps", "eta": 0.7, "steps": 3}}
 REWARD = "jpeg_incompressibility"
 """Needs no model."""
-OWN: dict[str, dict[str, Any]] = {"acdmd": {"rewards": {REWARD: 0.0}, **CPS, "objective": {"fake_updates": 2}}, "rtdmd": CPS}
+LIGHT = {"light": f"{Path(__file__).parents[1] / 'tests' / 'shallow.py'}:light"}
+OWN: dict[str, dict[str, Any]] = {
+    "acdmd": {"rewards": {REWARD: 0.0}, **CPS, "objective": {"fake_updates": 2}},
+    "mend": {"rewards": LIGHT, "rollout": {"solver": "euler"}, "objective": {"improve": {"light": 100.0}}},
+    "rtdmd": CPS,
+}
 """What a recipe of some methods has beside the others', by method."""
 LEFT_OUT = ("dpo-offline",)
 """Reads pairs of a file and samples nothing."""

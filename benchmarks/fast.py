@@ -2,6 +2,7 @@
 
     python benchmarks/fast.py --folder runs/fast                          seeds 0 to 4 on the test prompts
     python benchmarks/fast.py --folder runs/fast --ablate                 seeds 100 to 104 on playground-search, one change each
+    python benchmarks/fast.py --folder runs/fast --beside                 seeds 100 to 102 there, three methods without and with the guide
     python benchmarks/fast.py model.dtype=bfloat16 --folder runs/half --seeds 0 1 2      the same in half precision
     python benchmarks/fast.py --folder runs/fast --report                 only what is finished there, into results/fast.json
 
@@ -49,12 +50,20 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def made(folder: Path, overrides: tuple[str, ...]) -> Path:
-    """The run in that folder, made where it is not finished."""
+GUIDE = ("objective.guide=[[0,2.0],[12,0.3],[24,0.0]]", "objective.guide_share=1.0")
+BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "DiffusionNFT": ("playground", ("rollouts=30",)),
+    "AWM": ("playground-awm", ("rollouts=30", "objective.anchor=1")),
+    "FlowGRPO": ("playground-grpo", ("rollouts=20",)),
+}
+"""Recipes whose settings are those that the comparison's search chose, with about as many network evaluations of a run each."""
+
+
+def made(folder: Path, recipe: str, overrides: tuple[str, ...]) -> Path:
+    """The run of a recipe in that folder, made where it is not finished."""
     run = RunFolder(folder)
     if not run.summary.is_file():
-        recipe = load_recipe("playground-fast", [*overrides, f"run={folder}"])
-        Trainer(recipe, resume=folder if run.checkpoints.is_dir() else None).run()
+        Trainer(load_recipe(recipe, [*overrides, f"run={folder}"]), resume=folder if run.checkpoints.is_dir() else None).run()
     return folder
 
 
@@ -95,29 +104,37 @@ def span(values: list[float | None]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", help="0 to 4; of --ablate 100 to 104")
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 to 4; of --ablate 100 to 104, of --beside 100 to 102")
     parser.add_argument("--ablate", action="store_true", help="one change each, on the search prompts")
+    parser.add_argument("--beside", action="store_true", help="other methods without and with the guide, on the search prompts")
     parser.add_argument("--report", action="store_true", help="make no run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    seeds = args.seeds or (range(100, 105) if args.ablate else range(5))
-    wanted: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
+    search = args.ablate or args.beside
+    seeds = args.seeds or (range(100, 105) if args.ablate else range(100, 103) if args.beside else range(5))
+    wanted: dict[str, tuple[str, tuple[str, ...]]] = {}
     if args.ablate:
-        for name, change in ABLATIONS.items():
-            place = name.replace(" ", "-").replace("'", "")
-            wanted[name] = [(args.folder / f"{place}-{seed}", (*SEARCH, *change, *args.overrides, f"seed={seed}")) for seed in seeds]
-    else:
-        name = " ".join(["test", *args.overrides])
-        wanted[name] = [(args.folder / f"test-{seed}", (*args.overrides, f"seed={seed}")) for seed in seeds]
-    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name, runs in wanted.items():
-        folders = [folder if args.report else made(folder, overrides) for folder, overrides in runs]
-        entries = [entry(folder, not args.ablate) for folder in folders if RunFolder(folder).summary.is_file()]
+        wanted |= {name: ("playground-fast", change) for name, change in ABLATIONS.items()}
+    if args.beside:
+        for name, (recipe, own) in BESIDE.items():
+            wanted |= {name: (recipe, (*own, "evaluate.every=5")), f"{name} with the guide": (recipe, (*own, *GUIDE, "evaluate.every=5"))}
+    if not search:
+        wanted[" ".join(["test", *args.overrides])] = "playground-fast", ()
+    for name, (recipe, change) in wanted.items():
+        place = name.replace(" ", "-").replace("'", "") if search else "test"
+        overrides = (*(SEARCH if search else ()), *change, *args.overrides)
+        folders = [args.folder / f"{place}-{seed}" for seed in seeds]
+        for folder, seed in zip(folders, seeds, strict=True):
+            if not args.report:
+                made(folder, recipe, (*overrides, f"seed={seed}"))
+        entries = [entry(folder, not search) for folder in folders if RunFolder(folder).summary.is_file()]
         if not entries:
             continue
+        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         known[name] = {
-            "overrides": [*(ABLATIONS.get(name, ())), *args.overrides],
-            "prompts": "playground-search, validation" if args.ablate else "playground, test",
+            "recipe": recipe,
+            "overrides": [*change, *args.overrides],
+            "prompts": "playground-search, validation" if search else "playground, test",
             "command": "python " + " ".join(["benchmarks/fast.py", *sys.argv[1:]]),
             "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
             "runs": entries,

@@ -41,17 +41,18 @@ def first_cells(section):
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
 
-FEW_STEPS = {
+FOLLOWING = {
     "acdmd": ["rewards.playground=0", "rollout.images_per_prompt=1"],
+    "mend": ["rewards.playground_smooth=0", "rollout.solver=euler", "rollout.steps=3", "objective.improve={playground_smooth=1.0}"],
     "rtdmd": ["rewards.playground_smooth=0", "objective.backprop={playground_smooth=1.0}"],
 }
-"""RTDMD's two stages, each with all that it can log."""
+"""Those that follow rewards or a teacher by their gradient, each with all that it can log."""
 KINDS = list(built_in())
 
 
 def logged(kind, folder):
-    if kind in FEW_STEPS:
-        return few_steps(kind, folder)
+    if kind in FOLLOWING:
+        return following(kind, folder)
     if issubclass(built_in()[kind], PairSettings):
         return of_pairs(kind, folder)
     settings = [f"objective.type={kind}", "rewards.mine=" + str(folder / "mine.py") + ":mine"]
@@ -78,9 +79,9 @@ def of_pairs(kind, folder):
     return run(load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, f"run={folder / kind}"]))
 
 
-def few_steps(kind, folder):
+def following(kind, folder):
     quick = [setting for setting in QUICK if not setting.startswith(("objective.", "optimizer."))]
-    settings = [f"objective.type={kind}", "rollout.solver=cps", "optimizer.steps_per_rollout=1", *FEW_STEPS[kind]]
+    settings = [f"objective.type={kind}", "rollout.solver=cps", "optimizer.steps_per_rollout=1", *FOLLOWING[kind]]
     return run(load_recipe("playground", [*quick, *TINY, two_blocks(), *settings, f"run={folder / kind}"]))
 
 

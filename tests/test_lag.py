@@ -122,7 +122,7 @@ def test_two_processes_compute_what_one_does(straight, tmp_path):
 
 
 def test_every_method_says_which_lag_it_bears_and_is_refused_beyond_it():
-    assert {name for name, method in built_in().items() if not method.most_lag} == {"ram", "acdmd", "dpo-offline"}
+    assert {name for name, method in built_in().items() if not method.most_lag} == {"ram", "acdmd", "dpo-offline", "mend"}
     assert all(method.most_lag <= MOST_LAG for method in built_in().values())
     with pytest.raises(UserError, match=r"rollout.lag: ram takes the images of the trained policy alone, not a lag of 1; lower it"):
         load_recipe("playground-ram", ["rollout.lag=1"])

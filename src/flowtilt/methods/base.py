@@ -5,8 +5,9 @@ watch. The loss may be in the same class (a user's own method, docs/guides/add-a
 names, so that reading a recipe needs no torch (the built-in methods).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -144,6 +145,11 @@ class Method(Table):
         return ()
 
     @property
+    def trials(self) -> int:
+        """How many changed versions of each sample are decoded and scored by the followed rewards."""
+        return 0
+
+    @property
     def contrast(self) -> Contrast | None:
         """What is compared with the old policy; none for a method that may be on-policy."""
         return None
@@ -176,6 +182,15 @@ class Method(Table):
 def trained_rewards(recipe: "Recipe") -> list[str]:
     """Names of the rewards with a weight other than 0."""
     return [name for name, reward in recipe.reward_table().items() if reward.weight]
+
+
+def check_followed(recipe: "Recipe", key: str, names: Iterable[str]) -> None:
+    """Raises ValueError where one of the rewards that `key` names, to be followed by their gradient, is not in the recipe."""
+    for name in names:
+        if name not in recipe.rewards:
+            near = get_close_matches(name, recipe.rewards, 1)
+            rather = f"did you mean {near[0]!r}?" if near else "add it there, with the weight 0 if it is not to be compared"
+            raise ValueError(f"{key}: {name!r} is not in [rewards]; {rather}")
 
 
 def evaluations_per_image(solver: str, steps: int, guidance: float) -> int:

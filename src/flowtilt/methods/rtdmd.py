@@ -1,13 +1,12 @@
 """RTDMD, arXiv 2605.26108: "acdmd" distils a student of few steps, "rtdmd" reinforces it. The losses: objectives/rtdmd.py."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from flowtilt.io.user_code import absolute
-from flowtilt.methods.base import LEVELS, NO_CLIP, WEIGHT, Method, Passes, Weight, trained_rewards
+from flowtilt.methods.base import LEVELS, NO_CLIP, WEIGHT, Method, Passes, Weight, check_followed, trained_rewards
 
 if TYPE_CHECKING:
     from flowtilt.config import Recipe
@@ -137,11 +136,7 @@ class RTDMDSettings(MatchingSettings):
             raise ValueError(
                 f"objective.trained_steps: of {steps} steps {steps - 1} are stochastic and can be trained, not {self.trained_steps}"
             )
-        for name in self.backprop:
-            if name not in recipe.rewards:
-                near = get_close_matches(name, recipe.rewards, 1)
-                rather = f"did you mean {near[0]!r}?" if near else "add it there, with the weight 0 if it is not to be compared"
-                raise ValueError(f"objective.backprop: {name!r} is not in [rewards]; {rather}")
+        check_followed(recipe, "objective.backprop", self.backprop)
 
     @property
     def other_roles(self) -> int:

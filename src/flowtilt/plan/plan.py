@@ -215,7 +215,9 @@ def _work(needed: Memory, found: Fitted) -> dict[str, tuple[int, dict[str, float
         scaled(forward, passes.old),
         scaled(reference, passes.reference),
         *(scaled(costs.decode_back().each.flops, steps * images) for _ in o.followed[:1]),
-        *(scaled(flops, steps * images) for flops in _gradients(needed)),
+        scaled(costs.decode.each.flops, steps * images * o.trials),
+        # without its gradient, a score costs a third
+        *(scaled(flops, steps * images * (1 + o.trials / 3)) for flops in _gradients(needed)),
     )
     evaluation = added(
         scaled(costs.encode.flops, times * e.images),

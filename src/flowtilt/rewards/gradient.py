@@ -86,10 +86,28 @@ def reward_gradient(
     return torch.cat(values), torch.cat(gradients)
 
 
+@torch.no_grad()
+def reward_values(
+    rewards: Mapping[str, Differentiable],
+    weights: Mapping[str, float],
+    decode: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    prompts: Sequence[Prompt],
+    *,
+    chunk: int,
+) -> Tensor:
+    """R [N] fp32 of `reward_gradient` without the gradient, on the latents' device."""
+    values = [latents.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(latents), chunk):
+        part = list(prompts[start : start + chunk])
+        values.append(_to_images(rewards, weights, decode(latents[start : start + chunk]), part, follow=False)[0].to(latents.device))
+    return torch.cat(values)
+
+
 def _to_images(
-    rewards: Mapping[str, Differentiable], weights: Mapping[str, float], images: Tensor, prompts: list[Prompt]
+    rewards: Mapping[str, Differentiable], weights: Mapping[str, float], images: Tensor, prompts: list[Prompt], follow: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """R [N] fp32 of images and its gradient to them."""
+    """R [N] fp32 of images and its gradient to them, 0 where it is not asked for."""
     finite = images.flatten(1).isfinite().all(1)
     if not finite.all():
         raise UserError(f'rewards: the image of "{prompts[int((~finite).nonzero()[0])].text}" is not finite, so no gradient comes from it')
@@ -99,23 +117,27 @@ def _to_images(
         owner: Any = getattr(reward, "__self__", reward)
         rows = [n for n, prompt in enumerate(prompts) if not applies(owner, prompt)]
         if rows:
-            scores, gradient = _of_one(name, reward, images[rows], [prompts[n] for n in rows])
+            scores, gradient = _of_one(name, reward, images[rows], [prompts[n] for n in rows], follow)
             value[rows] += weights[name] * scores.to(value)
             total[rows] += weights[name] * gradient
     return value, total
 
 
-def _of_one(name: str, reward: Differentiable, images: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """Scores [N] of one reward and their gradient to the images."""
+def _of_one(name: str, reward: Differentiable, images: Tensor, prompts: list[Prompt], follow: bool) -> tuple[Tensor, Tensor]:
+    """Scores [N] of one reward and their gradient to the images, 0 where it is not asked for."""
     ours = sources.is_ours(reward)
     given = images.detach() if ours else images.detach().clone()
-    leaf = given.requires_grad_()
+    leaf = given.requires_grad_(follow)
     seed = seed_of(name, prompts, images.detach().flatten(1).sum(1).cpu())
     try:
-        with torch.enable_grad(), contained(f"reward {name}", seed=seed, path=sources.search_path(reward), slow=f"reward {name}"):
+        with (
+            torch.set_grad_enabled(follow),
+            contained(f"reward {name}", seed=seed, path=sources.search_path(reward), slow=f"reward {name}"),
+        ):
             scores: Any = reward(leaf, prompts if ours else [prompt.copy() for prompt in prompts])
-        known = isinstance(scores, Tensor) and scores.requires_grad
-        found = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if known else None
+        found = None if follow else torch.zeros_like(leaf)
+        if follow and isinstance(scores, Tensor) and scores.requires_grad:
+            (found,) = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)
     except torch.OutOfMemoryError:
         raise  # what does not fit may be tried with a smaller chunk
     except BaseException as error:

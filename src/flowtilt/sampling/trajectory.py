@@ -19,7 +19,7 @@ class KeptSteps:
 
     Args:
         steps: those, in a row.
-        sde, eta: see `solvers.sde_step`.
+        sde, eta: see `solvers.sde_step`; "cps" at 0 is Euler's step, which has no density.
         shared: steps in which all images of a prompt have the same noise, so that rewards tell of the others.
     """
 
@@ -36,7 +36,7 @@ class Trajectory:
     Args:
         states: before each of them and after the last, [n, W + 1, ...].
         means: what each step's noise was added to, [n, W, ...].
-        log_probs: of each step, [n, W].
+        log_probs: of each step, [n, W]; NaN where it has no density.
         steps: which of the rollout's steps they are.
     """
 
@@ -86,7 +86,7 @@ class PathSampler:
                 x, mean, std = sde_step(x, velocity(x, s), s, sigmas[j + 1].to(x.device), z, self.kept.sde, self.kept.eta, float(sigmas[1]))
                 states.append(x.cpu())
                 means.append(mean.cpu())
-                log_probs.append(log_prob(x, mean, std).cpu())
+                log_probs.append((log_prob(x, mean, std) if self.kept.eta else x.new_full((len(x),), torch.nan)).cpu())
             latents.append(solve(velocity, x, sigmas[end:], self.sampler.solver) if end < self.sampler.steps else x)
             paths.append(Trajectory(torch.stack(states, 1), torch.stack(means, 1), torch.stack(log_probs, 1), steps))
         return torch.cat(latents), Trajectory.join(paths)
