@@ -45,7 +45,7 @@ class Display:
         """After each evaluation."""
         self._score = score
         tags = " ".join(f"{tag} {value:.2f}" for tag, value in by_tag.items())
-        self.say(f"after {step} rollouts: {self._score_name} {score:.3f}" + (f" ({tags})" if tags else ""))
+        self.say(f"after {step} rollout{'s' * (step != 1)}: {self._score_name} {score:.3f}" + (f" ({tags})" if tags else ""))
 
     def say(self, text: str) -> None:
         """A line above the bar."""
