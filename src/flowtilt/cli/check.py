@@ -9,8 +9,8 @@ from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
 
 ABOUT = """Tries a recipe on this machine in minutes, without training: licence and login, files, versions, memory; then loads, samples two
-prompts, scores them, makes one step on a few images, loads the LoRA in stock diffusers, and says how many hours the run takes.
-One line per step; the exit status is 2 where one failed. Nothing is left behind."""
+prompts, scores them, trains one rollout of a few images, loads the LoRA in stock diffusers, and says how many hours the run takes.
+One line per trial; the exit status is 2 where one failed. Nothing is left behind."""
 EXAMPLES = """examples:
   flowtilt check sd35m-geneval
   flowtilt check my.toml rollout.prompts=24 --price 2.50
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     """The command and its options."""
     check = commands.add_parser(
         "check",
-        help="try a recipe on this machine without training: files, memory, one step, hours",
+        help="try a recipe on this machine without training: files, memory, one small rollout, hours",
         description=ABOUT,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
