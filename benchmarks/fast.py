@@ -4,6 +4,7 @@
     python benchmarks/fast.py --folder runs/fast --ablate                 seeds 100 to 104 on playground-search, one change each
     python benchmarks/fast.py --folder runs/fast --beside                 seeds 100 to 102 there, three methods without and with the guide
     python benchmarks/fast.py model.dtype=bfloat16 --folder runs/half --seeds 0 1 2      the same in half precision
+    python benchmarks/fast.py --recipe playground-mend --folder runs/mend --seeds 0 1 2      another recipe in its place
     python benchmarks/fast.py --folder runs/fast --report                 only what is finished there, into results/fast.json
 
 Finished runs in the folder are not made again. The figures of DiffusionNFT beside them are those of results/head_to_head.json.
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true", help="one change each, on the search prompts")
     parser.add_argument("--beside", action="store_true", help="other methods without and with the guide, on the search prompts")
     parser.add_argument("--report", action="store_true", help="make no run")
+    parser.add_argument("--recipe", default="playground-fast", help="another one, on the test prompts")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     search = args.ablate or args.beside
@@ -119,7 +121,8 @@ def main() -> None:
         for name, (recipe, own) in BESIDE.items():
             wanted |= {name: (recipe, (*own, "evaluate.every=5")), f"{name} with the guide": (recipe, (*own, *GUIDE, "evaluate.every=5"))}
     if not search:
-        wanted[" ".join(["test", *args.overrides])] = "playground-fast", ()
+        other = [] if args.recipe == "playground-fast" else [args.recipe]
+        wanted[" ".join(["test", *other, *args.overrides])] = args.recipe, ()
     for name, (recipe, change) in wanted.items():
         place = name.replace(" ", "-").replace("'", "") if search else "test"
         overrides = (*(SEARCH if search else ()), *change, *args.overrides)

@@ -50,8 +50,11 @@ def figures() -> dict[str, Lines]:
             found[page] = lines | {LABELS[other]: contest[other]}
     steps = _curves("rtdmd.json")
     found["rtdmd"] = {"student (stage 1)": steps["cold"], "then stage 2": steps["rl"], "or few-step NFT": steps["nft"]}
-    fast = json.loads((RESULTS / "fast.json").read_text())["test"]["runs"]
-    found["guide"] = {"playground-fast": [run["curve_evaluations_score"] for run in fast], "DiffusionNFT": contest["nft"]}
+    fast = json.loads((RESULTS / "fast.json").read_text())
+    for page, label, part in (("guide", "playground-fast", "test"), ("mend", "MEND", "test playground-mend")):
+        if part in fast:
+            curves = [run["curve_evaluations_score"] for run in fast[part]["runs"]]
+            found[page] = {label: curves, "DiffusionNFT": contest["nft"]}
     dpo = json.loads((RESULTS / "dpo.json").read_text())["test"]["playground-dpo"]
     share = dpo["network_evaluations"] / max(int(step) for step in dpo["scores"])
     found["dpo"] = {"offline DPO": [[(int(step) * share, score) for step, score in dpo["scores"].items()]], "DiffusionNFT": contest["nft"]}

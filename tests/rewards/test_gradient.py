@@ -9,7 +9,7 @@ import torch
 from flowtilt import RewardOutput, UserError
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward
-from flowtilt.rewards.gradient import differentiable, reward_gradient
+from flowtilt.rewards.gradient import differentiable, reward_gradient, reward_values
 from flowtilt.seeding import noise
 
 PROMPTS = [Prompt(f"picture {n}") for n in range(6)]
@@ -52,6 +52,14 @@ def test_chunks_give_the_gradient_of_the_whole(chunk, margin):
     torch.testing.assert_close(found, want)
     assert not value.requires_grad and not found.requires_grad and found.abs().sum() > 0
     assert not LATENTS.requires_grad and LATENTS.grad is None
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6])
+def test_values_without_a_gradient_are_the_same(chunk):
+    value, _ = gradient(chunk=chunk)
+    assert torch.equal(reward_values(REWARDS, WEIGHTS, decode, LATENTS, PROMPTS, chunk=chunk), value)
+    with pytest.raises(UserError, match=r"reward bad: score of the image .* is not finite"):
+        reward_values({"bad": lambda images, prompts: images.sum((1, 2, 3)) / 0}, {"bad": 1.0}, decode, LATENTS, PROMPTS, chunk=chunk)
 
 
 def test_of_a_linear_reward_and_decoder_it_is_the_transposed_map():
