@@ -8,8 +8,7 @@ import pytest
 
 from flowtilt import UserError
 from flowtilt.distributed.torchrun import place
-from flowtilt.io.processors import Others
-from flowtilt.training.pace import BEFORE, LAST, Pace, shared
+from flowtilt.training.pace import BEFORE, LAST, Pace
 
 
 def shell(line, **environment):
@@ -92,11 +91,3 @@ def test_a_run_that_becomes_far_slower_says_so_once():
 def _last(fast):
     pace = Pace()
     return [pace.remark({"images_per_second": speed, "time/sample": 2.0, "time/train": 1.0}) for speed in (*fast, *[2.0] * LAST)][-1]
-
-
-def test_processors_that_other_programs_use_are_said_where_threads_wait_for_each_other():
-    free, processors = Others().free()
-    assert 0 <= free <= processors <= os.cpu_count()
-    assert [shared(0.8, 2, threads=1), shared(1.9, 2, threads=2), shared(8.2, 16, threads=8)] == [None] * 3
-    assert "OMP_NUM_THREADS=1" in shared(0.2, 2, threads=2)
-    assert "OMP_NUM_THREADS=5" in shared(5.3, 8, threads=8)

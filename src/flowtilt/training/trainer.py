@@ -31,7 +31,6 @@ from flowtilt.evaluate import evaluate
 from flowtilt.evaluate.record import save_evaluation
 from flowtilt.io.environment import describe
 from flowtilt.io.files import append_line, write_json
-from flowtilt.io.processors import Others
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora import Lora, are_named, fingerprint
 from flowtilt.lora.stacked import keep, kept
@@ -55,6 +54,7 @@ from flowtilt.training.parts import Parts, Training
 from flowtilt.training.preview import Preview
 from flowtilt.training.rollout_log import RolloutLog
 from flowtilt.training.state import Clock, checkpoint_of, restore
+from flowtilt.training.threads import Threads, recorded_threads
 from flowtilt.training.timing import Phases
 
 
@@ -94,6 +94,7 @@ class Trainer(Driver):
         found, self._objects = recipe_for(recipe, resume, rewards, keys)
         super().__init__(world or distributed.start(), on_rollout)
         tracking.check(found.track, quiet=self.world.rank > 0)
+        self._threads = Threads() if self.world.size == 1 and self.world.device.type == "cpu" else None
         folder = None if resume is None else Path(resume)
         try:
             if folder:
@@ -154,9 +155,14 @@ class Trainer(Driver):
         if recipe.model.compile:
             self._compile()
         self.clock, self.guards = Clock(), Guards(recipe)
-        self.pace = Pace(Others() if self.world.size == 1 and self.world.device.type == "cpu" else None)
+        self.pace = Pace()
+        self._choose_threads(resume)
         self.run_folder = self._open(resume)
         keep_answers([*self.rewards.values(), *self.eval_rewards.values()], RunFolder(self.run_folder).judges, self.world)
+
+    def _choose_threads(self, resume: Path | None) -> None:
+        if self._threads and (line := self._threads.choose(recorded_threads(resume) if resume else None)):
+            print(line, file=sys.stderr, flush=True)
 
     def _keep_preview(self, found: Preview) -> None:
         self._preview = found
@@ -280,6 +286,8 @@ class Trainer(Driver):
     def _let_go(self) -> None:
         if method := getattr(self, "method", None):  # none where opening failed
             method.close()
+        if self._threads:
+            self._threads.back()
 
     def save(self) -> None:
         """Writes a checkpoint and the newest EMA as diffusers loads it."""
