@@ -12,8 +12,10 @@ OF_STUDENTS = ("acdmd", "rtdmd")
 """RTDMD's two stages, which are no `Objective`: they want few steps of cps, one of them no reward."""
 OF_PAIRS = ("dpo", "dpo-offline")
 """They compare pairs of images; one samples them, one reads them."""
+OF_GRADIENTS = ("mend",)
+"""They follow a reward's gradient, which a recipe has to name."""
 EVERY = tuple(built_in())
-KINDS = tuple(kind for kind in EVERY if kind not in (*OF_STUDENTS, *OF_PAIRS))
+KINDS = tuple(kind for kind in EVERY if kind not in (*OF_STUDENTS, *OF_PAIRS, *OF_GRADIENTS))
 LEAST = {"model": {"path": "m"}, "prompts": "p.txt", "rewards": {"playground": 1.0}}
 STEPS = "rollout.steps=9"  # as many levels as most methods train on by default
 
@@ -23,7 +25,7 @@ def leaves(tree: dict, prefix: str = "") -> set[str]:
     for key, value in tree.items():
         found |= (
             leaves(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and key not in ("rewards", "tags", "options", "backprop")
+            if isinstance(value, dict) and key not in ("rewards", "tags", "options", "backprop", "improve")
             else {prefix + key}
         )
     return found
@@ -38,12 +40,13 @@ def test_known_keys_are_the_dotted_leaves_of_a_recipe_of_each_objective(kind):
     students = {"rollout": {"solver": "cps"}, "optimizer": {"steps_per_rollout": 1}, "rewards": {"playground": float(kind == "rtdmd")}}
     pairs = {"rollout": {"images_per_prompt": 2}, "rewards": {"playground": 0.0}}
     needed = students if kind in OF_STUDENTS else pairs if kind == "dpo-offline" else {}
-    own = {"pairs": "pairs.jsonl"} if kind == "dpo-offline" else {}
+    own = {"dpo-offline": {"pairs": "pairs.jsonl"}, "mend": {"improve": {"playground": 1.0}}}.get(kind, {})
+    needed |= {"rollout": {"solver": "euler"}} if kind == "mend" else {}
     recipe = Recipe.model_validate(LEAST | needed | {"objective": {"type": kind, **own}})
     known = [key for key in known_keys() if not key.types or kind in key.types]
     assert {key.name for key in known} == leaves(recipe.model_dump()) and len(known) == len({key.name for key in known})
     for key in known:  # and with this objective's own default
-        if key.name.startswith("objective.") and key.name != "objective.pairs":
+        if key.name.startswith("objective.") and key.name.removeprefix("objective.") not in own:
             assert key.field.get_default(call_default_factory=True) == getattr(recipe.objective, key.name.removeprefix("objective.")), key
 
 

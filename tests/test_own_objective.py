@@ -6,12 +6,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import LIGHT, QUICK, two_blocks
 from test_docs import blocks
 
+import flowtilt as ft
 from flowtilt import Trainer, UserError, load_recipe
 from flowtilt.cli import main
 from flowtilt.io.files import read_lines
+from flowtilt.objectives import ForwardProcess
+from flowtilt.plan.passes import passes_of
 from flowtilt.runs import checkpoint
 from flowtilt.runs.folder import open_run
 
@@ -99,8 +103,8 @@ def test_its_own_guard_fires_once_after_its_patience(place):
         ("objective.temprature=1", r"objective\.temprature: unknown key; did you mean 'objective\.temperature'"),
         ("objective.temperature=0", r"objective\.temperature: must be greater than 0, not 0"),
         ("objective.beta=1", r"objective\.beta: .*belongs to objective\.type = 'nft'"),
-        ("objective.type=mine.py:Exponentiel", r"no function 'Exponentiel' in mine\.py; did you mean 'Exponential'"),
-        ("objective.type=mine.py", r'add ":function" to mine\.py, as in mine\.py:Exponential'),
+        ("objective.type=mine.py:Exponentiel", r"no class 'Exponentiel' in mine\.py; did you mean 'Exponential'"),
+        ("objective.type=mine.py", r'add ":class" to mine\.py, as in mine\.py:Exponential'),
         ("objective.type=nowhere.py:Mine", r"no file nowhere\.py"),
     ],
 )
@@ -129,7 +133,7 @@ class {name}(ForwardProcess):
         ("sample_loss", "", "return error.mean(), {}", r"loss must be a tensor of floats \[\d+\].* not a tensor of float32 \[\]"),
         ("sample_loss", "", "return error.detach(), {}", r"loss has no gradient"),
         ("sample_loss", "", "return error * float('nan'), {}", r"loss is not finite for \d+ of \d+ samples"),
-        ("sample_loss", "", "return error, {'x': error}", r"metrics are loss, x, but loss were declared"),
+        ("sample_loss", "", "return error, {'x': error}", r"sample_loss returned the metric 'x', which own_metrics does not declare"),
         ("sample_loss", "'x',", "return error, {'x': error.mean()}", r"metric 'x' must be a tensor \[\d+\]"),
         ("sample_loss", "", "error.mean()", r"sample_loss must return a pair of .*, not a NoneType"),
         ("sample_loss", "", "return error + at.v_ref.square().flatten(1).mean(1), {}", r"at broken\.py:9; v_ref .* set it above 0"),
@@ -161,3 +165,67 @@ def test_a_class_that_is_no_method_is_one_line(place):
     for name in ("Other", "function"):
         with pytest.raises(UserError, match=r"is not a method; subclass flowtilt\.objectives\.ForwardProcess"):
             load_recipe("playground", [f"objective.type=other.py:{name}"])
+
+
+BESIDE = """
+from flowtilt.methods.base import Contrast, Guard
+from flowtilt.objectives import ForwardProcess
+
+class Beside(ForwardProcess):
+    {body}
+    def sample_loss(self, at, batch):
+        return (at.v - at.v_target).square().flatten(1).mean(1), {{}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("own_metrics = 'gap'", r"own_metrics = 'gap' must be a tuple"),
+        ("own_metrics = ('loss',)", r"own_metrics = .* none of them loss"),
+        ("times: float = 1.0", r"its key 'times' is one that ForwardProcess has with another meaning; rename it"),
+        ("scale = 2.0", r"'scale' has no annotation; write `scale: float = "),
+        ("def check(self, recipe): recipe.nothing", r"check failed: AttributeError: .*, at beside\.py:6"),
+        ("def passes(self, recipe, step): return recipe.nothing", r"passes failed: AttributeError: .*, at beside\.py:6"),
+        ("contrast = property(lambda self: 'gap')", r"contrast must give a flowtilt\.methods\.base\.Contrast\(metric, unused\), not a str"),
+        ("def guards(self): return {'a': 3}", r"guards\(\)\['a'\] must give a .*Guard\(patience, check\), not a int"),
+        ("def guards(self): return {'a': Guard(1, lambda m: m['gapp'])}", r"guards\(\)\['a'\] failed: KeyError: 'gapp', at beside\.py:6"),
+    ],
+)
+def test_a_mistake_beside_the_loss_is_one_line_with_its_place(place, body, message):
+    Path("beside.py").write_text(BESIDE.format(body=body))
+    with pytest.raises(UserError, match=message) as told:
+        trainer = Trainer(recipe("objective.type=beside.py:Beside", *TIMES))
+        passes_of(trainer.recipe, 1)
+        trainer.run()
+    assert "\n" not in str(told.value)
+
+
+def test_a_check_of_ones_own_leaves_flowtilts_in_force(place):
+    Path("beside.py").write_text(BESIDE.format(body="def check(self, recipe): pass"))
+    with pytest.raises(UserError, match=r"rollout\.images_per_prompt: rewards are compared within a prompt's images"):
+        load_recipe("playground", ["objective.type=beside.py:Beside", *TIMES, "rollout.images_per_prompt=1"])
+
+
+def test_a_learner_holds_an_own_class_to_the_same(place):
+    class Scalar(ForwardProcess):
+        def sample_loss(self, at, batch):
+            return (at.v - at.v_target).square().mean(), {}
+
+    policy = ft.load_policy("playground", lora_rank=2)
+    batch = policy.sample(["a red circle"], images_per_prompt=2, steps=2)
+    with pytest.raises(UserError, match=r"objective Scalar: loss must be a tensor of floats \[\d+\]"):
+        ft.Learner(policy, Scalar(times="stratified", times_per_image=1), lr=1e-3).step(batch, torch.tensor([1.0, -1.0]))
+
+
+def test_the_order_of_keys_on_the_command_line_does_not_matter(place):
+    last = load_recipe("playground", ["objective.temperature=0.25", *TIMES, "objective.type=mine.py:Exponential"]).objective
+    assert last == load_recipe("playground", ["objective.type=mine.py:Exponential", "objective.temperature=0.25", *TIMES]).objective
+    assert last.temperature == 0.25
+    assert load_recipe("sd35m-geneval", ["objective.times_per_image=3", "objective.type=awm"]).objective.times_per_image == 3
+
+
+def test_a_card_names_the_file_of_a_method_without_its_folder(place):
+    Trainer(recipe("objective.type=mine.py:Exponential", *TIMES, "rollouts=1")).run()
+    card = Path("run/lora/README.md").read_text()
+    assert "reinforced with mine.py:Exponential" in card and str(place) not in card

@@ -49,7 +49,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 def _load(source: str | Path, overrides: Sequence[str], stored: bool) -> Recipe:
     tree, origins = read(str(source), stored=stored)
-    for item in overrides:
+    for item in _type_first(overrides):
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
             raise UserError(f"override {item!r:.200} is not key=value")
@@ -60,6 +60,14 @@ def _load(source: str | Path, overrides: Sequence[str], stored: bool) -> Recipe:
         origins = _newer(origins, {key: f"command line: {item:.300}"})
     _drop_examples(tree, origins)
     return validate(tree, origins, str(source), stored)
+
+
+def _type_first(overrides: Sequence[str]) -> list[str]:
+    """Overrides with `objective.type`, which empties the table where it names another method, before the keys of that table."""
+    keys = [item.partition("=")[0].strip() for item in overrides]
+    first = next((k for k, key in enumerate(keys) if key.startswith("objective.")), len(keys))
+    later = sorted(range(first, len(keys)), key=lambda k: keys[k] != "objective.type")
+    return [*overrides[:first], *(overrides[k] for k in later)]
 
 
 def _drop_examples(tree: dict[str, Any], origins: dict[str, str]) -> None:

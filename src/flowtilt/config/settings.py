@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from flowtilt.config.keys import Key, keys_of
 from flowtilt.config.prompt_data import as_source, shown
 from flowtilt.io.user_code import absolute
-from flowtilt.methods import Objective
+from flowtilt.methods import Objective, own
 from flowtilt.methods.base import LEVELS, MOST_LAG, NO_CLIP, ROLLOUTS, WEIGHT, Table, Weight
 from flowtilt.methods.nft import NFTSettings
 from flowtilt.methods.schedule import Schedule
@@ -285,7 +285,7 @@ class Recipe(Table):
         for name, table in (("rollout", self.rollout), ("evaluate", self.evaluate)):
             if table.eta is not None and table.solver != "cps":
                 raise ValueError(f"{name}.eta: belongs to {name}.solver = 'cps', not {table.solver!r}")
-        self.objective.check(self)
+        own.check(self.objective, self)
         if self.combine == "marble":
             self._check_marble()
         if self.rollout.lag > (most := self.objective.most_lag):

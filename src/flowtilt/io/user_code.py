@@ -40,13 +40,13 @@ def is_missing_file(source: str) -> bool:
     return bool(colon) and "://" not in source and not Path(place).is_file()
 
 
-def without_function(path: Path) -> str:
-    """What to write instead of the file alone."""
+def without_function(path: Path, what: str = "function") -> str:
+    """What to write instead of the file alone; `what` is wanted of it."""
     if not path.is_file():
         return f"no file {shown(path)}"
     names = functions(path)
     which = f"it has {', '.join(names)}" if names else "no function or class was found in it"
-    return f'add ":function" to {shown(path)}, as in {shown(path)}:{names[0] if names else "function"}; {which}'
+    return f'add ":{what}" to {shown(path)}, as in {shown(path)}:{names[0] if names else what}; {which}'
 
 
 def functions(path: Path) -> list[str]:
@@ -93,18 +93,19 @@ def search_path(reward: Any) -> list[str]:
     return list(getattr(sys.modules.get(module_of(reward)), userfiles.FOLDERS, ()))
 
 
-def from_file(key: str, source: str) -> Any:
+def from_file(key: str, source: str, what: str = "function") -> Any:
     """The function or class that a source names.
 
     Args:
         key: where the user named it, for errors.
+        what: is wanted: a "function", or a "class".
 
     Raises:
         UserError: no such file or function, or the file fails.
     """
     place, _, name = source.rpartition(":")
     if not place:
-        raise UserError(f"{key}: {without_function(Path(source))}")
+        raise UserError(f"{key}: {without_function(Path(source), what)}")
     try:
         module = load(Path(place))
     except UserError as error:
@@ -115,13 +116,13 @@ def from_file(key: str, source: str) -> Any:
         raise UserError(f"{key}: importing {shown(place)} failed: {describe_error(error)} ({HINT})") from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise UserError(f"{key}: {_unknown_function(Path(place), name)}")
+        raise UserError(f"{key}: {_unknown(what, Path(place), name)}")
     return found
 
 
-def _unknown_function(path: Path, name: str) -> str:
-    """That a file has no such function, and which ones it has."""
+def _unknown(what: str, path: Path, name: str) -> str:
+    """That a file has no such function or class, and which ones it has."""
     names = functions(path)
     near = get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}" if names else ""
-    return f"no function {name!r} in {shown(path)}{hint}"
+    return f"no {what} {name!r} in {shown(path)}{hint}"

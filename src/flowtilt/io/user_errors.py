@@ -1,5 +1,6 @@
 """Errors of code that users bring, in one line."""
 
+import re
 import signal
 import sysconfig
 import traceback
@@ -11,6 +12,8 @@ from flowtilt.io.files import shown
 
 HINT = "--debug shows the traceback"
 
+NOT_ANNOTATED = re.compile(r"non-annotated attribute was detected: `(\w+)")
+"""pydantic's word for it, which goes on for three lines."""
 _OTHERS = [Path(flowtilt.__file__).parent, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
 
 
@@ -45,6 +48,8 @@ def describe_error(error: BaseException) -> str:
     words = " ".join(_words(error).split())
     if isinstance(error, UserError):
         return words
+    if bare := NOT_ANNOTATED.search(words):
+        words = f"{bare[1]!r} has no annotation; write `{bare[1]}: float = …` for a setting, `{bare[1]}: ClassVar = …` for anything else"
     at = place(error)
     return ": ".join(part for part in (type(error).__name__, words) if part) + (f", at {at}" if at else "")
 

@@ -14,11 +14,13 @@ from pydantic import SerializeAsAny, ValidationError, ValidationInfo, ValidatorF
 from pydantic_core import PydanticCustomError
 
 from flowtilt.errors import UserError
-from flowtilt.io.user_code import absolute, from_file
+from flowtilt.io.user_code import absolute, from_file, is_ours
 from flowtilt.methods.base import MOST_LAG, Method
 
 DEFAULT = "nft"
 """A table without a type is DiffusionNFT's."""
+LOGGED = ("loss", "kl", "norm_ratio", "guide")
+"""Metrics that every method may log, which no own one may be called."""
 _own: dict[tuple[str, str], type[Method]] = {}
 """Users' methods by source and the file's digest: one class for one file, however often recipes are read."""
 
@@ -81,7 +83,7 @@ def own_method(source: str) -> type[Method]:
     file = Path(source.rpartition(":")[0] or source)
     key = source, hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
     if key not in _own:
-        _own[key] = _checked(source, from_file("objective.type", source))
+        _own[key] = _checked(source, from_file("objective.type", source, "class"))
     return _own[key]
 
 
@@ -94,6 +96,17 @@ def _checked(source: str, found: Any) -> type[Method]:
         missing = [name for name in ("loss", "metrics", "after_rollout", "keeps") if not hasattr(found, name)]
     if missing:
         raise UserError(f"objective.type: {source} has no {', '.join(missing)}; {how}")
+    own: Any = getattr(found, "own_metrics", ())
+    if not isinstance(own, tuple | list) or not all(isinstance(name, str) for name in own) or len({*own, *LOGGED}) < len(own) + len(LOGGED):
+        taken = ", ".join(LOGGED)
+        raise UserError(f"objective.type: {source}: own_metrics = {own!r:.80} must be a tuple of different names, none of them {taken}")
+    beneath = next(one for one in found.__mro__ if issubclass(one, Method) and is_ours(one))
+    for name, field in found.model_fields.items():
+        theirs = beneath.model_fields.get(name)
+        if theirs and name != "type" and field.annotation != theirs.annotation:
+            raise UserError(
+                f"objective.type: {source}: its key {name!r} is one that {beneath.__name__} has with another meaning; rename it"
+            )
     return found
 
 
@@ -115,6 +128,8 @@ def _chosen(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationI
     elif not isinstance(kind, str) or (method := built_in().get(kind)) is None:
         near = get_close_matches(str(kind), built_in(), 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
+        if isinstance(kind, str) and ":" in kind:
+            hint = f" (did you mean {kind.replace(':', '.py:', 1)!r}?)"
         known = ", ".join(map(repr, built_in()))
         raise PydanticCustomError("unknown_method", "{text}", {"text": f'must be one of {known}, or "file.py:Class", not {kind!r}{hint}'})
     return method.model_validate_json(json.dumps({"type": kind, **value}), strict=True, context=info.context)

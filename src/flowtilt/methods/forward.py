@@ -72,8 +72,9 @@ class ForwardSettings(GuideSettings):
         super().check(recipe)
         steps = recipe.rollout.steps
         if self.times == "rollout" and self.times_per_image > steps:
+            default = "" if "times_per_image" in self.model_fields_set else ", which is the default"
             raise ValueError(
-                f"objective.times_per_image: a rollout of {steps} steps has no {self.times_per_image} noise levels; "
+                f"objective.times_per_image: a rollout of {steps} steps has no {self.times_per_image} noise levels{default}; "
                 'lower it or set times = "stratified"'
             )
         if self.reference_share < 1 and self.reads_reference:

@@ -3,6 +3,7 @@
 import math
 
 from flowtilt.config import Recipe
+from flowtilt.methods import own
 from flowtilt.methods.base import BALANCED_EVERY, Passes, evaluations_per_image, trained_rewards
 
 __all__ = ["Passes", "evaluations_in_all", "evaluations_per_image", "passes_in_all", "passes_of"]
@@ -10,7 +11,7 @@ __all__ = ["Passes", "evaluations_in_all", "evaluations_per_image", "passes_in_a
 
 def passes_of(recipe: Recipe, step: int) -> Passes:
     """Of rollout `step`, counted from 1, where every image has a score and every update is made."""
-    once = recipe.objective.passes(recipe, step)
+    once = own.passes(recipe.objective, recipe, step)
     return once + _weighing(recipe, once, step) if recipe.combine == "marble" else once
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from flowtilt.config import Recipe
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.lora.stacked import kept
+from flowtilt.methods import is_own
 from flowtilt.policy.roles import Policy
 from flowtilt.runs import folder as runs
 
@@ -43,7 +44,7 @@ image = pipe(prompt={prompt!r}, {options}).images[0]
 
 The options are those of the evaluation. With the pipeline's own defaults, which have {defaults}, the same weights usually score lower.
 
-The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run.
+The recipe is in `recipe.toml` {recipe}; `flowtilt train recipe.toml` repeats the run{where}.
 """
 
 LOAD = """import torch
@@ -121,7 +122,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         name=recipe.name,
         base="the pipeline that comes with flowtilt" if playground else f"`{m.path}`",
         made=recipe.objective.made,
-        objective=recipe.objective.type,
+        objective=_method(recipe),
         what=ALL if recipe.train == "full" else LORA.format(rank=recipe.lora.rank),
         rewards=", ".join(f"{name} x {reward.weight:g}" for name, reward in recipe.reward_table().items()),
         steps=step,
@@ -139,6 +140,7 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         if recipe.train == "full"
         else _added([*base_loras, RunFolder(run).lora]),
         recipe=BESIDE,
+        where=f" where the file of its method, `{_method(recipe)}`, is, too" if is_own(recipe.objective.type) else "",
         prompt="a red circle left of a blue square"
         if playground
         else "paint the bench red"
@@ -148,6 +150,11 @@ def model_card(policy: Policy, run: Path, recipe: Recipe, step: int) -> str:
         options=", ".join(f"{name}={value}" for name, value in call.items()),
         defaults="another scheduler and other text lengths" if cps else "other noise levels and text lengths",
     )
+
+
+def _method(recipe: Recipe) -> str:
+    """The method's name; of a user's own its file and class, without the folders of this machine."""
+    return Path(recipe.objective.type).name if is_own(recipe.objective.type) else recipe.objective.type
 
 
 def metadata(recipe: Recipe, library: str = "diffusers", edits: bool = False) -> str:
@@ -165,7 +172,12 @@ def metadata(recipe: Recipe, library: str = "diffusers", edits: bool = False) ->
         base_model_relation=("finetune" if recipe.train == "full" else "adapter") if base else None,
         library_name=library,
         pipeline_tag=task,
-        tags=[task, *(["lora"] if recipe.train == "lora" else []), "flowtilt", recipe.objective.type],
+        tags=[
+            task,
+            *(["lora"] if recipe.train == "lora" else []),
+            "flowtilt",
+            *([] if is_own(recipe.objective.type) else [recipe.objective.type]),
+        ],
         **_license(path),
     )
     return f"---\n{data.to_yaml()}\n---\n"

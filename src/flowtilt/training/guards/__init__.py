@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowtilt.config import Recipe
+from flowtilt.methods import own
 from flowtilt.training.guards.history import History
 from flowtilt.training.guards.rules import RULES, Seen, held_out_falls, remembered
 
@@ -34,7 +35,7 @@ class Guards:
         self._history.add(remembered(self._recipe, metrics))
         seen = Seen(self._recipe, metrics, self._history)
         said = {name: (rule.patience, rule.says(seen)) for name, rule in RULES.items()}
-        said |= {f"objective/{name}": (guard.patience, guard.check(metrics)) for name, guard in self._recipe.objective.guards().items()}
+        said |= {f"objective/{name}": (guard.patience, guard.check(metrics)) for name, guard in own.guards(self._recipe.objective).items()}
         return {name: message for name, (patience, message) in said.items() if self._fires(name, patience, message) and message}
 
     def check_evaluation(self, means: Mapping[str, float], stds: Mapping[str, float], images: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from flowtilt.config import Recipe
+from flowtilt.methods import own
 from flowtilt.training.guards.history import BLOCK, TRAINED, Fall, History
 
 NO_VARIANCE = 0.9
@@ -55,10 +56,10 @@ def nan(seen: Seen) -> str | None:
     norms = [seen.metrics.get(name, 0.0) for name in ("grad_norm", "fake_grad_norm")]
     if not seen.metrics.get("skipped_updates") or all(map(isfinite, norms)):
         return None
-    return (
-        "the loss or its gradient is not finite; the update was left out. "
-        'Lower optimizer.lr, or use model.dtype = "bfloat16" instead of float16'
-    )
+    half = ', or use model.dtype = "bfloat16" instead of float16' if seen.recipe.model.dtype == "float16" else ""
+    objective = seen.recipe.objective
+    mine = f", or look in {own.name_of(objective)} for roots and quotients of 0" if own.is_users(objective) else ""
+    return f"the loss or its gradient is not finite; the update was left out. Lower optimizer.lr{half}{mine}"
 
 
 def missing(seen: Seen) -> str | None:
@@ -83,7 +84,7 @@ def no_variance(seen: Seen) -> str | None:
 
 def no_contrast(seen: Seen) -> str | None:
     """For methods that compare v_theta with v_old."""
-    contrast = seen.recipe.objective.contrast
+    contrast = own.contrast(seen.recipe.objective)
     if contrast is None or seen.metrics.get(contrast.metric) != 0:
         return None
     return (
