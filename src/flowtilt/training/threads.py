@@ -28,17 +28,17 @@ class Threads:
         """Sets the number of threads unless the user has; returns what to say of it, if anything.
 
         Args:
-            recorded: with how many the run has computed so far; none for a new one.
+            recorded: with how many the run has computed so far; none for a new one. More than this machine has don't count.
         """
         now, chosen = torch.get_num_threads(), any(os.environ.get(name) for name in CHOICES)
-        if recorded:
+        free, processors = self._others.free()
+        if recorded and recorded <= processors:
             if recorded == now:
                 return None
             if chosen:
                 return f"threads: {now}, by the environment; this run began with {recorded}, so its numbers go on by other roundings"
             torch.set_num_threads(recorded)
             return f"threads: {recorded}, as this run began; OMP_NUM_THREADS={now} changes that, and its results by rounding"
-        free, processors = self._others.free()
         if (wanted := fitting(free, now)) == now:
             return None
         leave = f"other programs leave about {free:.1f} of {processors} processors free"
