@@ -107,7 +107,9 @@ def quick(run: Path, *overrides: str, whole: bool = False) -> "Recipe":
     from flowtilt.config import load_recipe
 
     half = [two_blocks(), *([] if "rewards.playground=0" in overrides else LIGHT)]
-    return load_recipe("playground", [*QUICK, *([] if whole else half), f"run={run}", *overrides])
+    another = any(word.startswith("objective.type=") for word in overrides)
+    short = [word for word in QUICK if not (another and word.startswith("objective."))]
+    return load_recipe("playground", [*short, *([] if whole else half), f"run={run}", *overrides])
 
 
 def _ended(place: Path, whole: bool) -> Path:
