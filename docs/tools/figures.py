@@ -58,6 +58,8 @@ def figures() -> dict[str, Lines]:
     dpo = json.loads((RESULTS / "dpo.json").read_text())["test"]["playground-dpo"]
     share = dpo["network_evaluations"] / max(int(step) for step in dpo["scores"])
     found["dpo"] = {"offline DPO": [[(int(step) * share, score) for step, score in dpo["scores"].items()]], "DiffusionNFT": contest["nft"]}
+    if "dpo" in contest:
+        found["dpo"][LABELS["dpo"]] = contest["dpo"]
     return found
 
 
