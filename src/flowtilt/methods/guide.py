@@ -12,7 +12,7 @@ class GuideSettings(Method):
     type: Any = ""
     """The method's own word; named here so that it comes first."""
     guide: Schedule = 0.0
-    """Weight of the pull to a guided velocity: a number, or points [[rollout, weight], ...]."""
+    """Weight of the pull to a guided velocity, beside the method's own loss: a number, or points [[rollout, weight], ...]."""
     guide_of: Literal["old", "reference"] = "old"
     """Whose velocity is guided: the collecting policy's, where guidance adds up while the pull lasts, or the base's, for one more pass."""
     guide_scale: float = Field(default=2.0, gt=1, le=WEIGHT)
