@@ -71,8 +71,6 @@ def learn(trainer, rollout, monkeypatch):
             here.setattr(learner, "recipe", trainer.recipe.model_copy(update={"optimizer": optimizer}))
             if not fake:
                 here.setattr(learner, "fake", None)
-            if not learner.settings.backprop:
-                here.setattr(learner, "_differentiable", {})
             found = recorded(here)
             learner.learn(STEP, changed or rollout, Phases(CPU))
         return found

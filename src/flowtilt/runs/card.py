@@ -165,19 +165,14 @@ def metadata(recipe: Recipe, library: str = "diffusers", edits: bool = False) ->
         edits: prompts have source images.
     """
     task = EDITING if edits else "text-to-image"
-    path = recipe.model.path
+    path, method = recipe.model.path, recipe.objective.type
     base = path if _is_hub_id(path) else None
     data = ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if recipe.train == "full" else "adapter") if base else None,
         library_name=library,
         pipeline_tag=task,
-        tags=[
-            task,
-            *(["lora"] if recipe.train == "lora" else []),
-            "flowtilt",
-            *([] if is_own(recipe.objective.type) else [recipe.objective.type]),
-        ],
+        tags=[task, *(["lora"] if recipe.train == "lora" else []), "flowtilt", *([] if is_own(method) else [method])],
         **_license(path),
     )
     return f"---\n{data.to_yaml()}\n---\n"

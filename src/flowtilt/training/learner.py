@@ -66,14 +66,12 @@ class Learner:
 
     def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """All optimizer steps of one rollout, each on its own share of the images; returns mean metrics."""
-        means: dict[str, float] = {}
-        skipped = empty = 0
+        made = Updates(self.update, self.policy, *self._ema, phases)
         whole = getattr(self.objective, "whole_groups", False)
         if self._balance:
             rollout = self._balanced(self._balance, step, rollout)
         for chunk in shares(self._updates, self._seed, step, rollout, whole):
             if not chunk:  # the optimizer would still decay weights and follow its averages
-                empty += 1
                 continue
             own = self.rows(step, rollout, rollout.own(chunk))
             if whole:
@@ -85,15 +83,9 @@ class Learner:
                 self._save_memory,
                 self.policy,
             )
-            norm = averaged_update(self.update, self.policy, *self._ema, sums, phases)
-            skipped += not norm < float("inf")
-            for name, value in {**{name: float(value) / number_of_rows for name, value in sums.items()}, "grad_norm": norm}.items():
-                means[name] = means.get(name, 0.0) + value
+            made.make(sums, number_of_rows)
         self.objective.after_rollout(self.policy, self.update.count)
-        made = self._updates - empty
-        means = {name: value / made for name, value in means.items()}
-        balance = self._balance.metrics() if self._balance else {}
-        return {**means, **balance, "skipped_updates": skipped + empty, "lr": self.update.rate()}
+        return made.metrics(self._updates) | (self._balance.metrics() if self._balance else {})
 
     def rows(self, step: int, rollout: ScoredRollout, own: list[int]) -> Pairs | Transitions:
         """What is trained of this rank's images `own` of rollout number `step`, from 1."""
@@ -181,6 +173,32 @@ def averaged_update(update: RoleOptimizer, policy: Policy, ema: float, every: in
     if update.count > before and update.count % every == 0:
         policy.average("ema", ema_decay(before, ema))
     return norm
+
+
+class Updates:
+    """The updates of one rollout and the means of what they say.
+
+    Args:
+        update, policy, ema, every, phases: as for `averaged_update`.
+    """
+
+    def __init__(self, update: RoleOptimizer, policy: Policy, ema: float, every: int, phases: Phases):
+        self._update, self._policy, self._average, self._phases = update, policy, (ema, every), phases
+        self._total: dict[str, float] = {}
+        self._made = self._skipped = 0
+
+    def make(self, sums: Mapping[str, Tensor], rows: int) -> None:
+        """One update from the gradient in .grad; `sums` are of the metrics over this rank's part of so many rows."""
+        norm = averaged_update(self._update, self._policy, *self._average, sums, self._phases)
+        self._made += 1
+        self._skipped += not norm < float("inf")
+        for name, value in {**{name: float(value) / rows for name, value in sums.items()}, "grad_norm": norm}.items():
+            self._total[name] = self._total.get(name, 0.0) + value
+
+    def metrics(self, planned: int) -> dict[str, float]:
+        """Means over the updates that were made; those left out of the `planned` ones count as skipped."""
+        means = {name: value / self._made for name, value in self._total.items()}
+        return {**means, "skipped_updates": self._skipped + planned - self._made, "lr": self._update.rate()}
 
 
 def memory_saver(recipe: Recipe, policy: Policy) -> Callable[[], bool]:

@@ -1,7 +1,6 @@
 """MEND at work (arXiv 2610.05954): samples are improved along a reward's gradient, then the policy regresses on them."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -10,15 +9,12 @@ from torch import Tensor
 
 from flowtilt.config import RolloutSettings
 from flowtilt.device.micro_batch import parts
-from flowtilt.device.placement import on_device
 from flowtilt.methods.mend import MendSettings
 from flowtilt.objectives import PlainAdvantages
 from flowtilt.objectives.mend import accepted, adapted_tau, ceilings, mend_loss, moved, raised_floor, row_weights
-from flowtilt.prompts import Prompt
-from flowtilt.rewards import modules_of
-from flowtilt.rewards.gradient import differentiable, reward_gradient, reward_values
 from flowtilt.sampling.trajectory import KeptSteps
-from flowtilt.training.learner import averaged_update, memory_saver, shares
+from flowtilt.training.followed import Followed
+from flowtilt.training.learner import Updates, memory_saver, shares
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement
@@ -67,11 +63,10 @@ class MendLearner:
         self.recipe, self.policy, self.world, self.micro_batch = parts.recipe, parts.policy, parts.world, parts.micro_batch
         self.settings = cast(MendSettings, parts.recipe.objective)
         self._sigmas = self.policy.model.levels(self.recipe.rollout.steps)
-        self._step = int((self._sigmas[:-1] - self.settings.level).abs().argmin())
-        self.objective = NearLevel(self._step)
+        self.objective = NearLevel(int((self._sigmas[:-1] - self.settings.level).abs().argmin()))
         self.update = RoleOptimizer(self.policy, "current", self.policy.parameters, self.recipe.optimizer, self.world)
-        self._rewards = {name: parts.rewards[name] for name in self.settings.followed}
-        self._differentiable = {name: differentiable(name, reward) for name, reward in self._rewards.items()}
+        rewards = {name: parts.rewards[name] for name in self.settings.followed}
+        self._followed = Followed(rewards, self.settings.improve, self.policy, self.world, self.micro_batch)
         self._tau, self._floor = self.settings.tau, cast(float | None, None)
 
     @property
@@ -90,8 +85,7 @@ class MendLearner:
     def learn(self, step: int, rollout: ScoredRollout, phases: Phases) -> dict[str, float]:
         """Improves every image of the rollout, then all optimizer steps; returns mean metrics."""
         improved, metrics = self._improved(rollout)
-        means: dict[str, float] = {}
-        skipped = made = 0
+        made = Updates(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, phases)
         for chunk in shares(self.recipe.optimizer.steps_per_rollout, self.recipe.seed, step, rollout):
             if not chunk:
                 continue
@@ -103,57 +97,41 @@ class MendLearner:
                 memory_saver(self.recipe, self.policy),
                 self.policy,
             )
-            norm = averaged_update(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, sums, phases)
-            skipped += not norm < float("inf")
-            made += 1
-            for name, value in {**{name: float(value) for name, value in sums.items()}, "grad_norm": norm}.items():
-                means[name] = means.get(name, 0.0) + value
+            made.make(sums, 1)  # the weights have divided already
         self.policy.average("old", 0.0)
-        skipped += self.recipe.optimizer.steps_per_rollout - made
-        return metrics | {name: value / made for name, value in means.items()} | {"skipped_updates": skipped, "lr": self.update.rate()}
+        return metrics | made.metrics(self.recipe.optimizer.steps_per_rollout)
 
     def _improved(self, rollout: ScoredRollout) -> tuple[Improved, dict[str, float]]:
         """The moves that are accepted, by this rollout's tau and floor, which then go on to the next one's."""
         o, number = self.settings, len(rollout.kept)
-        with ExitStack() as stack:
-            for reward in self._rewards.values():
-                stack.enter_context(on_device(modules_of(reward), self.world.device))
-            run = self.micro_batch.run_with_backoff
-            own, gradient = run("backprop", lambda size: self._gradient(rollout.x0, rollout.prompts, size))
-            versions = [moved(rollout.x0, gradient, length) for length in o.moves]
-            tried = [
-                self.micro_batch.run_with_backoff("backprop", lambda size, y=y: self._values(y, rollout.prompts, size)) for y in versions
-            ]
+        x0, prompts = rollout.x0, rollout.prompts
+        with self._followed.at_hand():
+            own, gradient = self._followed.gradient(x0, prompts)
+            versions = [moved(x0, gradient, length) for length in o.moves]
+            tried = torch.stack([self._followed.values(y, prompts) for y in versions])
         rewards = self.world.gather(own, number).cpu()
         self._floor = raised_floor(self._floor, rewards)
         kappa = ceilings(rewards, rollout.groups, o.quantile, self._floor).to(own)
         here = kappa[rollout.indices.start : rollout.indices.stop]
-        squares = torch.stack([(y - rollout.x0).square().flatten(1).mean(1) for y in versions])
-        which = accepted(own, torch.stack(tried), squares, here, self._tau)
-        takes, rows = which >= 0, torch.arange(len(which), device=which.device)
-        best = which.clamp_min(0)
-        target = torch.stack([*versions, rollout.x0])[torch.where(takes, which, len(versions)), rows]
-        gain = torch.where(takes, torch.stack(tried)[best, rows] - own, 0.0)
-        table = self.world.gather(torch.stack([takes.to(own), gain, torch.where(takes, squares[best, rows], 0.0)], 1), number).cpu()
+        squares = torch.stack([(y - x0).square().flatten(1).mean(1) for y in versions])
+        which = accepted(own, tried, squares, here, self._tau)
+        # where none is accepted, -1 is the last version: the sample itself
+        each = which, torch.arange(len(which), device=which.device)
+        d = torch.stack([*versions, x0])[each] - x0
+        gain, move = torch.cat([tried, own[None]])[each] - own, torch.cat([squares, torch.zeros_like(own)[None]])[each]
+        table = self.world.gather(torch.stack([(which >= 0).to(own), gain, move], 1), number).cpu()
         there = table[:, 0] > 0
         share, of = float(there.double().mean()), max(1, int(there.sum()))
         metrics = {"backprop_reward": float(rewards.double().mean()), "accepted": share, "tau": self._tau}
         metrics |= {"gain": float(table[:, 1].double().sum()) / of, "move": float(table[:, 2].double().sum()) / of}
         self._tau = adapted_tau(self._tau, share)
-        return Improved(target - rollout.x0, there), metrics
-
-    def _gradient(self, x0: Tensor, prompts: Sequence[Prompt], size: int) -> tuple[Tensor, Tensor]:
-        decode = self.policy.model.decode
-        return reward_gradient(self._differentiable, self.settings.improve, decode, x0, prompts, margin=None, chunk=size)
-
-    def _values(self, y: Tensor, prompts: Sequence[Prompt], size: int) -> Tensor:
-        return reward_values(self._differentiable, self.settings.improve, self.policy.model.decode, y, prompts, chunk=size)
+        return Improved(d, there), metrics
 
     def _gradients(self, rollout: ScoredRollout, improved: Improved, own: Tensor, weight: Tensor, size: int) -> dict[str, Tensor]:
         """Puts this rank's part of the loss's gradient into .grad; returns its part of the loss."""
         assert rollout.path is not None
         self.update.clear()
-        device, sigma = rollout.x0.device, self._sigmas[self._step].to(rollout.x0.device)
+        device, sigma = rollout.x0.device, self._sigmas[self.objective.step].to(rollout.x0.device)
         total = torch.zeros((), device=device)
         for rows in parts(len(own), size):
             x, given = rollout.path.states[own[rows], 0].to(device), rollout.conditioning.select(own[rows])

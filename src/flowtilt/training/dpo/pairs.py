@@ -16,7 +16,7 @@ from flowtilt.objectives.batches import draw_times
 from flowtilt.objectives.dpo import METRICS, NoisedPairs, pair_loss
 from flowtilt.policy.roles import Policy
 from flowtilt.seeding import generator
-from flowtilt.training.learner import averaged_update, memory_saver
+from flowtilt.training.learner import Updates, memory_saver
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.timing import Phases
 
@@ -57,8 +57,7 @@ class PairLearner:
 
         A batch without pairs is left out: the optimizer would still decay weights and follow its averages.
         """
-        means: dict[str, float] = {}
-        skipped, made = 0, 0
+        made = Updates(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, phases)
         for own, number in batches:
             if not number:
                 continue
@@ -66,13 +65,8 @@ class PairLearner:
             sums = self.micro_batch.run_with_backoff(
                 "train", lambda size, rows=rows, of=of: self._gradients(rows, of, size), memory_saver(self.recipe, self.policy), self.policy
             )
-            norm = averaged_update(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, sums, phases)
-            made += 1
-            skipped += not norm < float("inf")
-            for name, value in {**{name: float(value) / of for name, value in sums.items()}, "grad_norm": norm}.items():
-                means[name] = means.get(name, 0.0) + value
-        means = {name: value / made for name, value in means.items()}
-        return {**means, "skipped_updates": float(skipped + len(batches) - made), "lr": self.update.rate()}
+            made.make(sums, of)
+        return made.metrics(len(batches))
 
     def _noised(self, own: Compared) -> NoisedPairs:
         """Each pair at its noise levels; both images of a row share t and eps, drawn from the pair's own generator."""

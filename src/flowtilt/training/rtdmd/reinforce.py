@@ -7,7 +7,6 @@ on learning from the images that the student has finished. All of it is one loss
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, cast
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from flowtilt.config import Recipe, RolloutSettings
 from flowtilt.device.micro_batch import MicroBatch, parts
-from flowtilt.device.placement import on_device
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
 from flowtilt.flow import predict_x0
@@ -30,12 +28,11 @@ from flowtilt.methods.rtdmd import RTDMDSettings
 from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.objectives.rtdmd import subgrpo_steps, surrogate
 from flowtilt.policy.roles import Policy
-from flowtilt.prompts import Prompt
-from flowtilt.rewards import Reward, modules_of
-from flowtilt.rewards.gradient import differentiable, reward_gradient
+from flowtilt.rewards import Reward
 from flowtilt.sampling.trajectory import KeptSteps, Trajectory
 from flowtilt.solvers import sde_step
-from flowtilt.training.learner import averaged_update, memory_saver, shares
+from flowtilt.training.followed import Followed
+from flowtilt.training.learner import Updates, memory_saver, shares
 from flowtilt.training.optimizer import RoleOptimizer
 from flowtilt.training.parts import Parts
 from flowtilt.training.reinforcement import Reinforcement, Stateless
@@ -133,8 +130,7 @@ class RTDMDLearner(Stateless):
         self.objective = SubGRPO(settings.trained_steps)
         self.update = RoleOptimizer(policy, "current", policy.parameters, recipe.optimizer, world)
         self.fake = FakeScore(recipe, settings, policy, world, micro_batch, [base_fake] if base_fake else []) if settings.matching else None
-        self._rewards = {name: rewards[name] for name in settings.backprop}
-        self._differentiable = {name: differentiable(name, reward) for name, reward in self._rewards.items()}
+        self._followed = Followed({name: rewards[name] for name in settings.backprop}, settings.backprop, policy, world, micro_batch)
 
     @property
     def updates(self) -> dict[str, RoleOptimizer]:
@@ -149,8 +145,8 @@ class RTDMDLearner(Stateless):
         finished = Samples(rollout.x0, torch.zeros(len(rollout.x0), device=rollout.x0.device), rollout.conditioning, positions)
         metrics = self.fake.learn(finished, r.images(), phases) if self.fake else {}
         trained = subgrpo_steps(step - 1, r.steps, o.trained_steps, self.recipe.seed)
-        means: dict[str, float] = {}
-        skipped, made = metrics.pop("skipped_updates", 0.0), 0
+        skipped = metrics.pop("skipped_updates", 0.0)
+        made = Updates(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, phases)
         for chunk in shares(self.recipe.optimizer.steps_per_rollout, self.recipe.seed, step, rollout):
             if not chunk:
                 continue
@@ -163,15 +159,10 @@ class RTDMDLearner(Stateless):
                 self.policy,
             )
             sums |= {name: value.sum() for name, value in logged.items()}
-            norm = averaged_update(self.update, self.policy, self.recipe.ema, self.recipe.ema_every, sums, phases)
-            skipped += not norm < float("inf")
-            made += 1
-            for name, value in {**{name: float(value) / len(chunk) for name, value in sums.items()}, "grad_norm": norm}.items():
-                means[name] = means.get(name, 0.0) + value
+            made.make(sums, len(chunk))
         self.policy.average("old", 0.0)
-        means = {name: value / made for name, value in means.items()}
-        skipped += self.recipe.optimizer.steps_per_rollout - made
-        return metrics | means | {"skipped_updates": skipped, "lr": self.update.rate()}
+        own_metrics = made.metrics(self.recipe.optimizer.steps_per_rollout)
+        return metrics | own_metrics | {"skipped_updates": skipped + own_metrics["skipped_updates"]}
 
     def _last_step(self, rollout: ScoredRollout, path: Trajectory, finished: Samples, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """dL / dv [n, ...] of the last step of the images `own`, and metrics [n]; x0_hat = x - sigma v, so it is -sigma dL / dx0_hat."""
@@ -186,8 +177,9 @@ class RTDMDLearner(Stateless):
         if self.fake:
             g, metrics = self.fake.gradient(replace(finished.select(own), x_s=x0))
             pull = o.matching * g / math.prod(g.shape[1:])
-        if self._differentiable:
-            value, gradient = self._reward_gradient(x0, [rollout.prompts[k] for k in own.tolist()])
+        if o.backprop:
+            with self._followed.at_hand():
+                value, gradient = self._followed.gradient(x0, [rollout.prompts[k] for k in own.tolist()], o.margin)
             pull, metrics = pull - o.backprop_scale * gradient, metrics | {"backprop_reward": value}
         return -sigma * pull, metrics
 
@@ -201,18 +193,6 @@ class RTDMDLearner(Stateless):
             return predict_x0(x, torch.cat(v), sigma)
 
         return self.micro_batch.run_with_backoff("sample", run, counter=self.policy)
-
-    def _reward_gradient(self, x0: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        o = self.settings
-        with ExitStack() as stack:
-            for reward in self._rewards.values():
-                stack.enter_context(on_device(modules_of(reward), self.world.device))
-            return self.micro_batch.run_with_backoff(
-                "backprop",
-                lambda size: reward_gradient(
-                    self._differentiable, o.backprop, self.policy.model.decode, x0, prompts, margin=o.margin, chunk=size
-                ),
-            )
 
     def _sigmas(self) -> Tensor:
         return self.policy.model.levels(self.recipe.rollout.steps)
