@@ -126,13 +126,14 @@ def median(values: Sequence[float]) -> str:
 
 
 def _search(method: str, tried: Sequence[Record]) -> str:
-    rate, knob = tried[0]["settings"]
+    keys = list(dict.fromkeys(key for record in tried for key in record["settings"]))
     rows = []
     for record in tried:
         scores = [fixed(found, 3) if found is not None else "–" for found in (record["score"], record.get("final"))]
         mark = "**chosen**" if record.get("chosen") else ""
-        rows.append([short(record["settings"][rate]), short(record["settings"][knob]), *scores, mark])
-    return f"{method}\n\n" + table(["lr", knob.rpartition(".")[2], "first round", "second round", ""], rows)
+        values = [record["settings"].get(key, "–") for key in keys]
+        rows.append([*(value if isinstance(value, str) else short(value) for value in values), *scores, mark])
+    return f"{method}\n\n" + table([*(key.rpartition(".")[2] for key in keys), "first round", "second round", ""], rows)
 
 
 def _ablations(ablations: Sequence[Record], entries: Sequence[Record]) -> str:

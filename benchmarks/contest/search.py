@@ -97,6 +97,15 @@ def finalists(scores: Sequence[float]) -> list[int]:
 
 
 def settings_of(overrides: Sequence[str], method: str) -> Record:
-    """Learning rate and main setting of a run."""
+    """Learning rate, main setting and pull of a run."""
     given = dict(item.split("=", 1) for item in overrides)
-    return {key: float(given[key]) for key in ("optimizer.lr", f"objective.{METHODS[method].knob}")}
+    pull = [item.partition("=")[0] for pull in METHODS[method].pulls for item in pull]
+    known = ("optimizer.lr", f"objective.{METHODS[method].knob}", *dict.fromkeys(pull))
+    return {key: _value(given[key]) for key in known if key in given}
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -34,18 +34,24 @@ class Method:
         rate: its learning rate, in the middle of the grid.
         knob: the key of its main setting.
         values: of that.
+        pulls: of the policy towards a reference, with each of which the whole grid is tried; none leaves the recipe's.
     """
 
     recipe: str
     rate: float
     knob: str
     values: tuple[float, ...]
+    pulls: tuple[tuple[str, ...], ...] = ((),)
 
     def grid(self) -> list[tuple[str, ...]]:
         """Overrides of each setting."""
         return [
-            (f"optimizer.lr={self.rate * factor:g}", f"objective.{self.knob}={value:g}") for factor, value in product(FACTORS, self.values)
+            (f"optimizer.lr={self.rate * factor:g}", f"objective.{self.knob}={value:g}", *pull)
+            for pull, factor, value in product(self.pulls, FACTORS, self.values)
         ]
+
+
+NO_PULL = "objective.kl=0"
 
 
 METHODS: dict[str, Method] = {
@@ -56,8 +62,20 @@ METHODS: dict[str, Method] = {
     "pepg": Method("playground-pepg", 3e-3, "scale", (0.1, 0.5, 2.5)),
     "ram": Method("playground-ram", 3e-3, "multiplier", (5.0, 15.0, 45.0)),
     "awr": Method("playground-awr", 3e-3, "temperature", (0.3, 1.0, 3.0)),
-    "dgpo": Method("playground-dgpo", 3e-3, "beta", (30.0, 100.0, 300.0)),
-    "crd": Method("playground-crd", 3e-3, "beta", (0.3, 1.0, 3.0)),
+    "dgpo": Method(
+        "playground-dgpo",
+        3e-3,
+        "beta",
+        (30.0, 100.0, 300.0),
+        ((NO_PULL, "objective.compare=old"), ("objective.kl=0.02", "objective.compare=base")),
+    ),
+    "crd": Method(
+        "playground-crd",
+        3e-3,
+        "beta",
+        (0.3, 1.0, 3.0),
+        ((NO_PULL,), ("objective.kl=0.1", "objective.reference_guidance=4.5")),
+    ),
     "dpo": Method("playground-dpo-online", 1e-3, "beta", (30.0, 100.0, 300.0)),
 }
 
