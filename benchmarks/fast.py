@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     search = args.ablate or args.beside
+    if search and args.recipe != "playground-fast":
+        parser.error("--ablate and --beside are of recipes of their own; --recipe is for the test prompts")
     seeds = args.seeds or (range(100, 105) if args.ablate else range(100, 103) if args.beside else range(5))
     wanted: dict[str, tuple[str, tuple[str, ...]]] = {}
     if args.ablate:

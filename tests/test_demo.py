@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flowtilt import UserError
 from flowtilt.evaluate.demo import SEEN, answer, page
@@ -23,7 +24,16 @@ def test_an_answer_is_base_and_tuned_from_the_noise_of_its_seed(pair, finished):
         answer(pair, " ", 3)
 
 
-def test_its_page_can_be_built(pair):
+def test_its_page_answers_over_http(pair):
     pytest.importorskip("gradio")
-    names = [block.label for block in page(pair, Path("runs/mine")).blocks.values() if getattr(block, "label", None)]
-    assert {"prompt", "seed", *pair.roles} <= set(names)
+    client = pytest.importorskip("gradio_client")
+    application = page(pair, Path("runs/mine"))
+    try:
+        _, url, _ = application.launch(prevent_thread_lock=True, quiet=True, share=False)
+        served = client.Client(url, verbose=False)
+        base, tuned = (Image.open(path).convert("RGB").tobytes() for path in served.predict("a red circle", 3, api_name="/sample"))
+        assert [base, tuned] == [image.tobytes() for image in answer(pair, "a red circle", 3)]
+        with pytest.raises(Exception, match="Type a prompt"):
+            served.predict(" ", 3, api_name="/sample")
+    finally:
+        application.close()

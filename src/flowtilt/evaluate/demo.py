@@ -51,7 +51,7 @@ def page(pair: SideBySide, run: Path) -> Any:
             with lock:
                 return answer(pair, prompt, int(seed))
         except UserError as error:
-            raise library.Error(str(error)) from error
+            raise library.Error(str(error), print_exception=False) from error
 
     with library.Blocks(title=f"flowtilt: {run.name}", analytics_enabled=False) as application:
         library.Markdown(f"## {run.name}: base and tuned, from the same noise")
@@ -60,8 +60,11 @@ def page(pair: SideBySide, run: Path) -> Any:
             seed = library.Number(0, label="seed", precision=0, minimum=0, scale=1)
             button = library.Button("Sample", variant="primary", scale=1)
         with library.Row():
-            shots = [library.Image(label=role, type="pil", format="png", interactive=False) for role in pair.roles]
-        library.on([button.click, prompt.submit], sample, [prompt, seed], shots, api_name="sample")
+            shots = [
+                library.Image(label=role, type="pil", format="png", interactive=False, buttons=["download", "fullscreen"])
+                for role in pair.roles
+            ]
+        library.on([application.load, button.click, prompt.submit], sample, [prompt, seed], shots, api_name="sample")
     return application
 
 
