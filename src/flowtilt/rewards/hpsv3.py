@@ -195,10 +195,10 @@ def meta_network(resolution: int) -> Planned:
     def judge(images: Tensor) -> None:
         number = len(images)
         patches = torch.empty(number * seen * MERGED**2, 3 * FRAMES * PATCH**2, dtype=torch.bfloat16)
-        # as Qwen2-VL's own forward pass, whose positions are computed where the grid is, and that is looked into
+        # as Qwen2-VL's own forward pass, whose positions are computed where the grid is, and that is looked into; cosine and sine here
         vision, cells = model.body.visual, seen * MERGED**2
         hidden = vision.patch_embed(patches)
-        places = vision.rotary_pos_emb(hidden, torch.zeros(len(patches), 2, dtype=torch.long))
+        places = (torch.empty(len(patches), vision.config.embed_dim // vision.config.num_heads),) * 2
         ends = torch.arange(0, (number + 1) * cells, cells, dtype=torch.int32, device="cpu")
         for block in vision.blocks:
             hidden = block(hidden, cu_seqlens=ends, max_seqlen=cells, position_embeddings=places)
