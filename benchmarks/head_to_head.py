@@ -30,6 +30,9 @@ from flowtilt.io.files import write_atomic, write_json
 from flowtilt.io.quiet import quieten
 
 ROOT = Path(__file__).parents[1]
+FIGURES = ("score", "final", "chosen")
+EXPERT = "grpo-fast"
+"""The method's name on the page, and the recipe's."""
 STAGES = ("search", "run", "ablate", "report")
 
 
@@ -92,11 +95,12 @@ class Contest:
             jobs = ablation_jobs(self.folder, plan, name, self.chosen("nft"))
             told = {"method": "nft", "variant": name, "question": ABLATIONS[name].question, "label": ABLATIONS[name].label}
             ablations += _entries(jobs, self._known["ablations"], told)
+        expert = _expert(self._results.with_name("grpo_search.json"))
         return {
             "plan": declared(plan),
             "base": self._base(),
-            "entries": entries,
-            "search": {method: self._search(method).tried() for method in plan.methods},
+            "entries": entries + expert["entries"],
+            "search": {method: self._search(method).tried() for method in plan.methods} | expert["search"],
             "ablations": ablations,
         }
 
@@ -137,6 +141,15 @@ class Contest:
     def _run(self, what: str, jobs: list[Job]) -> None:
         self.say(f"{what}: {len(jobs)} runs")
         run_all(jobs, self.workers, self.say, expected)
+
+
+def _expert(path: Path) -> Record:
+    """Runs and search of the FlowGRPO that grpo_search.py chose, where it has: the same seeds, budget and measures, a larger search."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if not found.get("test"):
+        return {"entries": [], "search": {}}
+    tried = [{"settings": {"setting": run["setting"]}} | {key: run[key] for key in FIGURES if key in run} for run in found["runs"]]
+    return {"entries": [{**entry, "method": EXPERT} for entry in found["test"]], "search": {EXPERT: tried}}
 
 
 def _entries(jobs: Sequence[Job], known: Sequence[Record], told: Record) -> list[Record]:

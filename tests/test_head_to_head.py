@@ -27,6 +27,7 @@ from flowtilt.objectives.nft import optimality
 from flowtilt.plan.passes import passes_of
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "head_to_head.json"
 SMALL = ("rollout.prompts=3", "rollout.images_per_prompt=3", "evaluate.images=6", "evaluate.steps=2")
 
 
@@ -47,12 +48,25 @@ def combinations(prompts):
 # what is declared
 
 
-def test_every_method_has_an_equally_large_search_around_its_own_recipe():
+def test_every_method_has_an_equally_large_search():
     assert {len(method.grid()) / len(method.pulls) for method in METHODS.values()} == {9}
-    for name, method in METHODS.items():
-        recipe = load_recipe(method.recipe)
-        assert recipe.objective.type == name and recipe.optimizer.lr == method.rate
-        assert min(method.values) <= getattr(recipe.objective, method.knob) <= max(method.values)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recipe_has_the_setting_that_its_score_was_made_with(name):
+    """What the README says of a recipe is what a user gets who trains it."""
+    (chosen,) = (record["settings"] for record in json.loads(RESULTS.read_text())["search"][name] if record["chosen"])
+    recipe = load_recipe(METHODS[name].recipe).model_dump()
+    assert recipe["objective"]["type"] == name
+    assert {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in chosen} == chosen
+
+
+def test_so_has_the_recipe_of_the_flowgrpo_that_the_wider_search_chose():
+    (chosen,) = (run for run in json.loads(RESULTS.with_name("grpo_search.json").read_text())["runs"] if run.get("chosen"))
+    ours, theirs = (
+        load_recipe(*given).model_dump(exclude={"name"}) for given in (("playground-grpo-fast",), ("playground-grpo", chosen["overrides"]))
+    )
+    assert ours == theirs
 
 
 def test_all_runs_of_a_stage_differ_in_folders_and_load(tmp_path):
@@ -195,9 +209,8 @@ def test_an_entry_is_known_by_its_command_without_its_length(tmp_path):
 
 
 def test_the_page_is_what_the_results_say():
-    page, results = ROOT / "docs" / "results" / "benchmarks.md", ROOT / "benchmarks" / "results" / "head_to_head.json"
-    told = page.read_text(encoding="utf-8")
-    found = json.loads(results.read_text()) if results.is_file() else None
+    told = (ROOT / "docs" / "results" / "benchmarks.md").read_text(encoding="utf-8")
+    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else None
     assert with_results(told, found) == told
     assert (NOTHING in told) == (not found or not found["entries"])
 

@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_results():
 
 
 def test_the_readmes_scores_are_those_of_the_comparison():
-    rows = re.findall(r"^\| .*?`playground(?:-(\w+))?` \|.*\| (\.\d+|not measured) \|$", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| .*?`playground(?:-(\w+|grpo-fast))?` \|.*\| (\.\d+|not measured) \|$", (ROOT / "README.md").read_text(), re.M)
     told = {method or "nft": score for method, score in rows}
     scores: dict[str, list[float]] = {}
     for entry in json.loads((ROOT / "benchmarks" / "results" / "head_to_head.json").read_text())["entries"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 FACTORS = (0.5, 1.0, 2.0)
-"""Learning rates of every grid, as multiples of the method's own recipe."""
+"""Learning rates of every grid, as multiples of the method's `rate`."""
 SHARE = 3
 """A run of the search's first round spends one part in so many of the budget, one of its second round two."""
 NEAR = 0.03
@@ -30,8 +30,8 @@ class Method:
     """A method and its search.
 
     Args:
-        recipe: a recipe of the package, from which all that is not searched comes.
-        rate: its learning rate, in the middle of the grid.
+        recipe: a recipe of the package, from which all that is not searched comes; it has the setting that was chosen.
+        rate: the learning rate in the middle of the grid.
         knob: the key of its main setting.
         values: of that.
         pulls: of the policy towards a reference, with each of which the whole grid is tried; none leaves the recipe's.

@@ -16,6 +16,7 @@ COLOURS = ("#2459c9", "#98a1ab", "#d9892b", "#2f8f6b")
 LABELS = {
     "nft": "DiffusionNFT",
     "grpo": "FlowGRPO",
+    "grpo-fast": "FlowGRPO-Fast",
     "awm": "AWM",
     "epg": "EPG",
     "pepg": "PEPG",
@@ -27,7 +28,7 @@ LABELS = {
 }
 PAGES = {
     "nft": ("nft",),
-    "grpo": ("grpo",),
+    "grpo": ("grpo", "grpo-fast"),
     "awm": ("awm",),
     "elbo": ("epg", "pepg"),
     "ram": ("ram",),
@@ -46,7 +47,7 @@ def figures() -> dict[str, Lines]:
     for page, methods in PAGES.items():
         if all(method in contest for method in methods):
             lines = {LABELS[method]: contest[method] for method in methods}
-            other = "grpo" if page == "nft" else "nft"
+            other = "grpo-fast" if page == "nft" else "nft"
             found[page] = lines | {LABELS[other]: contest[other]}
     steps = _curves("rtdmd.json")
     found["rtdmd"] = {"student (stage 1)": steps["cold"], "then stage 2": steps["rl"], "or few-step NFT": steps["nft"]}
