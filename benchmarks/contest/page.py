@@ -190,11 +190,13 @@ def write_plot(target: Path, comparison: Comparison) -> None:
     inner = chart[0].replace(
         "<svg ", f'<svg x="{MARGIN}" y="44" width="{WIDTH - MARGIN - 20}" height="{HEIGHT - 110}" overflow="visible" ', 1
     )
+    columns = math.ceil(len(comparison.methods) / 2)
     legend = "".join(
-        f'<g class="{tone(place)}"><line class="line" x1="{x}" x2="{x + 22}" y1="18" y2="18"/><text class="tick" x="{x + 28}" y="22">'
+        f'<g class="{tone(place)}"><line class="line" x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}"/>'
+        f'<text class="tick" x="{x + 28}" y="{y + 4}">'
         f"{escape(method.label)}</text></g>"
         for place, method in enumerate(comparison.methods)
-        for x in [MARGIN + place * (WIDTH - MARGIN) // len(comparison.methods)]
+        for x, y in [(MARGIN + place % columns * (WIDTH - MARGIN) // columns, 14 + 18 * (place // columns))]
     )
     name = comparison.unit("evaluations").name
     write_atomic(

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -72,7 +73,7 @@ def _curves(file: str) -> Lines:
 
 
 def svg(lines: Lines, most: float | None = None) -> str:
-    """A chart of score against network evaluations: each seed thin, the median bold where all seeds were evaluated at the same costs.
+    """A chart of score against network evaluations: each seed thin, the median bold.
 
     Args:
         most: where the x axis ends; none takes the longest curve.
@@ -100,11 +101,11 @@ def svg(lines: Lines, most: float | None = None) -> str:
         shown = [[point for point in curve if point[0] <= most] for curve in curves]
         middle = _median(shown)
         for curve in shown:
-            thin = middle is not None and len(shown) > 1
+            thin = len(shown) > 1
             parts.append(_line([place(*point) for point in curve], colour, 1 if thin else 2.5, 0.5 if thin else 1))
-        if middle and len(shown) > 1:
+        if len(shown) > 1:
             parts.append(_line([place(*point) for point in middle], colour, 2.5, 1))
-        x, y = (float(value) for value in place(*(middle or shown[0])[-1]).split(","))
+        x, y = (float(value) for value in place(*middle[-1]).split(","))
         while any(abs(y - other) < 15 for other in ends):
             y += 15
         ends.append(y)
@@ -122,11 +123,19 @@ def _line(points: Sequence[str], colour: str, width: float, opacity: float) -> s
     return f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="{width:g}" opacity="{opacity:g}"/>'
 
 
-def _median(curves: Sequence[Curve]) -> Curve | None:
-    """The median curve at the number of each evaluation; none where seeds were evaluated unequally often."""
-    if len({len(curve) for curve in curves}) != 1:
-        return None
-    return [(median(x for x, _ in points), median(y for _, y in points)) for points in zip(*curves, strict=True)]
+def _median(curves: Sequence[Curve]) -> Curve:
+    """The median curve at the number of each evaluation; on straight lines between them where seeds were evaluated unequally often."""
+    if len({len(curve) for curve in curves}) == 1:
+        return [(median(x for x, _ in points), median(y for _, y in points)) for points in zip(*curves, strict=True)]
+    end = min(curve[-1][0] for curve in curves)
+    costs = [x for x, _ in min(curves, key=len) if x < end] + [end]
+    return [(x, median(_at(curve, x) for curve in curves)) for x in costs]
+
+
+def _at(curve: Curve, x: float) -> float:
+    """The score on the straight line between evaluations, within the curve."""
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(curve) if x <= pair[1][0])
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 def main() -> int:
