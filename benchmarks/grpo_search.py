@@ -11,7 +11,6 @@ what is finished.
 """
 
 import argparse
-import dataclasses
 import platform
 import sys
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from typing import Any
 
 import torch
 from contest.estimate import expected
-from contest.jobs import VALIDATION, planned
+from contest.jobs import VALIDATION, final_job, main_jobs
 from contest.results import entry_of
 from contest.running import Job, more_rollouts, run_all
 from contest.search import finalists
-from contest.settings import DECIDED_BY, SEARCH_SEED, Plan
+from contest.settings import DECIDED_BY, METHODS, SEARCH_SEED, Plan
 
 from flowtilt.config import load_recipe
 from flowtilt.io.environment import processor
@@ -32,7 +31,8 @@ from flowtilt.io.files import read_lines, write_json
 from flowtilt.io.quiet import quieten
 from flowtilt.report.compare.entries import load_entry
 
-RECIPE = "playground-grpo"
+METHOD = "grpo"
+RECIPE = METHODS[METHOD].recipe
 RESULTS = Path(__file__).parent / "results" / "grpo_search.json"
 EVALUATIONS = 6
 """Of a run, besides the one before."""
@@ -82,7 +82,7 @@ def job_of(folder: Path, number: int, budget: int, more: tuple[str, ...]) -> Job
 
 
 def finished(job: Job, setting: Setting) -> dict[str, Any]:
-    """`score` is the last evaluation within the first round's budget."""
+    """What a run came to; `score` is its last evaluation within the first round's budget, also where it went on."""
     costs, scores = load_entry(job.folder).line("evaluations")
     lines, guards = read_lines(job.folder / "metrics.jsonl"), job.folder / "guards.jsonl"
     return {
@@ -90,7 +90,7 @@ def finished(job: Job, setting: Setting) -> dict[str, Any]:
         "overrides": list(setting.overrides),
         "curve_evaluations_score": [[int(cost), round(float(score), 4)] for cost, score in zip(costs, scores, strict=True)],
         "score": round(float(scores[costs <= job.budget][-1]), 4),
-        "best_score": round(float(scores[costs <= job.budget].max()), 4),
+        "best_score": round(float(scores.max()), 4),
         "rollouts": len(lines),
         "guards": [line["guard"] for line in read_lines(guards)] if guards.is_file() else [],
         "command": job.command(),
@@ -114,26 +114,23 @@ def main() -> None:
 
     jobs = [job_of(folder, number, plan.search_budget, more) for number in range(len(SETTINGS))]
     run(jobs)
-    entries = {number: finished(job, SETTINGS[number]) for number, job in enumerate(jobs) if job.finished()}
+    entries = [finished(job, setting) for job, setting in zip(jobs, SETTINGS, strict=True) if job.finished()]
     test: list[dict[str, Any]] = []
     if len(entries) == len(jobs):
-        close = finalists([entry["score"] for entry in entries.values()])
-        longer = {number: dataclasses.replace(jobs[number], budget=plan.final_budget) for number in close}
-        run(list(longer.values()))
-        if all(job.finished() for job in longer.values()):
-            for number, job in longer.items():
-                entries[number] |= finished(job, SETTINGS[number]) | {"score": entries[number]["score"]}
-                entries[number]["final"] = round(float(load_entry(job.folder).scores[-DECIDED_BY:].mean()), 4)
+        close = finalists([entry["score"] for entry in entries])
+        longer = [final_job(jobs[number], plan) for number in close]
+        run(longer)
+        if all(job.finished() for job in longer):
+            for number in close:
+                final = load_entry(jobs[number].folder).scores[-DECIDED_BY:].mean()
+                entries[number] = finished(jobs[number], SETTINGS[number]) | {"final": round(float(final), 4)}
             best = max(close, key=lambda number: entries[number]["final"])
             entries[best]["chosen"] = True
-            tests = [
-                planned(folder / f"test-{seed}", RECIPE, (*SETTINGS[best].overrides, *more, f"seed={seed}"), plan, plan.budget, plan.amount)
-                for seed in plan.seeds
-            ]
+            tests = main_jobs(folder, plan, METHOD, (*SETTINGS[best].overrides, *more))
             if args.test:
                 run(tests)
-            test = [entry_of(job, method="grpo") for job in tests if job.finished()]
-    for entry in entries.values():
+            test = [entry_of(job, method=METHOD) for job in tests if job.finished()]
+    for entry in entries:
         told = f"{entry['final']:.3f}" if "final" in entry else "     "
         print(f"{entry['score']:.3f}  {told}  best {entry['best_score']:.3f}  {entry['setting']}{'  <- chosen' * ('chosen' in entry)}")
     for entry in test:
@@ -146,7 +143,7 @@ def main() -> None:
             "prompts": "playground-search, 240 images of its validation prompts, EMA weights",
             "seed": SEARCH_SEED,
             "budget": plan.search_budget,
-            "runs": list(entries.values()),
+            "runs": entries,
             "test": test,
         },
     )

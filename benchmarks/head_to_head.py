@@ -31,6 +31,7 @@ from flowtilt.io.quiet import quieten
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ("score", "final", "chosen")
+"""What the page says of a setting."""
 EXPERT = "grpo-fast"
 """The method's name on the page, and the recipe's."""
 STAGES = ("search", "run", "ablate", "report")
@@ -95,7 +96,7 @@ class Contest:
             jobs = ablation_jobs(self.folder, plan, name, self.chosen("nft"))
             told = {"method": "nft", "variant": name, "question": ABLATIONS[name].question, "label": ABLATIONS[name].label}
             ablations += _entries(jobs, self._known["ablations"], told)
-        expert = _expert(self._results.with_name("grpo_search.json"))
+        expert = _expert(self._results.with_name("grpo_search.json"), plan)
         return {
             "plan": declared(plan),
             "base": self._base(),
@@ -143,10 +144,10 @@ class Contest:
         run_all(jobs, self.workers, self.say, expected)
 
 
-def _expert(path: Path) -> Record:
-    """Runs and search of the FlowGRPO that grpo_search.py chose, where it has: the same seeds, budget and measures, a larger search."""
+def _expert(path: Path, plan: Plan) -> Record:
+    """Runs and search of the FlowGRPO that grpo_search.py chose, where it has and with this budget: the same measures, a larger search."""
     found = json.loads(path.read_text()) if path.is_file() else {}
-    if not found.get("test"):
+    if not found.get("test") or found["budget"] != plan.search_budget:
         return {"entries": [], "search": {}}
     tried = [{"settings": {"setting": run["setting"]}} | {key: run[key] for key in FIGURES if key in run} for run in found["runs"]]
     return {"entries": [{**entry, "method": EXPERT} for entry in found["test"]], "search": {EXPERT: tried}}

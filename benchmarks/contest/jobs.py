@@ -17,7 +17,7 @@ def search_jobs(folder: Path, plan: Plan, method: str) -> list[Job]:
     for setting in plan.grid(method):
         name = ",".join(item.partition(".")[2] for item in setting)
         overrides = (*setting, *VALIDATION, f"seed={SEARCH_SEED}")
-        jobs.append(planned(folder / "search" / f"{method},{name}", METHODS[method].recipe, overrides, plan, plan.search_budget))
+        jobs.append(_job(folder / "search" / f"{method},{name}", METHODS[method].recipe, overrides, plan, plan.search_budget))
     return jobs
 
 
@@ -29,7 +29,7 @@ def final_job(job: Job, plan: Plan) -> Job:
 def main_jobs(folder: Path, plan: Plan, method: str, setting: tuple[str, ...]) -> list[Job]:
     """One for each seed, on the test's prompts."""
     return [
-        planned(folder / "runs" / f"{method}-{seed}", METHODS[method].recipe, (*setting, f"seed={seed}"), plan, plan.budget, plan.amount)
+        _job(folder / "runs" / f"{method}-{seed}", METHODS[method].recipe, (*setting, f"seed={seed}"), plan, plan.budget, plan.amount)
         for seed in plan.seeds
     ]
 
@@ -40,15 +40,12 @@ def ablation_jobs(folder: Path, plan: Plan, variant: str, setting: tuple[str, ..
     if "objective.type=epg" in changed:  # which has no beta
         setting = tuple(item for item in setting if not item.startswith("objective."))
     return [
-        planned(
-            folder / "ablations" / f"{variant}-{seed}", "playground", (*setting, *changed, f"seed={seed}"), plan, plan.budget, plan.amount
-        )
+        _job(folder / "ablations" / f"{variant}-{seed}", "playground", (*setting, *changed, f"seed={seed}"), plan, plan.budget, plan.amount)
         for seed in plan.seeds
     ]
 
 
-def planned(folder: Path, recipe: str, overrides: tuple[str, ...], plan: Plan, budget: int, amount: Amount | None = None) -> Job:
-    """A run of the comparison: so many network evaluations, evaluated as often as all others."""
+def _job(folder: Path, recipe: str, overrides: tuple[str, ...], plan: Plan, budget: int, amount: Amount | None = None) -> Job:
     overrides = (*plan.overrides, *overrides)
     read = load_recipe(recipe, overrides)
     if not more_rollouts(read, 0, budget):

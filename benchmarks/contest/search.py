@@ -12,7 +12,7 @@ import numpy as np
 from contest.jobs import final_job, search_jobs
 from contest.results import made_by
 from contest.running import Job
-from contest.settings import DECIDED_BY, METHODS, MOST, NEAR, Plan
+from contest.settings import DECIDED_BY, MOST, NEAR, Plan
 from flowtilt.report.compare.entries import load_entry
 
 Record = dict[str, Any]
@@ -28,6 +28,7 @@ class Search:
     def __init__(self, folder: Path, plan: Plan, method: str, known: Sequence[Record] = ()):
         self.plan, self.method = plan, method
         self.jobs = search_jobs(folder, plan, method)
+        self.settings = [settings_of(overrides) for overrides in plan.grid(method)]
         self._known = {tuple(record["settings"].items()): record for record in known}
 
     def first_round(self) -> list[Job]:
@@ -45,14 +46,14 @@ class Search:
         Those of the second round have `final`, none while it is not done. Once nothing is missing one is `chosen`; among equals
         the earlier, whose learning rate is lower.
         """
-        found = [self._first(job) for job in self.jobs]
+        found = [self._first(*place) for place in zip(self.jobs, self.settings, strict=True)]
         scores = [record["score"] for record in found]
         if None in scores:
             return found
         close = finalists(scores)
         if len(close) > 1:
             for place in close:
-                found[place] |= self._second(self.jobs[place])
+                found[place] |= self._second(self.jobs[place], self.settings[place])
         decided = [found[place].get("final", found[place]["score"]) for place in close]
         if None not in decided:
             best = close[decided.index(max(decided))]
@@ -67,8 +68,7 @@ class Search:
                 return setting
         return None
 
-    def _first(self, job: Job) -> Record:
-        settings = settings_of(job.overrides, self.method)
+    def _first(self, job: Job, settings: Record) -> Record:
         known = self._known.get(tuple(settings.items()), {})
         if known.get("score") is not None:
             return {key: known[key] for key in ("settings", "score", "network_evaluations", "machine", "commit")}
@@ -79,8 +79,8 @@ class Search:
         at = int(np.flatnonzero(costs <= job.budget)[-1])
         return {"settings": settings, "score": float(scores[at]), "network_evaluations": int(costs[at]), **made_by(entry)}
 
-    def _second(self, job: Job) -> Record:
-        known = self._known.get(tuple(settings_of(job.overrides, self.method).items()), {})
+    def _second(self, job: Job, settings: Record) -> Record:
+        known = self._known.get(tuple(settings.items()), {})
         if known.get("final") is not None:
             return {key: value for key, value in known.items() if key.startswith("final")}
         if not final_job(job, self.plan).finished():
@@ -96,12 +96,9 @@ def finalists(scores: Sequence[float]) -> list[int]:
     return sorted(place for place in ranked if scores[ranked[0]] - scores[place] <= NEAR)
 
 
-def settings_of(overrides: Sequence[str], method: str) -> Record:
-    """Learning rate, main setting and pull of a run."""
-    given = dict(item.split("=", 1) for item in overrides)
-    pull = [item.partition("=")[0] for pull in METHODS[method].pulls for item in pull]
-    known = ("optimizer.lr", f"objective.{METHODS[method].knob}", *dict.fromkeys(pull))
-    return {key: _value(given[key]) for key in known if key in given}
+def settings_of(overrides: Sequence[str]) -> Record:
+    """A setting of the grid as data."""
+    return {key: _value(text) for key, _, text in (item.partition("=") for item in overrides)}
 
 
 def _value(text: str) -> float | str:

@@ -4,9 +4,10 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 ROOT = Path(__file__).parents[2]
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "images" / "methods"
@@ -129,13 +130,7 @@ def _median(curves: Sequence[Curve]) -> Curve:
         return [(median(x for x, _ in points), median(y for _, y in points)) for points in zip(*curves, strict=True)]
     end = min(curve[-1][0] for curve in curves)
     costs = [x for x, _ in min(curves, key=len) if x < end] + [end]
-    return [(x, median(_at(curve, x) for curve in curves)) for x in costs]
-
-
-def _at(curve: Curve, x: float) -> float:
-    """The score on the straight line between evaluations, within the curve."""
-    (x0, y0), (x1, y1) = next(pair for pair in pairwise(curve) if x <= pair[1][0])
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return [(x, median(float(np.interp(x, *zip(*curve, strict=True))) for curve in curves)) for x in costs]
 
 
 def main() -> int:
