@@ -195,7 +195,8 @@ def meta_network(resolution: int) -> Planned:
     def judge(images: Tensor) -> None:
         number = len(images)
         patches = torch.empty(number * seen * MERGED**2, 3 * FRAMES * PATCH**2, dtype=torch.bfloat16)
-        # as Qwen2-VL's own forward pass, whose positions are computed where the grid is, and that is looked into; cosine and sine here
+        # as Qwen2-VL's own forward pass, whose positions are computed where the grid is, and that is looked into;
+        # only the shapes of cosine and sine count
         vision, cells = model.body.visual, seen * MERGED**2
         hidden = vision.patch_embed(patches)
         places = (torch.empty(len(patches), vision.config.embed_dim // vision.config.num_heads),) * 2
