@@ -7,17 +7,21 @@
     python benchmarks/fast.py --recipe playground-mend --folder runs/mend --seeds 0 1 2      another recipe in its place
     python benchmarks/fast.py --folder runs/fast --report                 only what is finished there, into results/fast.json
 
-Finished runs in the folder are not made again. The figures of DiffusionNFT beside them are those of results/head_to_head.json.
+Finished runs in the folder are not made again, nor those that results/fast.json has of the same seed and overrides, so that a series can
+be finished on another machine than it was begun on. The figures of DiffusionNFT beside them are those of results/head_to_head.json.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from contest.measures import measures_of
@@ -59,7 +63,7 @@ def guide(weight: float, ends: int = 24) -> tuple[str, ...]:
 NFT, AWM, GRPO = (
     ("playground", ("rollouts=30",)),
     ("playground-awm", ("rollouts=30", "objective.anchor=1")),
-    ("playground-grpo", ("rollouts=20",)),
+    ("playground-grpo-fast", ("rollouts=40",)),
 )
 BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
     "DiffusionNFT": NFT,
@@ -68,19 +72,52 @@ BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
     "AWM with the guide": (AWM[0], (*AWM[1], *guide(0.36))),
     "AWM with the guide at 2": (AWM[0], (*AWM[1], *guide(2.0))),
     "FlowGRPO": GRPO,
-    "FlowGRPO with the guide": (GRPO[0], (*GRPO[1], *guide(0.05, 16))),
-    "FlowGRPO with the guide at 2": (GRPO[0], (*GRPO[1], *guide(2.0))),
+    "FlowGRPO with the guide": (GRPO[0], (*GRPO[1], *guide(0.014, 32))),
 }
-"""Recipes whose settings are those that the comparison's search chose, with about as many network evaluations of a run each. A guide's
-weight is 2 times a method's own gradient norm over DiffusionNFT's: .0156 and .0020 over .0864 in the first rollout."""
+"""Recipes whose settings are those that a search chose, with about as many network evaluations of a run each. A guide's weight is 2 times a
+method's own gradient norm over DiffusionNFT's: .0156 and .00058 over .0864 in the first rollout."""
 
 
-def made(folder: Path, recipe: str, overrides: tuple[str, ...]) -> Path:
-    """The run of a recipe in that folder, made where it is not finished."""
-    run = RunFolder(folder)
-    if not run.summary.is_file():
-        Trainer(load_recipe(recipe, [*overrides, f"run={folder}"]), resume=folder if run.checkpoints.is_dir() else None).run()
-    return folder
+class Run(NamedTuple):
+    """One to be made: a folder, a recipe, its overrides with the seed."""
+
+    folder: Path
+    recipe: str
+    overrides: tuple[str, ...]
+
+
+def made(run: Run) -> Path:
+    """The run, made where it is not finished."""
+    folder = RunFolder(run.folder)
+    if not folder.summary.is_file():
+        torch.set_num_threads(1)
+        recipe = load_recipe(run.recipe, [*run.overrides, f"run={run.folder}"])
+        Trainer(recipe, resume=run.folder if folder.checkpoints.is_dir() else None).run()
+    return run.folder
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ by their seed alone.
+
+    Args:
+        overrides: of the recipe, without those of the search prompts.
+        search: on playground-search, not on the test prompts.
+    """
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    search: bool
+
+    def run(self, folder: Path, seed: int) -> Run:
+        place = self.name.replace(" ", "-").replace("'", "") if self.search else "test"
+        return Run(folder / f"{place}-{seed}", self.recipe, (*(SEARCH if self.search else ()), *self.overrides, f"seed={seed}"))
+
+    def kept(self, known: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Entries by seed of what the file of results has of the same recipe and overrides."""
+        same = known.get("recipe") == self.recipe and known.get("overrides") == [*self.overrides]
+        return {found["seed"]: found for found in known["runs"]} if same else {}
 
 
 def crossing(curve: list[tuple[int, float]], target: float) -> float | None:
@@ -100,6 +137,7 @@ def entry(folder: Path, measured: bool) -> dict[str, Any]:
     guards = [line["guard"] for line in read_lines(run.guards)] if run.guards.is_file() else []
     return {
         "seed": recipe.seed,
+        "machine": f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
         "curve_evaluations_score": [[x, round(y, 4)] for x, y in curve],
         "evaluations_to": {f"{target:g}": crossing(curve, target) for target in TARGETS},
         "first_at_0.9_seconds": next((x for x, y in seconds if y >= 0.9), None),
@@ -126,6 +164,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="make no run")
     parser.add_argument("--recipe", default="playground-fast", help="another one, on the test prompts")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (%(default)s)")
     args = parser.parse_args()
     search = args.ablate or args.beside
     if search and args.recipe != "playground-fast":
@@ -139,23 +178,24 @@ def main() -> None:
     if not search:
         other = [] if args.recipe == "playground-fast" else [args.recipe]
         wanted[" ".join(["test", *other, *args.overrides])] = args.recipe, ()
-    for name, (recipe, change) in wanted.items():
-        place = name.replace(" ", "-").replace("'", "") if search else "test"
-        overrides = (*(SEARCH if search else ()), *change, *args.overrides)
-        folders = [args.folder / f"{place}-{seed}" for seed in seeds]
-        for folder, seed in zip(folders, seeds, strict=True):
-            if not args.report:
-                made(folder, recipe, (*overrides, f"seed={seed}"))
-        entries = [entry(folder, not search) for folder in folders if RunFolder(folder).summary.is_file()]
-        if not entries:
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    series = {name: Series(name, recipe, (*change, *args.overrides), search) for name, (recipe, change) in wanted.items()}
+    kept = {name: one.kept(known.get(name, {})) for name, one in series.items()}
+    # a seed of every series before the next seed: what is interrupted compares as many of each
+    runs = {(name, seed): one.run(args.folder, seed) for seed in seeds for name, one in series.items() if seed not in kept[name]}
+    if runs and not args.report:
+        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("forkserver")) as pool:
+            for number, folder in enumerate(pool.map(made, runs.values()), start=1):
+                print(f"{number} of {len(runs)}: {folder.name}", flush=True)
+    for name, one in series.items():
+        new = [entry(run.folder, not search) for (of, _), run in runs.items() if of == name and RunFolder(run.folder).summary.is_file()]
+        if not (entries := sorted([*kept[name].values(), *new], key=lambda found: found["seed"])):
             continue
-        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         known[name] = {
-            "recipe": recipe,
-            "overrides": [*change, *args.overrides],
+            "recipe": one.recipe,
+            "overrides": [*one.overrides],
             "prompts": "playground-search, validation" if search else "playground, test",
             "command": "python " + " ".join(["benchmarks/fast.py", *sys.argv[1:]]),
-            "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
             "runs": entries,
         }
         write_json(RESULTS, known)
