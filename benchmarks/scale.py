@@ -30,6 +30,8 @@ from typing import Any
 from flowtilt.io.environment import processor
 from flowtilt.io.quiet import quieten
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+"""torchrun of this Python, also where its folder is not on the PATH."""
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 SIZES = (1, 2, 4, 8)
 QUICK = [
@@ -87,7 +89,7 @@ def run(case: dict[str, Any], size: int, gpus: bool) -> dict[str, Any]:
         case = {**case, "out": f"{folder}/out.json"}
         if gpus:
             words = [sys.executable, __file__, "--work", json.dumps(case)]
-            subprocess.run(["torchrun", "--standalone", "--nproc-per-node", str(size), *words[1:]], check=True)
+            subprocess.run([*TORCHRUN, "--standalone", "--nproc-per-node", str(size), *words[1:]], check=True)
         else:
             _forked(case, size)
         return json.loads(Path(case["out"]).read_text())
@@ -169,7 +171,7 @@ def killed(size: int) -> dict[str, Any]:
         digests = []
         for name in ("whole", "killed"):
             place = Path(folder) / name
-            words = ["torchrun", "--standalone", "--nproc-per-node", str(size), "--max-restarts", "1"]
+            words = [*TORCHRUN, "--standalone", "--nproc-per-node", str(size), "--max-restarts", "1"]
             process = subprocess.Popen([*words, "-m", "flowtilt", "train", "playground", *overrides, f"run={place}"])
             if name == "killed":
                 while not list(place.glob("checkpoints/step-*/*")) and process.poll() is None:

@@ -6,6 +6,8 @@ from test_config import file, refusal
 from flowtilt.config import (
     load_recipe,
 )
+from flowtilt.config.given import given_recipe
+from flowtilt.errors import UserError
 from flowtilt.io.user_code import absolute
 
 # one recipe from another -----------------------------------------------------------------------------
@@ -54,3 +56,22 @@ def test_recipes_that_start_from_each_other_are_refused(tmp_path, monkeypatch, a
 )
 def test_a_base_that_is_no_recipe_is_refused(tmp_path, base, message):
     assert message in refusal(file(tmp_path, f"base = {base}\n"))
+
+
+def test_a_reward_alone_takes_the_place_of_the_bases_and_of_its_score(tmp_path):
+    base = load_recipe("playground")
+    assert base.evaluate.rewards == ("playground_strict",)
+    for found in (
+        load_recipe("playground", ["rewards=f.py:bright"]),
+        load_recipe("playground", ['rewards={bright="f.py:bright"}']),
+        load_recipe(file(tmp_path, 'base = "playground"\nrewards = "f.py:bright"\n')),
+        given_recipe({"base": "playground", "rewards": "f.py:bright"})[0],
+        given_recipe("playground", "f.py:bright")[0],
+    ):
+        assert list(found.rewards) == ["bright"] and found.evaluate.rewards == ()
+    kept = load_recipe("playground", ['evaluate.rewards=["playground_strict"]', "rewards=f.py:bright"])
+    assert kept.evaluate.rewards == ("playground_strict",)  # what is said beside it counts, before or after
+    added = load_recipe("playground", ["rewards.mine=f.py:bright"])
+    assert list(added.rewards) == ["playground", "mine"] and added.evaluate.rewards == ("playground_strict",)
+    with pytest.raises(UserError, match="needs a name, as in geneval=http://host:1"):
+        load_recipe("playground", ["rewards=http://host:1"])

@@ -27,12 +27,12 @@ def stand_in(tmp_path, finished):
         "score": 0.5,
         "tolerance": 0.5,
     }
-    base, tuned = (replace(number, **small) for number in NUMBERS)
+    base, tuned = (replace(number, **small) for number in NUMBERS[:2])
     return base, replace(tuned, loras=(str(finished / "lora" / "pytorch_lora_weights.safetensors"),))
 
 
 def test_the_published_protocol_is_what_is_typed(tmp_path):
-    base, tuned = (command(number, tmp_path, 50) for number in NUMBERS)
+    base, tuned, geneval2 = (command(number, tmp_path, 50) for number in NUMBERS)
     for words in (
         "--prompts drawbench",
         "--rewards pickscore",
@@ -44,7 +44,8 @@ def test_the_published_protocol_is_what_is_typed(tmp_path):
     ):
         assert words in base and words in tuned
     assert "--lora worstcoder/SD3.5M-DiffusionNFT-MultiReward" in tuned and "--lora" not in base
-    assert [number.score for number in NUMBERS] == [20.51, 23.80]
+    assert [number.score for number in NUMBERS] == [20.51, 23.80, 0.124]
+    assert "--prompts geneval2_data.jsonl --rewards geneval2 " in geneval2 and "--guidance 4.5" in geneval2
 
 
 def test_numbers_are_within_their_range_or_said_to_be_wrong_and_their_protocol_is_kept(stand_in, tmp_path):
@@ -53,6 +54,10 @@ def test_numbers_are_within_their_range_or_said_to_be_wrong_and_their_protocol_i
     assert len(commands) == 2 and all(line.startswith("ok ") for line in lines), lines
     protocol = json.loads((tmp_path / "out" / "DiffusionNFT" / "results.json").read_text())["protocol"]
     assert protocol["levels"] == "stock" and protocol["resolution"] == 32 and len(protocol["lora"]) == 1
+    (line,) = reproduce(tmp_path / "out", [replace(stand_in[0], tolerance=None)], images=2)
+    assert line.startswith("-") and "published 0.5, of a protocol that is not" in line
+    (line,) = reproduce(tmp_path / "out", NUMBERS[2:], images=2)
+    assert line.startswith("-       GenEval2: left out; it needs geneval2_data.jsonl here")
     wrong = [replace(number, score=3.0, tolerance=0.1) for number in stand_in[:1]]
     (line,) = reproduce(tmp_path / "out", wrong, images=2)  # what is there is not sampled again
     assert line.startswith("WRONG") and "published 3.00, expected 2.50 to 3.50" in line

@@ -64,6 +64,7 @@ def test_a_split_is_found_by_the_card_or_by_the_files_names(hub_like):
         ({"dataset": "plain", "column": "image"}, "image holds no text"),
         ({"dataset": "plain", "split": "val"}, "there is no split 'val'; there are train, test"),
         ({"dataset": "carded"}, 'no "prompt" text'),
+        ({"dataset": "carded", "column": "caption"}, "no column 'caption'; it has words, n"),
         ({"dataset": "carded", "config": "no"}, "there is no config 'no'; there are other, default"),
         ({"dataset": "nowhere"}, "no such folder"),
     ],

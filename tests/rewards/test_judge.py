@@ -18,9 +18,13 @@ from flowtilt.io.notices import notice
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import load_reward, score
 from flowtilt.rewards.facts import facts_of
+from flowtilt.rewards.judge.budget import Spent
 from flowtilt.rewards.judge.client import HOST, KEY
+from flowtilt.rewards.judge.kept import Kept
 from flowtilt.rewards.judge.ledger import keep_answers, spending
+from flowtilt.rewards.judge.reading import Answer
 from flowtilt.rewards.serving import wire
+from flowtilt.runs.folder import open_run
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -126,6 +130,22 @@ def test_pairs_are_asked_in_both_orders():
         assert found[0] < found[1] < found[2] and float(found.sum()) == pytest.approx(1.5)
         with pytest.raises(UserError, match=r"one image has none to be compared with; set rollout.images_per_prompt"):
             ask(reward, "x")
+
+
+def test_an_answer_without_the_log_probabilities_that_others_have_is_missing():
+    """A score of words among scores of probabilities would be another scale, unnoticed."""
+    with stub(lambda question, *_: "yes" if '"b"' in question else likely(Yes=0.8, No=0.2)) as server:
+        for logprobs in ("auto", "need"):
+            scores, notes = ask(judge(server, logprobs=logprobs), "a", "b")
+            assert scores["eye"].tolist() == pytest.approx([0.8, float("nan")], nan_ok=True)
+            assert notes == ["", 'answer without log-probabilities "yes"']
+
+
+def test_answers_of_a_judge_whose_name_begins_alike_are_not_counted(tmp_path):
+    (tmp_path / "eye-2-0.jsonl").write_text('{"key": "k", "text": "yes", "first": null, "read": 5, "written": 1}\n')
+    (tmp_path / "eye-0.jsonl").write_text('{"key": "k", "text": "no", "first": [], "read": 3, "written": 1}\n')
+    kept = Kept("eye")
+    assert kept.open(tmp_path, 0) == Spent(1, 3, 1) and kept.get("k") == Answer("no", ())
 
 
 # what the server does not take ---------------------------------------------------------------------------
@@ -259,7 +279,12 @@ def test_too_many_unreadable_answers_end_the_run_in_a_line():
         ({"mode": "questions", "ask": "{prompt}?"}, r"ask has no \{question\}"),
         ({"mode": "vote"}, "mode is 'vote'; it is one of yes, number, questions, pairs"),
         ({"mode": "number", "low": 5, "high": 5}, "low = 5 must be below high = 5"),
-        ({"workers": 0}, "workers must be more than 0"),
+        ({"workers": 0}, "workers must be a whole number above 0"),
+        ({"workers": 2.5}, "workers must be a whole number above 0, not 2.5"),
+        ({"max_calls": "many"}, "max_calls must be a whole number of at least 0, not 'many'"),
+        ({"ask": 5}, "ask must be text"),
+        ({"mode": "number", "low": "a"}, "low and high must be numbers"),
+        ({"url": 5}, "url must be text"),
         ({"max_cost": 1.0}, "max_cost needs price_in and price_out"),
         ({"model": "ear"}, "does not serve 'ear'; it serves eye"),
         ({"url": ""}, "url is missing.*or set FLOWTILT_JUDGE_URL"),
@@ -381,7 +406,10 @@ def test_a_judge_that_dies_ends_the_run_in_a_line_and_the_run_goes_on_to_the_sam
         last, asked = asked * 3 // 4, 0  # in the second of two rollouts
         with pytest.raises(UserError) as caught:
             Trainer(quick(tmp_path / "dies", *words)).run()
-        assert "reward eye" in str(caught.value) and "no answer in 1 s" in str(caught.value) and "\n" not in str(caught.value)
+        assert str(caught.value).startswith("reward eye") and "no answer in 1 s" in str(caught.value) and "\n" not in str(caught.value)
         last = 10**9
-        Trainer(resume=tmp_path / "dies").run()
+        with pytest.raises(UserError, match=r"rewards.eye.ask: a resumed run can't change it; .* of a reward on a server its address"):
+            open_run(tmp_path / "dies", ["rewards.eye.ask=Is it {prompt}?"])
+        moved = ["rewards.eye.patience=9", "rewards.eye.options.max_calls=9999", f"rewards.eye.url={server.url}/"]
+        Trainer(open_run(tmp_path / "dies", moved), resume=tmp_path / "dies").run()
     assert weights(tmp_path / "dies") == weights(tmp_path / "whole")

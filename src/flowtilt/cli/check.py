@@ -7,6 +7,7 @@ from typing import Any
 from flowtilt.config import load_recipe
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
+from flowtilt.rewards.about import check_options
 
 ABOUT = """Tries a recipe on this machine in minutes, without training: licence and login, files, versions, memory; then loads, samples two
 prompts, scores them, trains one rollout of a few images, loads the LoRA in stock diffusers, and says how many hours the run takes.
@@ -42,6 +43,7 @@ def run(recipe: str, overrides: Sequence[str], price: float | None = None) -> in
     if price is not None and not 0 <= price < float("inf"):
         raise UserError(f"check: --price must be at least 0, not {price:g}")
     found = load_recipe(recipe, overrides)
+    check_options(found.reward_table())
     from flowtilt.check import check
 
     failed = check(found, lambda line: print(line, flush=True), price)

@@ -7,6 +7,7 @@ from typing import Any
 from flowtilt.cli.words import count
 from flowtilt.config import load_recipe
 from flowtilt.io.quiet import quieten
+from flowtilt.rewards.about import check_options
 
 
 def add(commands: Any) -> None:
@@ -29,9 +30,17 @@ def add(commands: Any) -> None:
 def _plan(args: argparse.Namespace) -> int:
     quieten()
     recipe = load_recipe(args.recipe, args.overrides)
+    check_options(recipe.reward_table())
     asked = (args.gpu, args.gpus, args.gpu_memory, args.utilisation, args.hours, args.nodes)
     if recipe.model.path == "playground" and not args.json and all(one is None for one in asked):
         print(f"{recipe.name}: needs no GPU (docs/results/playground.md). To plan it for a GPU, name one: --gpu h100")
+        from flowtilt.build import judges_of, rewards_of
+        from flowtilt.plan.requests import requests_of
+        from flowtilt.plan.text import request_line
+        from flowtilt.playground.world import SIZE
+
+        for name, found in requests_of(recipe, rewards_of(recipe), judges_of(recipe), SIZE).items():
+            print(request_line(name, found))
         return 0
     from flowtilt.plan import Machine, make_plan, proposal
     from flowtilt.plan.text import table

@@ -15,6 +15,7 @@ from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
 from flowtilt.io.files import read_errors, write_json
 from flowtilt.io.run_folder import RunFolder
+from flowtilt.rewards.about import check_options
 
 ABOUT = """Trains a recipe once for every combination of the values, one run after another, and compares the runs.
 The same command again skips what is finished and resumes what was interrupted."""
@@ -103,6 +104,8 @@ def _sweep(args: argparse.Namespace) -> int:
         raise UserError("sweep: trains in one process; run `torchrun … -m flowtilt train` for each setting, then `flowtilt compare`")
     planned = runs_of(args.keys)
     recipes = {name: load_recipe(args.recipe, overrides) for name, overrides in planned.items()}  # a mistake is found before the first run
+    for recipe in recipes.values():
+        check_options(recipe.reward_table())
     folder = args.output or Path("runs") / f"{next(iter(recipes.values())).name}-sweep"
     todo = {name: _words(args.recipe, planned[name], folder / name, recipes[name]) for name in planned}
     failed, stopped = [], []
@@ -130,14 +133,15 @@ def _words(source: str, overrides: list[str], run: Path, recipe: Recipe) -> list
     """
     if not RunFolder(run).is_run():
         return ["train", source, *overrides, f"run={json.dumps(str(run))}"]
-    from flowtilt.runs.folder import may_change, open_run
+    from flowtilt.runs.changing import may_change
+    from flowtilt.runs.folder import open_run
 
     open_run(run, [], recipe)
     with read_errors(run):
         summary = json.loads(RunFolder(run).summary.read_text(encoding="utf-8")) if RunFolder(run).summary.is_file() else {}
     if summary.get("steps") == recipe.rollouts:
         return []
-    return ["train", "--resume", str(run), *filter(may_change, overrides)]
+    return ["train", "--resume", str(run), *(item for item in overrides if may_change(item, recipe))]
 
 
 def train(words: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from flowtilt.errors import UserError
 from flowtilt.io.files import is_stdout
 from flowtilt.io.quiet import quieten
 from flowtilt.io.run_folder import RunFolder
+from flowtilt.rewards.about import check_options
 
 
 def add(commands: Any) -> None:
@@ -88,6 +89,7 @@ def _train(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
     else:
         raise UserError(f"train: which recipe? one of {', '.join(recipe_names())}, a .toml file, or --resume RUN")
+    check_options(recipe.reward_table())
 
     from flowtilt.distributed import world as distributed
     from flowtilt.distributed.sameness import facts
@@ -119,7 +121,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _begun(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
     """The run to go on with, if it has begun, and the overrides that belong to that."""
-    from flowtilt.runs.folder import may_change
+    from flowtilt.runs.changing import may_change
 
     if args.resume or not args.recipe:
         raise UserError("train: --or-resume wants a recipe and run=FOLDER, and no --resume")
@@ -128,7 +130,7 @@ def _begun(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
         raise UserError("train: --or-resume goes on with the run in a folder; name it: run=FOLDER")
     if not RunFolder(recipe.run).is_run():
         return None, args.overrides
-    return Path(recipe.run), list(filter(may_change, args.overrides))
+    return Path(recipe.run), [item for item in args.overrides if may_change(item, recipe)]
 
 
 def report(recipe: Recipe, summary: dict, folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flowtilt.config.errors import explain
+from flowtilt.config.naming import reward_name
 from flowtilt.config.renamed import RENAMED, hint, with_new_names
 from flowtilt.config.settings import Recipe
 from flowtilt.config.version import VERSION, check_version
@@ -49,6 +50,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 def _load(source: str | Path, overrides: Sequence[str], stored: bool) -> Recipe:
     tree, origins = read(str(source), stored=stored)
+    if "rewards" in [item.partition("=")[0].strip() for item in overrides]:
+        _forget_score(tree)
     for item in _type_first(overrides):
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
@@ -134,8 +137,7 @@ def read(source: str, seen: tuple[str, ...] = (), stored: bool = False) -> tuple
         if not stored:
             hint(f"recipe {where}", old, new)
     base = tree.pop("base", None)
-    if isinstance(tree.get("model"), str):
-        tree["model"] = {"path": tree["model"]}
+    write_out(tree)
     origins = {key: where for key in _leaves(tree)}
     if base is None:
         return tree, origins
@@ -207,8 +209,18 @@ def _newer(base: dict[str, str], above: dict[str, str]) -> dict[str, str]:
     return {old: at for old, at in base.items() if not any(old.startswith(key + ".") for key in above)} | above
 
 
+def write_out(tree: dict[str, Any]) -> None:
+    """Puts the table in the place of a model or reward that is given as a string alone."""
+    if isinstance(model := tree.get("model"), str):
+        tree["model"] = {"path": model}
+    if isinstance(reward := tree.get("rewards"), str) and reward:
+        tree["rewards"] = {reward_name(reward): reward}
+
+
 def merge(base: dict[str, Any], above: dict[str, Any]) -> None:
     """Puts a tree on top of another, in place."""
+    if "rewards" in above:
+        _forget_score(base)
     for key, value in above.items():
         if key == "rewards":  # what a run is for: a recipe that names its own means those alone
             base[key] = value
@@ -223,6 +235,12 @@ def merge(base: dict[str, Any], above: dict[str, Any]) -> None:
             base[key] = value
 
 
+def _forget_score(tree: dict[str, Any]) -> None:
+    """Other rewards are reported, too, until what is on top says otherwise."""
+    if isinstance(tree.get("evaluate"), dict):
+        tree["evaluate"].pop("rewards", None)
+
+
 def _leave_cps(base: dict[str, Any], above: dict[str, Any]) -> None:
     """Another solver that is set above cps has no use for its eta."""
     if above.get("solver", "cps") != "cps":
@@ -233,6 +251,8 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, item: str) -> str:
     """Sets one key in place; returns the key, spelt out."""
     if parts == ["model"] and isinstance(value, str):
         parts = ["model", "path"]
+    if parts == ["rewards"] and isinstance(value, str) and value:
+        value = {reward_name(value): value}
     if len(parts) == 1 and parts[0] in RENAMED:
         hint(f"override {item!r:.200}", parts[0], RENAMED[parts[0]])
         parts = [RENAMED[parts[0]]]

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flowtilt.config.files import merge, read, validate
+from flowtilt.config.files import merge, read, validate, write_out
+from flowtilt.config.naming import reward_name
 from flowtilt.config.renamed import hint, with_new_names
 from flowtilt.config.settings import Recipe
 from flowtilt.errors import UserError
@@ -29,8 +30,8 @@ def given_recipe(
 
     Args:
         source: a recipe, its name, a .toml file, or its keys as a dict, which may have `base`.
-        rewards: the rewards by name, in place of the recipe's, or one callable. The evaluation reports them, too, unless `keys`
-            say what it reports.
+        rewards: the rewards by name, in place of the recipe's, or one: a callable or its source. The evaluation reports them, too,
+            unless `keys` say what it reports.
         keys: further keys, on top of the recipe: {"rollouts": 20, "rollout": {"prompts": 6}}.
 
     Raises:
@@ -42,7 +43,6 @@ def given_recipe(
     above = plain(keys or {}, objects)
     if rewards is not None:
         above["rewards"] = _rewards(rewards, objects)
-        above["evaluate"] = {"rewards": [], **above.get("evaluate", {})}
     if isinstance(source, Recipe):
         tree, origins, where = source.model_dump(mode="json", exclude_none=True), {}, source.name
     elif isinstance(source, Mapping):
@@ -102,8 +102,7 @@ def plain(tree: Mapping[str, Any], objects: Objects) -> dict[str, Any]:
         hint(WHERE, old, new)
     if "rewards" in tree:
         found["rewards"] = _rewards(tree["rewards"], objects)
-    if isinstance(found.get("model"), str):
-        found["model"] = {"path": found["model"]}
+    write_out(found)
     return found
 
 
@@ -131,6 +130,8 @@ def _own_type(method: Method) -> str:
 
 
 def _rewards(rewards: Any, objects: Objects) -> dict[str, Any]:
+    if isinstance(rewards, str):
+        rewards = {reward_name(rewards): rewards}
     if callable(rewards):
         rewards = {getattr(rewards, "__name__", type(rewards).__name__).strip("<>") or "reward": rewards}
     if not isinstance(rewards, Mapping):

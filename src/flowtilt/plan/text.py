@@ -117,11 +117,12 @@ def _notes(plan: Plan) -> Sequence[str]:
         where = f", {_link(plan.machine.between)} between machines" if plan.machine.nodes > 1 else ""
         assumed += f", {_link(plan.machine.link)} between the GPUs of a machine{where}, of which messages reach {100 * LINK_REACHED:.0f} %"
     beside = [f"not counted, reward {name}: {why}" for name, why in plan.beside.items()]
-    asked = [_asked(name, found) for name, found in plan.requests.items()]
+    asked = [request_line(name, found) for name, found in plan.requests.items()]
     return [line for note in (assumed, *beside, *asked) for line in wrapped(note, "")]
 
 
-def _asked(name: str, found: Requests) -> str:
+def request_line(name: str, found: Requests) -> str:
+    """What a reward asks of its server."""
     money = f", {_rounded(found.cost)} in money" if found.cost else ""
     tokens = f"about {amount(found.whole * found.tokens)} tokens if a picture is one per {PATCH} x {PATCH} pixels{money}"
     ends = f"; {found.ends}" if found.ends else ""

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.errors import UserError
+from flowtilt.io.addresses import taken
 from flowtilt.io.images import read_image
 from flowtilt.playground import verify, world
 from flowtilt.prompts import Prompt
@@ -117,7 +119,12 @@ def server(port: int) -> Server:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A judge of playground images at http://127.0.0.1:PORT/v1, for the reward `judge`.")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    found = server(parser.parse_args().port)
+    port = parser.parse_args().port
+    try:
+        found = server(port)
+    except (OSError, OverflowError) as error:
+        print(f"flowtilt: {taken('127.0.0.1', port, 'judge', error)}", file=sys.stderr)
+        sys.exit(2)
     print(f"judging at http://127.0.0.1:{found.server_port}/v1", flush=True)
     with suppress(KeyboardInterrupt):
         found.serve_forever()

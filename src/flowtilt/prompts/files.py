@@ -142,7 +142,7 @@ def _json_lines(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
         except (ValueError, RecursionError) as error:
             raise _unusual(where, error) from None
         key = key or _caption_key(record)
-        yield _from_record(record, key, where, 'write {"prompt": "…"} on each line')
+        yield _from_record(record, key, where, 'write {"prompt": "…"} on each line', caption)
 
 
 def _json_list(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
@@ -153,7 +153,7 @@ def _json_list(text: str, path: str, caption: str | None) -> Iterator[Prompt]:
             yield _prompt(record, where)
         else:
             key = key or _caption_key(record)
-            yield _from_record(record, key, where, 'each element is a caption or {"prompt": "…"}')
+            yield _from_record(record, key, where, 'each element is a caption or {"prompt": "…"}', caption)
 
 
 def _elements(text: str, path: str) -> Iterator[tuple[Any, int]]:
@@ -187,7 +187,9 @@ def _caption_key(record: Any) -> str:
     return next((key for key in CAPTIONS if isinstance(record, dict) and isinstance(record.get(key), str)), "prompt")
 
 
-def _from_record(record: Any, key: str, where: str, hint: str) -> Prompt:
+def _from_record(record: Any, key: str, where: str, hint: str, asked: str | None) -> Prompt:
+    if asked and isinstance(record, dict) and key not in record:
+        raise UserError(f"prompts {where}: no column {key!r}; it has {', '.join(record)[:200]}")
     if not isinstance(record, dict) or not isinstance(record.get(key), str) or not visible(record[key]).strip():
         raise UserError(f'prompts {where}: no "{key}" text; {hint}')
     rest = {name: value for name, value in record.items() if name not in (key, "tag")}
@@ -232,9 +234,9 @@ def _from_rows(rows: list[Row], captions: Sequence[str]) -> Iterator[Prompt]:
     if caption is None:
         has = ", ".join(header)
         has = has if len(has) <= 200 else f"{has[:199]}…"
+        rather = "; add a header, or name a file of one caption per line .txt" if captions == CAPTIONS else ""
         raise UserError(
-            f"prompts {where}: no column {' or '.join(filter(None, (', '.join(captions[:-1]), captions[-1])))}; it has {has}; "
-            "add a header, or name a file of one caption per line .txt"
+            f"prompts {where}: no column {' or '.join(filter(None, (', '.join(captions[:-1]), captions[-1])))}; it has {has}{rather}"
         )
     tag = next((names.index(name) for name in TAGS if name in names), None)
     for row, where in rows[1:]:

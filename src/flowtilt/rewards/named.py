@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
+from flowtilt.config.naming import reward_name
 from flowtilt.errors import UserError
 from flowtilt.rewards import Reward, find_reward, load_reward
 from flowtilt.rewards.about import of_paper
@@ -38,8 +38,7 @@ def parse(words: Sequence[str]) -> list[Named]:
     for word in (word for word in words if word != "all"):
         name, sign, source = word.partition("=")
         if not sign:
-            source = word
-            name = urlsplit(word).path.rpartition("/")[2] if "://" in word else word.rpartition(":")[2]
+            name, source = reward_name(word), word
         if not name or "/" in name:
             raise UserError(f"rewards: {word!r} needs a name, as in geneval={source}")
         if name in found and not found[name].optional:

@@ -10,7 +10,6 @@ from typing import Any
 
 from flowtilt.build import inputs
 from flowtilt.config import Recipe, load_recipe, to_toml
-from flowtilt.config.renamed import RENAMED
 from flowtilt.config.trust import of_recipe, remember
 from flowtilt.distributed import world as distributed
 from flowtilt.errors import UserError
@@ -30,12 +29,11 @@ from flowtilt.io.locks import HOLDER, Hold
 from flowtilt.io.run_folder import RunFolder, step_of
 from flowtilt.methods import loaded
 from flowtilt.runs import checkpoint
+from flowtilt.runs.changing import fixed, may_change, told
 from flowtilt.runs.tracking import TRACKERS
 
 WRITTEN = RunFolder.written(TRACKERS) | {HOLDER}
 """What flowtilt writes into a run's folder, besides the folders with a folder per step."""
-MAY_CHANGE = ("rollouts", "run", "checkpoint", "evaluate", "guards", "track", "micro_batch", "shard", "log")
-"""Keys that a resumed run may set anew: they do not touch what was computed before."""
 RUN = "a training run"
 PATIENCE = 60.0
 """Seconds that a restart of torchrun waits for the end of the processes before it."""
@@ -142,12 +140,12 @@ def open_run(
     place = RunFolder(folder).recipe
     kept = inputs.found_again(load_recipe(place, stored=True), folder)
     for item in overrides:
-        if not may_change(item):
+        if not may_change(item, kept):
             key = item.partition("=")[0].strip()
-            raise UserError(f"override {key}: a resumed run can't change it; only {', '.join(MAY_CHANGE)}")
+            raise UserError(f"override {key}: a resumed run can't change it; only {told()}")
     if recipe is not None:
         believed = inputs.found_again(recipe, folder)
-        ours, theirs = kept.model_dump(exclude=set(MAY_CHANGE)), believed.model_dump(exclude=set(MAY_CHANGE))
+        ours, theirs = fixed(kept), fixed(believed)
         differing = [key for key in ours if ours[key] != theirs[key]]
         if differing:
             raise UserError(
@@ -156,12 +154,6 @@ def open_run(
     found = inputs.found_again(load_recipe(place, overrides, stored=True), folder)
     before_code(found)
     return found.model_copy(update={"objective": loaded(found.objective)})
-
-
-def may_change(override: str) -> bool:
-    """Whether a resumed run may have this "key=value"."""
-    first = override.partition("=")[0].partition(".")[0].strip()
-    return RENAMED.get(first, first) in MAY_CHANGE
 
 
 def check_run(folder: Path) -> None:

@@ -3,14 +3,19 @@
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowtilt.errors import UserError
 from flowtilt.io import published
 from flowtilt.io.published import Published
 from flowtilt.rewards.about.base import Bounds, BuiltIn, Facts, PublishedScore
+
+if TYPE_CHECKING:
+    from flowtilt.config import RewardSettings
 
 __all__ = [
     "Bounds",
@@ -20,6 +25,7 @@ __all__ = [
     "about_column",
     "all_weights",
     "built_in",
+    "check_options",
     "download_weights",
     "find_weights",
     "lacking",
@@ -41,6 +47,14 @@ def _name(one: BuiltIn) -> str:
 def of_paper() -> tuple[str, ...]:
     """The eight of DiffusionNFT's table, in its order; "--rewards all" names them."""
     return tuple(one.name for one in sorted(built_in().values(), key=lambda one: one.paper_place) if one.paper_place)
+
+
+def check_options(rewards: Mapping[str, "RewardSettings"]) -> None:
+    """Raises UserError where a recipe's options of a built-in reward make no sense; loads nothing and asks no server."""
+    for name, one in rewards.items():
+        about = built_in().get(one.source or name)
+        if about and about.check:
+            about.check(name, one.options)
 
 
 def about_column(column: str) -> BuiltIn | None:

@@ -79,6 +79,8 @@ class BuiltIn(Facts):
         mean_over_tags: whether papers print the mean over tags, too.
         requests: how many requests to a server it makes, by its options, for prompts and images of each; none asks no server that
             costs money.
+        check: raises UserError where options given by name make no sense, before anything is loaded or asked.
+        service_options: options that say how its server is reached and paid, and change no score; a resumed run may set them anew.
         usual: where scores of ordinary images lie, for `flowtilt doctor --rewards`.
         published: scores of the reference images.
     """
@@ -94,5 +96,7 @@ class BuiltIn(Facts):
     detail_notes: Mapping[str, str] = field(default_factory=dict)
     mean_over_tags: bool = False
     requests: Callable[[Mapping[str, Any], int, int], float] | None = None
+    check: Callable[[str, Mapping[str, Any]], None] | None = None
+    service_options: tuple[str, ...] = ()
     usual: Bounds | None = None
     published: tuple[PublishedScore, ...] = ()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from flowtilt.rewards.about.judge import JUDGE
+from flowtilt.rewards.about.judge import JUDGE, check_service
 
 SKILLS = ("count", "object", "attribute", "position", "verb")
 """What the benchmark's questions are about."""
@@ -26,4 +26,5 @@ GENEVAL2 = replace(
     detail_notes={"am": "Soft-TIFA AM", "tifa": "share of the parts that are likelier right than not"},
     plan_note="on its server while images are sampled, 7.5 questions per image",
     requests=_requests,
+    check=check_service,
 )

@@ -9,4 +9,5 @@ UNIFIEDREWARD = BuiltIn(
     plan_note="on its server while images are sampled",
     variable="FLOWTILT_UNIFIEDREWARD_URL",
     paper_place=8,
+    service_options=("server", "workers", "timeout", "patience", "max_missing"),
 )

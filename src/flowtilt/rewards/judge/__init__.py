@@ -21,22 +21,14 @@ from flowtilt.errors import UserError
 from flowtilt.io.images import to_pil
 from flowtilt.prompts import Prompt
 from flowtilt.rewards import RewardOutput
-from flowtilt.rewards.about.judge import JUDGE, MODES
+from flowtilt.rewards.about.judge import ASK, JUDGE, check
 from flowtilt.rewards.judge import reading
-from flowtilt.rewards.judge.asking import Asking, choose
+from flowtilt.rewards.judge.asking import Asking
 from flowtilt.rewards.judge.questions import Question, questions_of
 from flowtilt.rewards.judge.reading import Answer
 from flowtilt.rewards.judge.wording import Part, text, with_caption
 
 __all__ = ["Judge", "of_questions"]
-
-ASK = {
-    "yes": "Does the picture show {prompt}?",
-    "number": "How well does the picture show {prompt}?",
-    "questions": "{question}",
-    "pairs": "Which of the two pictures shows {prompt} better?",
-}
-"""What is asked where the recipe says nothing."""
 
 
 class Judge(Asking):
@@ -77,14 +69,8 @@ class Judge(Asking):
         price_in: float = 0.0,
         price_out: float = 0.0,
     ):
-        choose(name, "mode", mode, MODES)
-        choose(name, "mean", mean, ("arithmetic", "geometric"))
-        wanted = "{question}" if mode == "questions" else "{prompt}"
+        check(name, {"mode": mode, "ask": ask, "low": low, "high": high, "mean": mean})
         self._mode, self._ask_for, self._mean, self._low, self._high = mode, ask or ASK[mode], mean, low, high
-        if wanted not in self._ask_for:
-            raise UserError(f"rewards.{name}: ask has no {wanted}, which stands for the {wanted[1:-1]}; write it in, as in {ASK[mode]!r}")
-        if not low < high:
-            raise UserError(f"rewards.{name}: low = {low:g} must be below high = {high:g}")
         details = {"arithmetic": (0.0, 1.0), "geometric": (0.0, 1.0)} if mode == "questions" else {}
         bounds = (float(low), float(high)) if mode == "number" else (0.0, 1.0)
         super().__init__(

@@ -13,6 +13,7 @@ from PIL import Image
 from flowtilt.errors import UserError
 from flowtilt.io.threads import in_threads
 from flowtilt.rewards.about import Facts
+from flowtilt.rewards.about.judge import check_service
 from flowtilt.rewards.judge.budget import Budget, Limits
 from flowtilt.rewards.judge.client import Client, quoted
 from flowtilt.rewards.judge.reading import Answer
@@ -72,21 +73,14 @@ class Asking:
         price_in: float,
         price_out: float,
     ):
+        service = {"url": url, "model": model, "logprobs": logprobs, "picture": picture, "workers": workers, "timeout": timeout}
+        limits = {"max_calls": max_calls, "max_tokens": max_tokens, "max_cost": max_cost, "price_in": price_in, "price_out": price_out}
+        check_service(name, {**service, **limits, "length": length, "side": side, "patience": patience, "max_missing": max_missing})
         url = url or os.environ.get(URL, "")
         if not url:
             raise UserError(f'rewards.{name}: url is missing; set it to the server, as in url = "http://127.0.0.1:8000/v1", or set {URL}')
-        choose(name, "logprobs", logprobs, ("auto", "need", "off"))
-        choose(name, "picture", picture, ("png", "jpeg"))
-        numbers = {"workers": workers, "timeout": timeout, "length": length}
-        at_least_0 = {"side": side, "patience": patience, "max_missing": max_missing, "max_calls": max_calls, "max_tokens": max_tokens}
-        at_least_0 |= {"max_cost": max_cost, "price_in": price_in, "price_out": price_out}
-        for key, value in {**numbers, **at_least_0}.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (key in numbers and not value):
-                raise UserError(f"rewards.{name}: {key} must be {'more than' if key in numbers else 'at least'} 0, not {value!r}")
-        if max_cost and not (price_in or price_out):
-            raise UserError(f"rewards.{name}: max_cost needs price_in and price_out, of a million tokens")
         self.name, self.facts = name, facts
-        self.budget = Budget(name, Limits(max_calls, max_tokens, max_cost, price_in, price_out))
+        self.budget = Budget(name, Limits(**limits))
         self.client = Client(name, url, model, logprobs=logprobs, length=length, timeout=timeout, patience=patience, budget=self.budget)
         self._form, self._side, self._workers, self._max_missing = picture, side, workers, max_missing
         self._readable: deque[bool] = deque(maxlen=RECENT)
@@ -117,13 +111,13 @@ class Asking:
         answers = in_threads([partial(self._ask, message) for message in messages], self._workers)
         values = [reader(answer) for reader, answer in zip(read, answers, strict=True)]
         notes = [
-            f"unreadable answer {quoted(answer.text)}" if math.isnan(value) else "" for value, answer in zip(values, answers, strict=True)
+            f"{_fault(answer)} {quoted(answer.text)}" if math.isnan(value) else "" for value, answer in zip(values, answers, strict=True)
         ]
         for value, answer in zip(values, answers, strict=True):
             self._readable.append(not math.isnan(value))
             if math.isnan(value) and self._logged < SHOWN:
                 self._logged += 1
-                log.warning("rewards.%s: an answer that can't be read counts as missing: %s", self.name, quoted(answer.text, 300))
+                log.warning("rewards.%s: an %s counts as missing: %s", self.name, _fault(answer), quoted(answer.text, 300))
         lost = self._readable.count(False)
         if len(self._readable) >= FEWEST and lost > self._max_missing * len(self._readable):
             example = next((note for note in reversed(notes) if note), "")
@@ -137,7 +131,5 @@ class Asking:
         return self.client.ask(message())
 
 
-def choose(name: str, key: str, value: object, known: Sequence[str]) -> None:
-    """Raises UserError where an option is none of the known values."""
-    if value not in known:
-        raise UserError(f"rewards.{name}: {key} is {value!r}; it is one of {', '.join(known)}")
+def _fault(answer: Answer) -> str:
+    return "answer without log-probabilities" if answer.first == () else "unreadable answer"

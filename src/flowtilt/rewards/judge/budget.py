@@ -86,7 +86,8 @@ class Budget:
         with self._lock:
             everyone = self.before + (self._own + self._begun + most) * self._share
             if limit := self.limits.exceeded(everyone):
-                raise UserError(f"rewards.{self._name}: its budget ends here, {limit}, with {self.told()}; raise it to go on")
+                key = f"rewards.{self._name}.{limit.partition(' ')[0]}"
+                raise UserError(f"rewards.{self._name}: its budget ends here, {limit}, with {self.told()}; raise it to go on: {key}=…")
             self._begun += most
 
     def settle(self, most: Spent, cost: Spent | None) -> None:

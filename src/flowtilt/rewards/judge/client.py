@@ -83,12 +83,15 @@ class Client:
         question = [picture(Image.new("RGB", (64, 64), "grey"), "png", 0), text("Is this a grey square? Answer yes or no.")]
         while True:
             try:
-                answer = self._answer(self._post(self._body(question), min(self._patience, LOADING)))
+                reply = self._post(self._body(question), min(self._patience, LOADING))
                 break
             except Refused as error:
                 if error.status not in (400, 404, 422) or not self._give_way(str(error)):
                     raise self._explained(error) from None
-        if self._top and answer.first is None:
+            except UserError as error:
+                raise UserError(f"rewards.{self.name}: {error}") from None
+        answer = self._answer(reply)
+        if self._top and not answer.first:
             self._without_logprobs()
         self.budget.settle(Spent(), Spent(1, answer.read, answer.written))
         if self._counts_tokens and not answer.read:
@@ -226,12 +229,12 @@ def quoted(answer: str, length: int = 100) -> str:
     return f'"{words[:length]}{"…" if len(words) > length else ""}"'
 
 
-def _first_tokens(logprobs: Any) -> tuple[tuple[str, float], ...] | None:
-    """The first token's alternatives in a choice's `logprobs`; none where they are not there."""
+def _first_tokens(logprobs: Any) -> tuple[tuple[str, float], ...]:
+    """The first token's alternatives in a choice's `logprobs`; () where they are not there."""
     try:
-        return tokens([(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]])
+        return tokens([(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]) or ()
     except (LookupError, TypeError):
-        return None
+        return ()
 
 
 def _some(names: Sequence[str]) -> str:

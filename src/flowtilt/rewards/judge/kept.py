@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +36,9 @@ class Kept:
         spent = Spent()
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob(f"{self._name}-*.jsonl")):
-            spent += self._find(path)
+        for path in sorted(folder.iterdir()):
+            if re.fullmatch(rf"{re.escape(self._name)}-\d+\.jsonl", path.name):  # of another reward: judge-2-0.jsonl
+                spent += self._find(path)
         self._file = folder / f"{self._name}-{rank}.jsonl"
         with self._lock:
             there, self._there = self._there, {}
@@ -67,7 +69,8 @@ class Kept:
             record = _parsed(file.readline())
         if record is None:
             return None
-        return Answer(record["text"], tokens(record["first"]))
+        first = record["first"]
+        return Answer(record["text"], None if first is None else tokens(first) or ())
 
     def add(self, key: str, answer: Answer) -> None:
         """Keeps an answer."""
@@ -90,6 +93,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
         counts = record["read"], record["written"]
         whole = isinstance(record["key"], str) and isinstance(record["text"], str) and all(isinstance(count, int) for count in counts)
-        return record if whole and (record["first"] is None or tokens(record["first"])) else None
+        return record if whole and (record["first"] in (None, []) or tokens(record["first"])) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

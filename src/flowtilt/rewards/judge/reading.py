@@ -24,7 +24,8 @@ class Answer:
 
     Args:
         text: what it wrote.
-        first: the likeliest first tokens with their log-probabilities, best first; none where the server gives none.
+        first: the likeliest first tokens with their log-probabilities, best first; None where they were not asked for, () where this
+            answer lacks them, so that it can't be read: words and probabilities are not mixed in one score.
         read, written: tokens, 0 where the server does not count them.
     """
 
@@ -69,6 +70,8 @@ def one_of(answer: Answer, forms: Sequence[str]) -> float:
     if answer.first is None:
         words = re.findall(r"[\w']+", _plain(answer.text).lower())
         return float(words[0] in wanted) if 1 <= len(words) <= 2 else math.nan
+    if not answer.first:
+        return math.nan
     mass = _mass(answer.first, wanted)
     return min(1.0, mass) if mass else math.exp(min(value for _, value in answer.first))
 
