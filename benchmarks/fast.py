@@ -131,8 +131,8 @@ def crossing(curve: list[tuple[int, float]], target: float) -> float | None:
 def entry(folder: Path, measured: bool) -> dict[str, Any]:
     """What a finished run says, and on noise that nothing was compared on its diversity and distance from the base."""
     run, recipe = RunFolder(folder), load_recipe(RunFolder(folder).recipe)
-    spent = {line["step"]: line["network_evaluations"] for line in read_lines(run.metrics)}
-    curve = [(spent.get(e["step"], 0), e["score"]) for e in read_lines(run.evaluations)]
+    spent = {line["rollout"]: line["network_evaluations"] for line in read_lines(run.metrics)}
+    curve = [(spent.get(e["rollout"], 0), e["score"]) for e in read_lines(run.evaluations)]
     seconds = [(e["seconds"], e["score"]) for e in read_lines(run.evaluations)]
     guards = [line["guard"] for line in read_lines(run.guards)] if run.guards.is_file() else []
     return {

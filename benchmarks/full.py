@@ -32,7 +32,7 @@ def main() -> None:
             trainer = Trainer(load_recipe("playground", [f"train={train}", *own, *shared]))
             summary = trainer.run()
             assert summary is not None
-            curve = [[e["step"], round(e["score"], 4)] for e in read_lines(trainer.run_folder / "evaluations.jsonl")]
+            curve = [[e["rollout"], round(e["score"], 4)] for e in read_lines(trainer.run_folder / "evaluations.jsonl")]
             entries.append(
                 {
                     "train": train,

@@ -59,8 +59,8 @@ class Judge:
 def learned(folder: Path) -> dict[str, Any]:
     """What a finished run says."""
     run, recipe = RunFolder(folder), load_recipe(RunFolder(folder).recipe)
-    spent = {line["step"]: line["network_evaluations"] for line in read_lines(run.metrics)}
-    curve = [(spent.get(e["step"], 0), e["score"]) for e in read_lines(run.evaluations)]
+    spent = {line["rollout"]: line["network_evaluations"] for line in read_lines(run.metrics)}
+    curve = [(spent.get(e["rollout"], 0), e["score"]) for e in read_lines(run.evaluations)]
     return {
         "seed": recipe.seed,
         "curve_evaluations_score": [[x, round(y, 4)] for x, y in curve],

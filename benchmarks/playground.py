@@ -62,7 +62,7 @@ def main() -> None:
             summary = trainer.run()
             assert summary is not None
             curve = [
-                [e["step"], round(e["seconds"], 2), round(e["score"], 4)] for e in read_lines(trainer.run_folder / "evaluations.jsonl")
+                [e["rollout"], round(e["seconds"], 2), round(e["score"], 4)] for e in read_lines(trainer.run_folder / "evaluations.jsonl")
             ]
             entry = {
                 "method": trainer.recipe.objective.type,

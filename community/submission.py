@@ -62,14 +62,14 @@ def of_run(place: RunFolder) -> dict[str, Any]:
 def claims(folder: Path) -> dict[str, Any]:
     """What follows from a submission's files."""
     recipe = load_recipe(folder / "recipe.toml", stored=True)
-    scores = {line["step"]: line["score"] for line in read_lines(folder / "evaluations.jsonl")}
+    scores = {line["rollout"]: line["score"] for line in read_lines(folder / "evaluations.jsonl")}
     return {
         "name": recipe.name,
         "method": recipe.objective.type,
         "model": recipe.model.path,
         "protocol": recipe.protocol(),
         "seed": recipe.seed,
-        "steps": max(scores),
+        "rollouts": max(scores),
         "score": {"before": scores.get(0), "after": scores[max(scores)]},
         "sha256": {name: digest(folder / name) for name in FILES},
     }

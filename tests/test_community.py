@@ -24,7 +24,7 @@ def test_a_submission_of_a_run_is_whole_and_has_no_path_of_its_machine(made, fin
     assert submission.faults(made) == []
     assert str(finished.parent) not in (made / "recipe.toml").read_text()
     told = json.loads((made / "digest.json").read_text())
-    assert told["steps"] == 4 and set(told["weights"]) == {"pytorch_lora_weights.safetensors"} and told["network_evaluations"] > 0
+    assert told["rollouts"] == 4 and set(told["weights"]) == {"pytorch_lora_weights.safetensors"} and told["network_evaluations"] > 0
 
 
 @pytest.mark.parametrize(

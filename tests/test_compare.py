@@ -25,11 +25,11 @@ def make(folder: Path, *overrides: str, scores: tuple[float, ...] = SCORES, each
     last = 10 * (len(scores) - 1)
     recipe = load_recipe("playground", [f"rollouts={last or 1}", *overrides])
     (folder / "recipe.toml").write_text(to_toml(recipe))
-    spent = [{"step": s, "network_evaluations": each * s, "optimizer_step": 3 * s, "seconds": 2.0 * s} for s in range(1, last + 1)]
+    spent = [{"rollout": s, "network_evaluations": each * s, "optimizer_step": 3 * s, "seconds": 2.0 * s} for s in range(1, last + 1)]
     lines(folder / "metrics.jsonl", [record | {"loss": 0.5} for record in spent])
-    scored = [{"step": 10 * k, "score": score, "column": "playground_strict", "images": 240} for k, score in enumerate(scores)]
-    lines(folder / "evaluations.jsonl", [record | {"seconds": 2.0 * record["step"]} | more for record in scored])
-    (folder / "summary.json").write_text(json.dumps({"recipe": "playground", "steps": last, "seconds": 2.0 * last}))
+    scored = [{"rollout": 10 * k, "score": score, "column": "playground_strict", "images": 240} for k, score in enumerate(scores)]
+    lines(folder / "evaluations.jsonl", [record | {"seconds": 2.0 * record["rollout"]} | more for record in scored])
+    (folder / "summary.json").write_text(json.dumps({"recipe": "playground", "rollouts": last, "seconds": 2.0 * last}))
     return folder
 
 
@@ -97,7 +97,7 @@ def test_costs_are_read_off_the_straight_line_and_compared_with_the_first(six):
     # the middle seed crosses .6 at 10 + 10 (.6 - .41) / (.81 - .41) = 14.75 rollouts of a thousand; the fast one at 10 (.4 / .61)
     assert found.reach(slow, "evaluations", 0.6).span.value == pytest.approx(14_750)
     assert found.reach(slow, "seconds", 0.6).span.value == pytest.approx(29.5)
-    assert found.reach(fast, "steps", 0.6).span.value == pytest.approx(30 * 0.4 / 0.61)
+    assert found.reach(fast, "optimizer-steps", 0.6).span.value == pytest.approx(30 * 0.4 / 0.61)
     against = found.reach(fast, "evaluations", 0.6).against
     assert against and against.of.value == pytest.approx(10 * 0.4 / 0.61 / 14.75)
     assert found.reach(slow, "evaluations", 0.6).against is None
@@ -181,7 +181,7 @@ def test_the_page_says_what_the_terminal_says(six, tmp_path):
 def test_the_chosen_axis_leads_and_the_others_are_a_tab_away(six, tmp_path):
     shown = page(compare(six, axis="seconds"), tmp_path)
     buttons = [attrs for attrs in shown.all("input") if attrs["type"] == "radio"]
-    assert [attrs["id"] for attrs in buttons] == ["by-seconds", "by-evaluations", "by-rollouts", "by-steps"]
+    assert [attrs["id"] for attrs in buttons] == ["by-seconds", "by-evaluations", "by-rollouts", "by-optimizer-steps"]
     assert ["checked" in attrs for attrs in buttons] == [True, False, False, False]
     assert len([attrs for attrs in shown.all("svg") if attrs.get("role") == "img"]) == 4
 
@@ -195,7 +195,7 @@ def test_seeds_that_overlap_are_said_to(six, tmp_path):
 
 def test_a_cost_that_was_not_logged_is_no_axis(tmp_path):
     a = make(tmp_path / "a")
-    lines(a / "metrics.jsonl", [{"step": s, "seconds": 2.0 * s} for s in range(1, 21)])
+    lines(a / "metrics.jsonl", [{"rollout": s, "seconds": 2.0 * s} for s in range(1, 21)])
     assert compare([a], axis="seconds").axes == ["seconds", "rollouts"]
     with pytest.raises(UserError, match="lacks network_evaluations"):
         compare([a])
@@ -265,7 +265,7 @@ def test_images_from_the_same_noise_stand_side_by_side(six, tmp_path):
 
 def test_guards_are_marked_on_the_curve_of_their_run_and_told_once(six, tmp_path):
     for run in six[:2]:
-        lines(run / "guards.jsonl", [{"step": 10, "guard": "no_contrast", "message": "beta does nothing"}])
+        lines(run / "guards.jsonl", [{"rollout": 10, "guard": "no_contrast", "message": "beta does nothing"}])
     shown = page(compare(six), tmp_path)
     assert shown.says("no_contrast, beta=1.0 , seed 0 at rollout 10, seed 1 at rollout 10: beta does nothing")
     flags = [attrs for attrs in shown.all("g") if (attrs.get("class") or "").startswith("flag")]
@@ -277,7 +277,7 @@ def test_nothing_that_a_recipe_or_a_label_says_becomes_markup(tmp_path):
     a, b = make(tmp_path / "a"), make(tmp_path / "b", "ema=0.5")
     for run in (a, b):
         samples(run, 20, prompt=HOSTILE, note=HOSTILE)
-        lines(run / "guards.jsonl", [{"step": 10, "guard": HOSTILE, "message": HOSTILE}])
+        lines(run / "guards.jsonl", [{"rollout": 10, "guard": HOSTILE, "message": HOSTILE}])
     found = compare([a], labels={HOSTILE + "\x1b[31m": [b]})
     shown = page(found, tmp_path)
     assert len(shown.all("script")) == 1 and not [image for image in shown.all("img") if "evil" in (image["src"] or "")]
@@ -319,7 +319,7 @@ def test_a_real_pair_of_runs_is_compared_without_torch(learnt, tmp_path):
 
     other = tmp_path / "other"
     Trainer(quick(other, *LONGER, "optimizer.lr=1e-4", whole=True)).run()
-    words = [str(learnt), str(other), "--axis", "steps", "-o", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
+    words = [str(learnt), str(other), "--axis", "optimizer-steps", "-o", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
     code = f"import sys; from flowtilt.cli import main; assert main({['compare', *words]!r}) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

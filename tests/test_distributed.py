@@ -191,8 +191,8 @@ def test_ranks_all_take_the_checkpoint_before_a_damaged_one(launched, tmp_path):
 def of_library(run):
     """A script that iterates over rollouts; 0 where each rank saw all of them and only the first was called back, 3 where that fails."""
     seen: list[float] = []
-    trainer = Trainer(quick(run, "rollouts=2"), on_rollout=lambda metrics, preview: seen.append(metrics["step"]))
-    steps = [metrics["step"] for metrics in trainer]
+    trainer = Trainer(quick(run, "rollouts=2"), on_rollout=lambda metrics, preview: seen.append(metrics["rollout"]))
+    steps = [metrics["rollout"] for metrics in trainer]
     assert steps == [1, 2] and seen == ([] if trainer.world.rank else steps)
 
     def fail(metrics, preview):

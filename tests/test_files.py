@@ -173,7 +173,7 @@ def test_safetensors_own_error_is_one_line_too(tmp_path):
 
 
 def test_lines_come_back_as_they_were_appended(tmp_path):
-    records = [{"step": 1, "text": "Bär\n\u2028"}, {"step": 2, "values": [1, 2.5], "none": None}]
+    records = [{"rollout": 1, "text": "Bär\n\u2028"}, {"rollout": 2, "values": [1, 2.5], "none": None}]
     for record in records:
         append_line(tmp_path / "m.jsonl", record)
     assert read_lines(tmp_path / "m.jsonl") == records
@@ -186,13 +186,13 @@ def test_numbers_that_json_has_not_become_null(tmp_path):
 
 def test_a_torn_last_line_is_left_out_wherever_it_was_torn(tmp_path):
     path = tmp_path / "m.jsonl"
-    append_line(path, {"step": 1})
-    append_line(path, {"step": 2, "reward/a": 0.25})
+    append_line(path, {"rollout": 1})
+    append_line(path, {"rollout": 2, "reward/a": 0.25})
     whole = path.read_bytes()
     start = whole.index(b"\n") + 1
     for end in range(start, len(whole) - 1):
         path.write_bytes(whole[:end])
-        assert read_lines(path) == [{"step": 1}]
+        assert read_lines(path) == [{"rollout": 1}]
     path.write_bytes(whole[:-1])  # only the line's end is missing
     assert len(read_lines(path)) == 2
 
@@ -204,7 +204,7 @@ def test_no_file_has_no_lines(tmp_path):
 def test_a_line_that_cannot_be_appended_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", full_disk)
     with pytest.raises(UserError) as caught:
-        append_line(tmp_path / "m.jsonl", {"step": 1})
+        append_line(tmp_path / "m.jsonl", {"rollout": 1})
     assert refused_in_one_line(caught, tmp_path / "m.jsonl")
 
 

@@ -32,7 +32,7 @@ def test_a_reward_that_pays_for_light_instead_of_the_caption_is_found_out(tmp_pa
     Trainer(quick(run, *mine, *hacked, "checkpoint.every=100", whole=True)).run()
     found, records, evaluations = fired(run), read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
     assert records[-1]["reward/mine"] > records[0]["reward/mine"] and evaluations[-1]["score"] < evaluations[0]["score"]
-    assert found["held_out"]["step"] == 8 and "playground_strict fell" in found["held_out"]["message"]
+    assert found["held_out"]["rollout"] == 8 and "playground_strict fell" in found["held_out"]["message"]
     assert "held_out" in (run / "report.html").read_text()
 
 
@@ -68,7 +68,7 @@ def test_a_held_out_reward_that_falls_in_an_evaluation_can_stop_the_run(tmp_path
         trainer.guards, "check_evaluation", lambda means, stds, images: {"held_out": "fell"} if trainer.clock.step == 4 else {}
     )
     assert trainer.run() is None
-    assert trainer.clock.step == 4 and trainer.stopped_by == "fell" and fired(tmp_path / "run")["held_out"]["step"] == 4
+    assert trainer.clock.step == 4 and trainer.stopped_by == "fell" and fired(tmp_path / "run")["held_out"]["rollout"] == 4
 
 
 def test_guards_that_are_off_look_at_nothing(tmp_path):
@@ -102,13 +102,13 @@ def test_guards_go_on_where_a_run_was_interrupted(tmp_path):
     Trainer(quick(run, *settings, "rollouts=2", whole=True)).run()
     assert not fired(run)
     Trainer(quick(run, *settings, "rollouts=3", whole=True), resume=run).run()
-    assert fired(run)["no_contrast"]["step"] == 3
+    assert fired(run)["no_contrast"]["rollout"] == 3
 
 
 def test_a_guard_that_was_to_stop_a_run_does_so_where_a_kill_came_first(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
-    step = read_lines(run / "metrics.jsonl")[-1]["step"]
-    append_line(run / "guards.jsonl", {"step": step, "guard": "held_out", "message": "it falls", "stops": True})
+    step = read_lines(run / "metrics.jsonl")[-1]["rollout"]
+    append_line(run / "guards.jsonl", {"rollout": step, "guard": "held_out", "message": "it falls", "stops": True})
     overrides = [f"rollouts={step + 1}", "guards=stop"]
     trainer = Trainer(open_run(run, overrides), resume=run)
     assert trainer.run() is None and trainer.stopped_by == "it falls" and len(read_lines(run / "metrics.jsonl")) == step

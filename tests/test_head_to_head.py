@@ -148,10 +148,10 @@ def finished(folder: Path, scores: list[float], seed: int = 0) -> Job:
     (folder / "recipe.toml").write_text(to_toml(recipe))
     for step, score in enumerate(scores):
         if step:
-            append_line(folder / "metrics.jsonl", {"step": step, "network_evaluations": 1000 * step, "seconds": 2.0 * step})
-        append_line(folder / "evaluations.jsonl", {"step": step, "score": score, "column": "playground_strict", "images": 240})
+            append_line(folder / "metrics.jsonl", {"rollout": step, "network_evaluations": 1000 * step, "seconds": 2.0 * step})
+        append_line(folder / "evaluations.jsonl", {"rollout": step, "score": score, "column": "playground_strict", "images": 240})
     write_json(folder / "environment.json", {"processor": "a core", "threads": 1, "commit": "0" * 40, "packages": {"torch": "2"}})
-    write_json(folder / "summary.json", {"steps": len(scores) - 1, "seconds": 2.0, "score": {"before": scores[0], "after": scores[-1]}})
+    write_json(folder / "summary.json", {"rollouts": len(scores) - 1, "seconds": 2.0, "score": {"before": scores[0], "after": scores[-1]}})
     return Job(folder, "playground", (f"seed={seed}",), 1000 * (len(scores) - 1))
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_is_resumed_after_every_rollout_ends_in_the_same_bits_though_
     Trainer(lagging(folder, lag, "rollouts=1", seconds=0.05)).run()
     for steps in (2, 4, 4):
         trainer = Trainer(open_run(folder, [f"rollouts={steps}"]), resume=folder)
-        trainer.step()
+        trainer.rollout()
         trainer.close()
     assert trainer.clock.step == 4
     assert contents(folder) == contents(straight[lag][0])

@@ -21,7 +21,7 @@ def test_one_command_begins_a_run_on_two_processes_and_goes_on_with_it_on_one(tm
     first = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert main([*words, "rollouts=2"]) == 0
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2] and lines[0] == first[0]
+    assert [line["rollout"] for line in lines] == [1, 2] and lines[0] == first[0]
     assert main([*words, "rollout.steps=5"]) == 2
     assert "a run of another recipe (rollout differ)" in capsys.readouterr().err
 

@@ -168,10 +168,10 @@ def test_rewards_are_callables_and_the_callback_sees_metrics_and_images(small, t
     rewards = {"red": lambda images, prompts: images[:, 0].mean((1, 2)), "playground": 0.5}
     trainer = ft.Trainer("playground", rewards=rewards, on_rollout=lambda metrics, images: seen.append((metrics, images)), **small)
     summary = trainer.run()
-    assert summary["steps"] == 3 and summary["protocol"].startswith("red,")
-    assert [metrics["step"] for metrics, _ in seen] == [1, 2, 3] and {"reward/red", "reward/playground"} <= seen[0][0].keys()
+    assert summary["rollouts"] == 3 and summary["protocol"].startswith("red,")
+    assert [metrics["rollout"] for metrics, _ in seen] == [1, 2, 3] and {"reward/red", "reward/playground"} <= seen[0][0].keys()
     preview = seen[-1][1]
-    assert preview.images.shape == (8, 3, 32, 32) and len(preview.prompts) == 8 and preview.step == 3
+    assert preview.images.shape == (8, 3, 32, 32) and len(preview.prompts) == 8 and preview.rollout == 3
     torch.testing.assert_close(preview.scores["red"], preview.images[:, 0].mean((1, 2)))
     assert preview.png().startswith(b"\x89PNG")
     said = capsys.readouterr().err
@@ -189,14 +189,14 @@ def test_a_run_driven_rollout_by_rollout_is_the_run_of_one_call(small, tmp_path)
     whole = ft.Trainer({"base": "playground", **small})
     whole.run()
     trainer = ft.Trainer({"base": "playground", **small, "run": str(tmp_path / "steps")})
-    rewards = [trainer.step()["reward/total"]] + [metrics["reward/total"] for metrics in trainer]
+    rewards = [trainer.rollout()["reward/total"]] + [metrics["reward/total"] for metrics in trainer]
     assert rewards == [line["reward/total"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert trainer.done and trainer.clock.step == 3
     for name in ("summary.json", "report.html", "evaluations.jsonl", "lora"):
         assert (tmp_path / "steps" / name).exists()
     ours, theirs = (checkpoint.newest(tmp_path / run).tensors["current"] for run in ("steps", "run"))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    for go_on in (trainer.step, lambda: list(trainer)):
+    for go_on in (trainer.rollout, lambda: list(trainer)):
         with pytest.raises(ft.UserError, match="nothing is left to train, the run is at rollout 3"):
             go_on()
 
@@ -204,7 +204,7 @@ def test_a_run_driven_rollout_by_rollout_is_the_run_of_one_call(small, tmp_path)
 def test_a_loop_that_is_left_saves_and_the_run_goes_on_with_its_object(small, tmp_path):
     rewards = {"red": lambda images, prompts: images[:, 0].mean((1, 2))}
     for metrics in ft.Trainer("playground", rewards=rewards, **small):
-        if metrics["step"] == 2:
+        if metrics["rollout"] == 2:
             break
     assert checkpoint.newest(tmp_path / "run").step == 2
     with pytest.raises(ft.UserError, match=r"rewards.red: is a Python object, which no file holds; give it again: Trainer\(resume="):
@@ -213,7 +213,7 @@ def test_a_loop_that_is_left_saves_and_the_run_goes_on_with_its_object(small, tm
         ft.Trainer(resume=small["run"], rewards={"rde": red})
     assert "trained with a Python object" in complaint(main, "evaluate", "--lora", small["run"], "--images", "2")
     trainer = ft.Trainer(resume=small["run"], rewards=rewards, rollouts=4)
-    assert trainer.clock.step == 2 and trainer.run()["steps"] == 4
+    assert trainer.clock.step == 2 and trainer.run()["rollouts"] == 4
 
 
 def test_ctrl_c_saves_after_the_rollout_and_stops_the_cell(small, tmp_path):
@@ -235,7 +235,7 @@ def test_what_a_callback_raises_ends_the_run_after_a_checkpoint(small, tmp_path)
         trainer.run()
     assert checkpoint.newest(tmp_path / "run").step == 1
     with pytest.raises(ZeroDivisionError):
-        trainer.step()
+        trainer.rollout()
     assert checkpoint.newest(tmp_path / "run").step == 2
 
 

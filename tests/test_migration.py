@@ -31,9 +31,11 @@ def test_a_run_of_0_1_0_is_read_and_goes_on_as_it_went_on_then(old):
     assert len(load(old).metrics) == 3
     Trainer(open_run(old, []), resume=old).run()
     now = read_lines(old / "metrics.jsonl")
-    assert now[0] == then[0] and [line["step"] for line in now] == [1, 2, 3]
+    assert now[0] == then[0] and [line["rollout"] for line in now] == [1, 2, 3]
     for name in ("reward/total", "loss", "deviation", "grad_norm", "network_evaluations"):
-        assert [line[name] for line in now] == pytest.approx([line[name] for line in then], rel=1e-4), name
+        # velocities differ by 1e-4 here, and processors in their seventh digit: a thousandth of that
+        rel = 1e-3 if name == "deviation" else 1e-4
+        assert [line[name] for line in now] == pytest.approx([line[name] for line in then], rel=rel), name
     assert RunFolder(old).recipe.read_text().startswith(f"version = {version.VERSION}\n")
     assert load_recipe(RunFolder(old).recipe) == load_recipe(WRITTEN / "recipe.toml").model_copy(update={"run": None})
 

@@ -94,7 +94,7 @@ def test_its_own_guard_fires_once_after_its_patience(place):
     Path("mine.py").write_text(source)
     Trainer(recipe("objective.type=mine.py:Exponential", *TIMES, "rollouts=3")).run()
     fired = [record for record in read_lines(Path("run/guards.jsonl")) if record["guard"] == "objective/weights"]
-    assert [record["step"] for record in fired] == [2]
+    assert [record["rollout"] for record in fired] == [2]
 
 
 @pytest.mark.parametrize(

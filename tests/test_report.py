@@ -59,12 +59,12 @@ def lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def step_record(step: int, **more: Any) -> dict[str, Any]:
     reward = 0.4 + 0.01 * step
-    shown = {"step": step, "reward/playground": reward, "reward/total": reward, "loss": 0.5, "lr": 7e-4, "images_per_second": 90.1}
+    shown = {"rollout": step, "reward/playground": reward, "reward/total": reward, "loss": 0.5, "lr": 7e-4, "images_per_second": 90.1}
     return shown | {"time/sample": 0.3, "time/train": 0.7, "seconds": 1.5 * step, "network_evaluations": 1000 * step} | more
 
 
 def evaluation(step: int, score: Any, prompts: int = 40, **more: Any) -> dict[str, Any]:
-    base = {"step": step, "score": score, "images": 240, "by_tag": {"counting": 0.2 + step / 50}, "seconds": 1.5 * step}
+    base = {"rollout": step, "score": score, "images": 240, "by_tag": {"counting": 0.2 + step / 50}, "seconds": 1.5 * step}
     known = isinstance(score, float) and math.isfinite(score)
     between = {"low": score - 0.06, "high": score + 0.05} if known else {}
     estimate = {"mean": score, **between, "images": 240, "missing": 0, "prompts": prompts}
@@ -103,7 +103,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "environment.json").write_text(json.dumps({"device": "cpu", "threads": 2, "versions": {"torch": "2.9.0"}}))
     lines(folder / "metrics.jsonl", [step_record(step) for step in range(1, 31)])
     lines(folder / "evaluations.jsonl", [evaluation(0, 0.31), evaluation(15, 0.64), evaluation(30, 0.93)])
-    lines(folder / "guards.jsonl", [{"step": 12, "guard": "deviation", "message": "v_theta is v_old"}])
+    lines(folder / "guards.jsonl", [{"rollout": 12, "guard": "deviation", "message": "v_theta is v_old"}])
     for step in (0, 15, 30):
         samples(folder, step)
     summary = {"recipe": "playground", "seed": 0, "steps": 30, "seconds": 45.0, "score": {"before": 0.31, "after": 0.93}}
@@ -169,7 +169,7 @@ def test_hostile_text_stays_text(run: Path) -> None:
     lines(run / "metrics.jsonl", [step_record(1, **{HOSTILE: 1.0, f"time/{HOSTILE}": 1.0}), step_record(2)])
     hostile = evaluation(30, 0.5, by_tag={HOSTILE: 0.5}, rewards={HOSTILE: 0.5, HOSTILE + "2": 0.1})
     lines(run / "evaluations.jsonl", [evaluation(0, 0.3, by_tag={HOSTILE: 0.2}), hostile])
-    lines(run / "guards.jsonl", [{"step": 1, "guard": HOSTILE, "message": HOSTILE}])
+    lines(run / "guards.jsonl", [{"rollout": 1, "guard": HOSTILE, "message": HOSTILE}])
     (run / "summary.json").write_text(json.dumps({"recipe": HOSTILE, "steps": 30, "protocol": HOSTILE, "seed": HOSTILE}))
     folder = samples(run, 20, prompt=HOSTILE, tag=HOSTILE, note=HOSTILE)
     for step in (0, 15, 30):
@@ -205,7 +205,7 @@ def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["recipe.toml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "guards.jsonl", "summary.json"])
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b'{"step": "x", "score": []}\n', b"null\n7\n"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b'{"rollout": "x", "score": []}\n', b"null\n7\n"])
 def test_any_one_file_may_be_missing_or_broken(run: Path, name: str, content: bytes | None) -> None:
     (run / name).unlink()
     if content is not None:
@@ -270,7 +270,7 @@ def test_a_torn_last_line_is_ignored(run: Path) -> None:
     before = report(run).text
     for name in ("metrics.jsonl", "evaluations.jsonl", "guards.jsonl"):
         with (run / name).open("a") as file:
-            file.write('{"step": 31, "sco')
+            file.write('{"rollout": 31, "sco')
     assert report(run).text == before
 
 

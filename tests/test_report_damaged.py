@@ -17,24 +17,24 @@ from flowtilt.training.display import Display
 def test_what_could_not_be_read_is_counted_and_said_once(run: Path) -> None:
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(
-            b'{"step": 40, "loss"\n\xff\xfe\n{"loss": 3}\n'
+            b'{"rollout": 40, "loss"\n\xff\xfe\n{"loss": 3}\n'
             + b"[" * 3000
             + b"\n{"
-            + b'"step": 31, "loss": '
+            + b'"rollout": 31, "loss": '
             + b"9" * 5000
             + b"}\n"
             + b"\0" * 37
         )
     (run / "environment.json").write_text('{"a":' * 500 + "1" + "}" * 500)
-    lines(run / "evaluations.jsonl", [evaluation(0, 0.31), {"step": 15}, evaluation(30, 0.93)])
+    lines(run / "evaluations.jsonl", [evaluation(0, 0.31), {"rollout": 15}, evaluation(30, 0.93)])
     (run / "guards.jsonl").write_text('{"guard": "x"}\n')
     page = report(run)
     assert page.text.count("Not all of the run's files could be read") == 1
     for said in (
-        "metrics.jsonl: 4 lines cannot be read, 1 line without a step",
+        "metrics.jsonl: 4 lines cannot be read, 1 line without a rollout",
         "environment.json: cannot be read",
         "evaluations.jsonl: 1 evaluation without a score",
-        "guards.jsonl: 1 line without a step",
+        "guards.jsonl: 1 line without a rollout",
     ):
         assert page.says(said), said
 

@@ -98,7 +98,7 @@ def two_tags(scores: list[float], prompts: int, **more: Any) -> dict[str, Any]:
     images = {"column": "mine", "captions": "same", "prompt": list(range(2 * prompts)), "tag": tags, "score": scores, **more}
     summary = score_summary(images)
     by_tag = {tag: summary["by_tag"][tag]["mean"] for tag in ("position", "color")}
-    return {"step": 0, "score": summary["mean"], "estimate": summary, "by_tag": by_tag, "images": 2 * prompts, "seconds": 0.0}
+    return {"rollout": 0, "score": summary["mean"], "estimate": summary, "by_tag": by_tag, "images": 2 * prompts, "seconds": 0.0}
 
 
 def test_tags_have_the_intervals_of_the_evaluation_page(run: Path) -> None:
@@ -111,7 +111,7 @@ def test_tags_have_the_intervals_of_the_evaluation_page(run: Path) -> None:
     page_of = results_of(rows, ("tuned",), {}, {})["sets"]["s"]["columns"]["mine"]["tuned"]["by_tag"]
     found = tag_estimates(record)
     assert found == {tag: estimate_of(value) for tag, value in page_of.items()} and all(e.has_interval for e in found.values())
-    lines(run / "evaluations.jsonl", [record, {**record, "step": 30}])
+    lines(run / "evaluations.jsonl", [record, {**record, "rollout": 30}])
     page = report(run)
     assert len([line for line in page.all("line") if line.get("class") == "whisker"]) == 4  # two tags, before and after
     assert all(page.says(f"[{e.low:.2f}, {e.high:.2f}]") for e in found.values())
@@ -120,14 +120,14 @@ def test_tags_have_the_intervals_of_the_evaluation_page(run: Path) -> None:
 def test_a_tag_of_few_prompts_has_no_interval_and_the_page_says_why(run: Path) -> None:
     record = two_tags(np.random.default_rng(0).uniform(size=18).tolist(), 9)
     assert {e.kind for e in tag_estimates(record).values()} == {FEW}
-    lines(run / "evaluations.jsonl", [record, {**record, "step": 30}])
+    lines(run / "evaluations.jsonl", [record, {**record, "rollout": 30}])
     page = report(run)
     assert not [line for line in page.all("line") if line.get("class") == "whisker"]
     assert page.says("No interval where a kind has fewer than 10 prompts.")
 
 
 def test_tags_of_version_0_1_0_are_shown_without_an_interval() -> None:
-    (found,) = tag_estimates({"step": 0, "score": 0.5, "by_tag": {"counting": 0.25, "odd": None}}).values()
+    (found,) = tag_estimates({"rollout": 0, "score": 0.5, "by_tag": {"counting": 0.25, "odd": None}}).values()
     assert found.value == 0.25 and found.kind == UNKNOWN and not found.has_interval
 
 

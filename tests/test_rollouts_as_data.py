@@ -126,7 +126,7 @@ def test_a_rollouts_table_has_what_the_run_computed_and_names_its_images(logged)
         folder = RunFolder(run).rollout(step)
         rows = pq.read_table(folder.table).to_pylist()
         assert len(rows) == 12 and [row["file_name"] for row in rows] == sorted(path.name for path in folder.path.glob("*.png"))
-        assert {row["step"] for row in rows} == {step} and [row["prompt_index"] for row in rows] == [k // 4 for k in range(12)]
+        assert {row["rollout"] for row in rows} == {step} and [row["prompt_index"] for row in rows] == [k // 4 for k in range(12)]
         assert all(row["tag"] in row["prompt"] for row in rows)
         total = torch.tensor([row["reward/total"] for row in rows]).double()
         assert float(total.mean()) == pytest.approx(metrics[step - 1]["reward/total"], rel=1e-6)

@@ -46,7 +46,7 @@ def made(folder: Path, *steps: int, keep: int = 9) -> Path:
     runs.create(quick(folder)).release()
     for step in steps:
         checkpoint.save(folder, Checkpoint(step, {"clock": {"step": step}}, {"current": {"w": torch.full((3,), float(step))}}), keep)
-        append_line(folder / "metrics.jsonl", {"step": step, "loss": 0.5})
+        append_line(folder / "metrics.jsonl", {"rollout": step, "loss": 0.5})
     return folder
 
 
@@ -244,7 +244,7 @@ def test_a_run_without_checkpoints_is_not_begun_again_over_its_results(finished,
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
     folder = made(tmp_path / "run")
-    append_line(folder / "evaluations.jsonl", {"step": 0, "score": 0.1})
+    append_line(folder / "evaluations.jsonl", {"rollout": 0, "score": 0.1})
     (folder / "samples" / "step-000000").mkdir(parents=True)
     runs.resume(folder).release()
 
@@ -292,37 +292,37 @@ def test_a_changed_number_in_a_checkpoints_state_is_noticed_and_an_older_format_
     assert checkpoint.newest(folder).step == 1
 
 
-TAIL = {"nul": b"\0" * 37, "no UTF-8": b'{"step": 9, "x": "\xff', "torn": b'{"step": 9,'}
+TAIL = {"nul": b"\0" * 37, "no UTF-8": b'{"rollout": 9, "x": "\xff', "torn": b'{"rollout": 9,'}
 
 
 @pytest.mark.parametrize("tail", TAIL)
 def test_a_torn_tail_is_dropped_without_a_word(tmp_path, tail, recwarn):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + TAIL[tail])
-    assert read_lines(path) == [{"step": 1}, {"step": 2}] and not recwarn.list
+    path.write_bytes(b'{"rollout": 1}\n{"rollout": 2}\n' + TAIL[tail])
+    assert read_lines(path) == [{"rollout": 1}, {"rollout": 2}] and not recwarn.list
     runs.rewind(tmp_path, 2)
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n' and names(tmp_path) == ["metrics.jsonl"]
+    assert path.read_bytes() == b'{"rollout": 1}\n{"rollout": 2}\n' and names(tmp_path) == ["metrics.jsonl"]
 
 
 def test_what_was_appended_after_a_torn_tail_of_nul_bytes_is_read(tmp_path):
-    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n\0\0\0{"step": 2}\n')
-    assert read_lines(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+    (tmp_path / "m.jsonl").write_bytes(b'{"rollout": 1}\n\0\0\0{"rollout": 2}\n')
+    assert read_lines(tmp_path / "m.jsonl") == [{"rollout": 1}, {"rollout": 2}]
 
 
 def test_damaged_lines_in_the_middle_are_counted_and_kept_beside_the_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    damaged = b'{"step": 1}\n{"st\n\xff\xfe\n{"loss": 3}\n{"step": 2}\n' + b"[" * 100_000 + b"\n" + b'{"step": 3}\n{"step"'
+    damaged = b'{"rollout": 1}\n{"st\n\xff\xfe\n{"loss": 3}\n{"rollout": 2}\n' + b"[" * 100_000 + b"\n" + b'{"rollout": 3}\n{"rollout"'
     path.write_bytes(damaged)
     with pytest.warns(UserWarning, match=r"metrics\.jsonl: 3 lines, the first of them 2, are damaged"):
         runs.rewind(tmp_path, 2)
-    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert read_lines(path) == [{"rollout": 1}, {"rollout": 2}]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
 
 
 def test_a_score_before_training_is_missing_rather_than_a_later_one(tmp_path):
     assert runs.scores(tmp_path) == (None, None)
     for step, score in ((10, 0.5), (20, 0.75)):
-        append_line(tmp_path / "evaluations.jsonl", {"step": step, "score": score})
+        append_line(tmp_path / "evaluations.jsonl", {"rollout": step, "score": score})
     append_line(tmp_path / "evaluations.jsonl", {"score": 0.9})
     assert runs.scores(tmp_path) == (None, 0.75)
 
@@ -357,8 +357,8 @@ def test_a_trainer_holds_its_run_until_it_has_ended_and_may_go_on(finished, tmp_
     handler = signal.getsignal(signal.SIGINT)
     assert trainer.run() is None and signal.getsignal(signal.SIGINT) is handler
     assert checkpoint.newest(folder).step == 1
-    assert trainer.run()["steps"] == 3
-    assert [record["step"] for record in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert trainer.run()["rollouts"] == 3
+    assert [record["rollout"] for record in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
     # whoever went on in the meantime has another state
     other = Trainer(runs.open_run(folder, ["rollouts=4"]), resume=str(folder))
     refused(trainer.run, match="held by")
@@ -387,4 +387,4 @@ def test_a_run_in_another_thread_gets_no_signals_and_runs(tmp_path):
     thread = threading.Thread(target=lambda: found.append(trainer.run()))
     thread.start()
     thread.join()
-    assert found[0]["steps"] == 1
+    assert found[0]["rollouts"] == 1

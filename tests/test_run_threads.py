@@ -50,7 +50,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(two_threads, tmp_path
     assert json.loads((tmp_path / "straight" / "environment.json").read_text())["threads"] == 1
     assert torch.get_num_threads() == 2, "the process has back what it had"
     trainer = Trainer(quick(tmp_path / "stopped"))
-    trainer.step()
+    trainer.rollout()
     trainer.close()
     two_threads(2.0)
     capsys.readouterr()

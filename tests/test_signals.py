@@ -117,7 +117,7 @@ def test_interrupted_in_an_evaluation_a_run_is_saved_and_makes_it_when_it_goes_o
     assert done.codes == [130] * ranks and time.monotonic() - sent < 30
     assert "Traceback" not in done.stderr and done.stderr.count("flowtilt: interrupted; go on from the last checkpoint with") == 1
     at = checkpoint.newest(tmp_path / "run")
-    assert at is not None and at.step == 2 and [record["step"] for record in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [0]
+    assert at is not None and at.step == 2 and [record["rollout"] for record in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [0]
     (tmp_path / "slow").unlink()
     again = [start(ranks, main, ["train", *given], folder=tmp_path / name) for name, given in (
         ("again", ["--resume", f"{tmp_path}/run"]),

@@ -114,11 +114,11 @@ def test_a_run_sends_metrics_scores_samples_and_its_summary_and_goes_on_as_the_s
         assert list(metrics) == [1, 2, 3] and sum("reward/total" in values for _, values in logged) == 3
         for record in read_lines(run / "metrics.jsonl"):
             assert (
-                metrics[record["step"]].items()
-                >= {key: value for key, value in record.items() if key != "step" and value is not None}.items()
+                metrics[record["rollout"]].items()
+                >= {key: value for key, value in record.items() if key != "rollout" and value is not None}.items()
             )
         scores = {step: values["evaluation/score"] for step, values in logged if "evaluation/score" in values}
-        assert scores == {record["step"]: record["score"] for record in read_lines(run / "evaluations.jsonl")}
+        assert scores == {record["rollout"]: record["score"] for record in read_lines(run / "evaluations.jsonl")}
         samples = {step: values for step, values in logged if "samples/00" in values}
         assert samples.keys() == scores.keys() and len(samples[2]) == 4 and samples[2]["samples/00"].size == (32, 32)
         summary = json.loads((run / "summary.json").read_text())

@@ -41,14 +41,14 @@ def rewards(run):
 
 def test_a_run_leaves_everything_that_is_promised(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["recipe"] == "playground" and summary["steps"] == 4 and summary["seed"] == 0
+    assert summary["recipe"] == "playground" and summary["rollouts"] == 4 and summary["seed"] == 0
     assert set(summary["score"]) == {"before", "after"}
     metrics = read_lines(finished / "metrics.jsonl")
-    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert [record["rollout"] for record in metrics] == [1, 2, 3, 4]
     assert {"reward/playground", "time/sample", "time/train", "time/other", "images_per_second"} <= metrics[0].keys()
     spent = sum(value for name, value in metrics[0].items() if name.startswith("time/"))
     assert spent == pytest.approx(metrics[0]["seconds"], rel=1e-6)
-    assert [record["step"] for record in read_lines(finished / "evaluations.jsonl")] == [0, 2, 4]
+    assert [record["rollout"] for record in read_lines(finished / "evaluations.jsonl")] == [0, 2, 4]
     assert "<html" in (finished / "report.html").read_text()
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"]
     assert len(list((finished / "samples" / "step-000004").glob("*.png"))) == 4

@@ -39,9 +39,11 @@ def log(run: Path, steps: int) -> None:
     """A run of 30 rollouts after some, evaluated every 5."""
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.toml").write_text('name = "mine"\nsteps = 30\nseed = 0\n')
-    records = [{"step": k, "reward/total": 0.5 + 0.01 * k, "seconds": 2.0 * k, "network_evaluations": 900 * k} for k in range(1, steps + 1)]
+    records = [
+        {"rollout": k, "reward/total": 0.5 + 0.01 * k, "seconds": 2.0 * k, "network_evaluations": 900 * k} for k in range(1, steps + 1)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    scored = [{"step": k, "score": 0.3 + 0.02 * k, "images": 8, "seconds": 2.0 * k} for k in range(0, steps + 1, 5)]
+    scored = [{"rollout": k, "score": 0.3 + 0.02 * k, "images": 8, "seconds": 2.0 * k} for k in range(0, steps + 1, 5)]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in scored))
 
 

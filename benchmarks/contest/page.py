@@ -175,7 +175,7 @@ def drawn(entries: Sequence[Record]) -> Comparison:
 def _run(entry: Record) -> Entry:
     _, _, recipe, *overrides = str(entry["command"]).split()
     costs, scores = np.array(entry["curve_evaluations_score"], dtype=float).T
-    metrics = [{"step": place, "network_evaluations": cost} for place, cost in enumerate(costs.tolist())]
+    metrics = [{"rollout": place, "network_evaluations": cost} for place, cost in enumerate(costs.tolist())]
     run = Run(Path(), "", {}, {}, metrics, [], {}, [], {})
     return Entry(run, load_recipe(recipe, overrides), np.arange(len(costs), dtype=float), scores)
 

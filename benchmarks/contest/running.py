@@ -17,7 +17,7 @@ from typing import Any
 
 from contest.settings import Amount
 from flowtilt.config import Recipe, load_recipe
-from flowtilt.io.files import read_lines
+from flowtilt.io.files import read_lines, renamed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["flowtilt.training.trainer"])
@@ -58,7 +58,7 @@ class Job:
         return f"{self.line()} rollouts={self._rollouts()}"
 
     def _rollouts(self) -> int:
-        return max((record["step"] for record in read_lines(self.folder / "metrics.jsonl")), default=0)
+        return max((record["rollout"] for record in read_lines(self.folder / "metrics.jsonl")), default=0)
 
     def spent(self) -> int:
         """Network evaluations so far."""
@@ -70,7 +70,8 @@ class Job:
         if not summary.is_file() or (self.amount and not (self.folder / "measures.json").is_file()):
             return False
         rollouts = self._rollouts()
-        return json.loads(summary.read_text())["steps"] == rollouts and not more_rollouts(self.load(), rollouts, self.budget - self.spent())
+        ended = renamed(json.loads(summary.read_text()))["rollouts"] == rollouts
+        return ended and not more_rollouts(self.load(), rollouts, self.budget - self.spent())
 
 
 def more_rollouts(recipe: Recipe, done: int, budget: int) -> int:
@@ -130,7 +131,7 @@ def _train(job: Job) -> bool:
 
 def _summed_up(folder: Path) -> int | None:
     path = folder / "summary.json"
-    return json.loads(path.read_text())["steps"] if path.is_file() else None
+    return renamed(json.loads(path.read_text()))["rollouts"] if path.is_file() else None
 
 
 def run_all(jobs: Sequence[Job], workers: int, say: Callable[[str], None], seconds: Callable[[Job], float]) -> None:

@@ -31,10 +31,11 @@ def template() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="flowtilt-fuzz-"))
     (folder / "recipe.toml").write_text(to_toml(load_recipe("playground", ["rollouts=2"])))
     metrics = [
-        {"step": s, "reward/total": 0.1 * s, "loss": 0.5 / s, "time/train": 0.2, "seconds": s, "network_evaluations": 9 * s} for s in (1, 2)
+        {"rollout": s, "reward/total": 0.1 * s, "loss": 0.5 / s, "time/train": 0.2, "seconds": s, "network_evaluations": 9 * s}
+        for s in (1, 2)
     ]
-    _lines(folder / "metrics.jsonl", [record | {"optimizer_step": record["step"]} for record in metrics])
-    _lines(folder / "guards.jsonl", [{"step": 1, "guard": "kl", "message": "too far"}])
+    _lines(folder / "metrics.jsonl", [record | {"optimizer_step": record["rollout"]} for record in metrics])
+    _lines(folder / "guards.jsonl", [{"rollout": 1, "guard": "kl", "message": "too far"}])
     evaluations = []
     for step in (0, 2):
         kept = {
@@ -50,9 +51,11 @@ def template() -> Path:
         (samples / "index.json").write_text(json.dumps([{"file": "00.png", "prompt": "p", "tag": "a", "score": 1.0, "note": "n"}]))
         summary = score_summary(kept)
         more = {"by_tag": {"a": 0.5, "b": 0.1}, "rewards": {"playground_strict": 0.5}, "missing": {}, "seconds": step}
-        evaluations.append({"step": step, "column": kept["column"], "score": summary["mean"], "estimate": summary, "images": 12, **more})
+        evaluations.append({"rollout": step, "column": kept["column"], "score": summary["mean"], "estimate": summary, "images": 12, **more})
     _lines(folder / "evaluations.jsonl", evaluations)
-    _json(folder / "summary.json", {"recipe": "playground", "seed": 0, "steps": 2, "seconds": 2.0, "score": {"before": 0.3, "after": 0.6}})
+    _json(
+        folder / "summary.json", {"recipe": "playground", "seed": 0, "rollouts": 2, "seconds": 2.0, "score": {"before": 0.3, "after": 0.6}}
+    )
     _json(folder / "environment.json", {"device": "cpu", "threads": 2, "processor": "x", "versions": {"torch": "2"}})
     column = {"tuned": summary, "base": summary, "difference": summary | {"wins": 0.5, "ties": 0.5}}
     sets = {"s": {"prompts": 12, "images": 12, "columns": {"playground_strict": column}}}
@@ -121,7 +124,7 @@ def _changed(draw: st.DrawFn, value: Any) -> Any:
         if how == "drop":
             del parent[key]
         elif how == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["step", "score", "estimate", "column", "time/x", "\0", "<b>"]))] = draw(ODD)
+            parent[draw(st.sampled_from(["rollout", "score", "estimate", "column", "time/x", "\0", "<b>"]))] = draw(ODD)
         else:
             parent[key] = draw(ODD)
     return value

@@ -18,7 +18,7 @@ from flowtilt.config.settings import Recipe
 
 PAGES = ("reference/recipe.md", "reference/recipes.md", "reference/cli.md", "reference/api.md")
 """The generated pages. Pages of the repository do not link to them: there they are not files."""
-INHERITED = {"Trainer": ["run", "step", "close", "done"], "Policy": ["save_lora"], "Samples": ["show", "save"]}
+INHERITED = {"Trainer": ["run", "rollout", "close", "done"], "Policy": ["save_lora"], "Samples": ["show", "save"]}
 """What users call of a class that one of its bases defines."""
 API = {
     "Train": ("flowtilt.training.trainer.Trainer",),

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     )
     compare.add_argument(
         "--axis",
-        choices=("evaluations", "seconds", "rollouts", "steps"),
+        choices=("evaluations", "seconds", "rollouts", "optimizer-steps"),
         default="evaluations",
         help="cost to compare by: network evaluations (a backward counts two), training seconds, rollouts, optimizer steps (%(default)s)",
     )

@@ -13,7 +13,7 @@ from flowtilt.cli.words import say
 from flowtilt.config import Recipe, load_recipe
 from flowtilt.distributed import signals, torchrun
 from flowtilt.errors import UserError
-from flowtilt.io.files import read_errors, write_json
+from flowtilt.io.files import read_errors, renamed, write_json
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.rewards.about import check_options
 
@@ -139,7 +139,7 @@ def _words(source: str, overrides: list[str], run: Path, recipe: Recipe) -> list
     open_run(run, [], recipe)
     with read_errors(run):
         summary = json.loads(RunFolder(run).summary.read_text(encoding="utf-8")) if RunFolder(run).summary.is_file() else {}
-    if summary.get("steps") == recipe.rollouts:
+    if renamed(summary).get("rollouts") == recipe.rollouts:
         return []
     return ["train", "--resume", str(run), *(item for item in overrides if may_change(item, recipe))]
 

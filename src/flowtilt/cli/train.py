@@ -144,7 +144,7 @@ def report(recipe: Recipe, summary: dict, folder: Path) -> None:
     print(f"{score_name_of(recipe)} {before} -> {after}   ({summary['protocol']})")
     if changed:
         print(changed)
-    print(f"{counted(summary['steps'], 'rollout')}, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
+    print(f"{counted(summary['rollouts'], 'rollout')}, {summary['seconds']:.0f} s of training, seed {summary['seed']}")
     kind, trained = ("network", RunFolder(folder).network) if recipe.train == "full" else ("lora", RunFolder(folder).lora)
     print(f"{kind:7} {trained}\nreport  {RunFolder(folder).report}")
 

@@ -19,6 +19,6 @@ def with_new_names(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield old, new
 
 
-def hint(where: str, old: str, new: str) -> None:
+def hint(where: str, old: str, new: str, what: str = "key") -> None:
     """One line that a key has another name now; stderr."""
-    print(f"{where}: the key {old!r} is called {new!r} since version 0.2, and will be unknown in the next one", file=sys.stderr)
+    print(f"{where}: the {what} {old!r} is called {new!r} since version 0.2, and will be unknown in the next one", file=sys.stderr)

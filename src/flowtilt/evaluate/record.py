@@ -22,7 +22,7 @@ def save_evaluation(folder: Path, step: int, seconds: float, found: Evaluation) 
         write_json(SamplesFolder(temporary).index, found.sample_rows)
         SamplesFolder(temporary).scores.write_text(json.dumps({"column": found.column, **found.by_image}), encoding="utf-8")
     record = {
-        "step": step,
+        "rollout": step,
         "column": found.column,
         "score": found.score,
         "estimate": score_summary({"column": found.column, **found.by_image}),

@@ -189,6 +189,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of a run's logs, or its summary, with the names of its keys since version 0.2, which counts rollouts, not steps."""
+    for old, new in (("step", "rollout"), ("steps", "rollouts")):
+        if old in record and new not in record:
+            record = {new if key == old else key: value for key, value in record.items()}
+    return record
+
+
 def read_data(path: Path) -> bytes:
     """A file's bytes, none where there is no file."""
     try:
@@ -215,7 +223,7 @@ def parse_lines(data: bytes, parse: Callable[[bytes], Any] = json.loads) -> tupl
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
-            found.append(record)
+            found.append(renamed(record))
         elif number < len(lines):
             damaged.append(number)
     return found, damaged

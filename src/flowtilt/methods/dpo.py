@@ -48,7 +48,7 @@ class PairSettings(Method):
     times: Literal["logit_normal", "stratified"] = "logit_normal"
     """Noise levels of a pair: the sigmoid of a normal number, as published, or uniform in equal strata; both shifted as the model's are."""
     times_per_pair: int = Field(default=1, ge=1, le=LEVELS)
-    """Noise levels at which each pair is trained per step."""
+    """Noise levels at which each pair is trained per rollout."""
 
     hold: ClassVar[str] = "raise objective.beta"
 
@@ -68,10 +68,10 @@ class PairSettings(Method):
         return Passes(sample=sample, pairs=rows, old=0, reference=rows)
 
     def check_updates(self, recipe: "Recipe") -> None:
-        """As `check`, for the updates of a step: each needs a pair."""
+        """As `check`, for the updates of a rollout: each needs a pair."""
         updates, pairs = recipe.optimizer.steps_per_rollout, recipe.rollout.prompts
         if updates > pairs:
-            raise ValueError(f"optimizer.steps_per_rollout: {updates} updates for {pairs} pairs per step; each needs one at least")
+            raise ValueError(f"optimizer.steps_per_rollout: {updates} updates for {pairs} pairs per rollout; each needs one at least")
 
 
 class OnlineDPOSettings(PairSettings):

@@ -76,7 +76,7 @@ def count_unit(highest: float) -> tuple[str, float, str]:
 
 def clock(run: Run) -> Clock:
     """The clock of a run, from all of its records."""
-    steps = np.array(sorted({0.0} | {number(record, "step") for record in (*run.evaluations, *run.metrics)}))
+    steps = np.array(sorted({0.0} | {number(record, "rollout") for record in (*run.evaluations, *run.metrics)}))
     seconds, passes = _spent(run, "seconds", steps), _spent(run, "network_evaluations", steps)
     others = []
     if seconds is not None:
@@ -91,7 +91,7 @@ def clock(run: Run) -> Clock:
 
 def _spent(run: Run, key: str, steps: Array) -> Array | None:
     """What was spent by these steps, straight between those logged; none where nothing was logged."""
-    logged = sorted((number(r, "step"), number(r, key)) for r in (*run.evaluations, *run.metrics) if number(r, key) >= 0)
+    logged = sorted((number(r, "rollout"), number(r, key)) for r in (*run.evaluations, *run.metrics) if number(r, key) >= 0)
     known = {0.0: 0.0} | {step: value for step, value in logged if math.isfinite(value)}
     # whatever the files say, neither time nor work runs backwards
     values = np.maximum.accumulate(np.array(list(known.values())))

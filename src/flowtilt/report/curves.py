@@ -44,7 +44,7 @@ MEANINGS = {
     "reward/total_std": "Spread of the reward over the images of a rollout.",
 }
 # shown elsewhere, or no more than the clock
-NOT_SMALL = {"step", "seconds", "network_evaluations", "optimizer_step", "reward/total"}
+NOT_SMALL = {"rollout", "seconds", "network_evaluations", "optimizer_step", "reward/total"}
 UNIT = "rollout"
 
 
@@ -54,7 +54,8 @@ def _reads(time: Clock, steps: Array, values: Array) -> list[str]:
 
 def _marks(run: Run) -> list[tuple[float, str]]:
     return [
-        (number(g, "step"), f"{g.get('guard', 'guard')} at rollout {number(g, 'step'):,.0f}: {g.get('message', '')}") for g in run.guards
+        (number(g, "rollout"), f"{g.get('guard', 'guard')} at rollout {number(g, 'rollout'):,.0f}: {g.get('message', '')}")
+        for g in run.guards
     ]
 
 
@@ -71,7 +72,7 @@ def score_curve(run: Run) -> str:
     if not run.evaluations:
         return none_yet("No evaluation yet: the first one is of the base, before the first rollout.")
     time = clock(run)
-    steps = np.array([number(record, "step") for record in run.evaluations])
+    steps = np.array([number(record, "rollout") for record in run.evaluations])
     scores = np.array([number(record, "score") for record in run.evaluations])
     band = None
     if any(e.has_interval for e in run.estimates):
@@ -124,7 +125,7 @@ def reward_curve(run: Run) -> str:
         nothing = "No rollout is logged yet, so there is no training reward."
         return none_yet("This run trains on no reward." if run.metric_names else nothing)
     time = clock(run)
-    steps, rewards = run.series("step"), run.series(name)
+    steps, rewards = run.series("rollout"), run.series(name)
     reads = _reads(time, steps, rewards)
     curves = _with_mean(steps, rewards, reads)
     smooth = f" The faint line is every rollout, the strong one a running mean over {_window(rewards)}." if len(curves) > 1 else ""
@@ -156,7 +157,7 @@ def small_curves(run: Run) -> str:
     order = list(MEANINGS)
     names.sort(key=lambda name: order.index(name) if name in MEANINGS else len(order))
     time = clock(run)
-    steps = run.series("step")
+    steps = run.series("rollout")
     figures = []
     for name in names:
         values = run.series(name)

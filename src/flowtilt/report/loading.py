@@ -8,6 +8,7 @@ import numpy as np
 
 from flowtilt.config.held_out import is_held_out
 from flowtilt.estimate import UNKNOWN, Estimate
+from flowtilt.io.files import renamed
 from flowtilt.io.locks import is_held
 from flowtilt.io.run_folder import RunFolder, SamplesFolder, step_of
 from flowtilt.report.image_scores import change, estimate_of, read_image_scores, score_range
@@ -53,12 +54,12 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that was logged; 0 before the first."""
-        return max((int(record["step"]) for record in (*self.metrics, *self.evaluations)), default=0)
+        return max((int(record["rollout"]) for record in (*self.metrics, *self.evaluations)), default=0)
 
     @property
     def finished(self) -> bool:
         """Whether the summary is about all that was logged: a run that was made longer leaves an older one behind."""
-        return bool(self.summary) and not self.held and not number(self.summary, "steps") < self.step
+        return bool(self.summary) and not self.held and not number(renamed(self.summary), "rollouts") < self.step
 
     @property
     def state(self) -> str:
@@ -67,7 +68,7 @@ class Run:
             return "finished"
         if self.held:
             return "running"
-        stopped = self.recipe.get("guards") == "stop" and any(number(guard, "step") == self.step for guard in self.guards)
+        stopped = self.recipe.get("guards") == "stop" and any(number(guard, "rollout") == self.step for guard in self.guards)
         return "stopped by a guard" if stopped else "interrupted"
 
     @property
@@ -103,7 +104,7 @@ class Run:
     @cached_property
     def score_range(self) -> Bounds | None:
         """The lowest and the highest score that there can be; none where there are no bounds, or they are not known."""
-        newest = self._images_of(int(self.evaluations[-1]["step"])) if self.evaluations else None
+        newest = self._images_of(int(self.evaluations[-1]["rollout"])) if self.evaluations else None
         return score_range(newest or {"column": self.column})
 
     def _images_of(self, step: int) -> Record | None:
@@ -118,7 +119,7 @@ class Run:
     @cached_property
     def change(self) -> Estimate:
         """The newest score minus that of step 0, image by image from the same noise; NaN where either is missing."""
-        scored = [(int(record["step"]), e.value) for record, e in zip(self.evaluations, self.estimates, strict=True) if e.known]
+        scored = [(int(record["rollout"]), e.value) for record, e in zip(self.evaluations, self.estimates, strict=True) if e.known]
         if len(scored) < 2 or scored[0][0]:
             return Estimate(np.nan, kind=UNKNOWN)
         found = change(*(self._images_of(step) for step, _ in (scored[0], scored[-1])))
@@ -183,7 +184,7 @@ def _modified(path: Path) -> float | None:
 
 def _by_step(records: list[Record]) -> list[Record]:
     # a resumed run repeats the steps after its last checkpoint; what came later holds
-    latest = {int(record["step"]): record for record in records}
+    latest = {int(record["rollout"]): record for record in records}
     return [latest[step] for step in sorted(latest)]
 
 

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 DEEPEST = 40
 """Levels of JSON or TOML that are read; no file of ours has ten."""
 LAST_STEP = 1e12
-"""Greatest step that a record can be of."""
+"""Greatest rollout that a record can be of."""
 
 
 @dataclass
@@ -79,11 +79,11 @@ class Reader:
         return found
 
     def steps(self, name: str) -> list[Record]:
-        """The objects of a lines file that are of a step."""
+        """The objects of a lines file that are of a rollout."""
         records = self.lines(name)
         found = [record for record in records if is_step(record)]
         if len(found) < len(records):
-            self.lose(name, f"{counted(len(records) - len(found), 'line')} without a step")
+            self.lose(name, f"{counted(len(records) - len(found), 'line')} without a rollout")
         return found
 
 
@@ -109,7 +109,7 @@ def _not_too_deep(value: Any) -> Any:
 
 
 def is_step(record: Record) -> bool:
-    step = number(record, "step")
+    step = number(record, "rollout")
     return 0 <= step <= LAST_STEP and step == int(step)
 
 

@@ -39,7 +39,7 @@ def evaluations(run: Run) -> str:
         seconds = number(record, "seconds")
         e = run.estimates[i]
         between = f"{fixed(e.low, 4)} to {fixed(e.high, 4)}" if e.has_interval else "–"
-        cells = [f"{record['step']:,.0f}", duration(seconds) if math.isfinite(seconds) else "–"]
+        cells = [f"{record['rollout']:,.0f}", duration(seconds) if math.isfinite(seconds) else "–"]
         cells += [*(fixed(column[i], 4) for column in columns.values()), fixed(number(record, "images"), 0), between]
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{escape(name)}</th>" for name in ("rollout", "training", *columns, "images", "95% interval"))
@@ -49,7 +49,7 @@ def evaluations(run: Run) -> str:
 
 def tags(run: Run) -> str:
     """Score of each tag before and after, with its interval."""
-    measured = [(number(record, "step"), of) for record in run.evaluations if (of := tag_estimates(record))]
+    measured = [(number(record, "rollout"), of) for record in run.evaluations if (of := tag_estimates(record))]
     if not measured:
         return none_yet("There are no scores by tag: no evaluation yet, or its prompts carry no tags.")
     (first, before), (last, after) = measured[0], measured[-1]
@@ -90,10 +90,8 @@ def guards(run: Run) -> str:
         return none_yet("Guards were off in this run.")
     if not run.guards:
         return none_yet("No guard fired.")
-    rows = [
-        f"<li><b>{escape(str(g.get('guard', 'guard')))}</b> at rollout {number(g, 'step'):,.0f}: {escape(str(g.get('message', '')))}</li>"
-        for g in run.guards
-    ]
+    told = [(str(g.get("guard", "guard")), number(g, "rollout"), str(g.get("message", ""))) for g in run.guards]
+    rows = [f"<li><b>{escape(name)}</b> at rollout {at:,.0f}: {escape(message)}</li>" for name, at, message in told]
     return f'<ul class="guards">{"".join(rows)}</ul><p>Dashed lines mark these rollouts on every curve.</p>'
 
 

@@ -40,7 +40,7 @@ class Verdict:
 
 def verdict(run: Run) -> Verdict:
     """Before is step 0, after the newest evaluation; a summary stands in where evaluations are missing."""
-    scored = [Score(int(r["step"]), e) for r, e in zip(run.evaluations, run.estimates, strict=True) if e.known]
+    scored = [Score(int(r["rollout"]), e) for r, e in zip(run.evaluations, run.estimates, strict=True) if e.known]
     before = scored[0] if scored and scored[0].step == 0 else None
     after = scored[-1] if scored and scored[-1].step > 0 else None
     summary = run.summary.get("score")

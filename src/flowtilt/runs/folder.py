@@ -190,7 +190,7 @@ def check_progress(folder: Path) -> None:
     if checkpoint.numbered(RunFolder(folder).checkpoints):
         return
     with read_errors(folder):
-        steps = [record["step"] for name in RunFolder.logs() for record in read_log(folder / name)]
+        steps = [record["rollout"] for name in RunFolder.logs() for record in read_log(folder / name)]
         begun = any((folder / name).exists() for name in (RunFolder.lora, RunFolder.network, RunFolder.summary))
     if begun or max(steps, default=0) > 0:
         reached = f"rollout {max(steps)}" if max(steps, default=0) > 0 else "its first checkpoint"
@@ -201,12 +201,12 @@ def check_progress(folder: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of one of a run's logs; those that don't say their step are left out."""
+    """The lines of one of a run's logs; those that don't say their rollout are left out."""
     return [record for record in read_lines(path) if _has_step(record)]
 
 
 def _has_step(record: dict[str, Any]) -> bool:
-    return isinstance(record.get("step"), int) and not isinstance(record["step"], bool)
+    return isinstance(record.get("rollout"), int) and not isinstance(record["rollout"], bool)
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -214,7 +214,7 @@ def rewind(folder: Path, step: int) -> None:
     with read_errors(folder):
         for name in RunFolder.logs():
             records, damaged = parse_lines(read_data(folder / name))
-            kept = [record for record in records if _has_step(record) and record["step"] <= step]
+            kept = [record for record in records if _has_step(record) and record["rollout"] <= step]
             if damaged or (folder / name).exists():
                 read_lines(folder / name)  # warns of what is damaged
                 write_lines(folder / name, kept)
@@ -227,5 +227,5 @@ def rewind(folder: Path, step: int) -> None:
 
 def scores(folder: Path) -> tuple[float | None, float | None]:
     """The score before training and the newest one; none where that evaluation is missing."""
-    found = {record["step"]: record.get("score") for record in read_log(RunFolder(folder).evaluations)}
+    found = {record["rollout"]: record.get("score") for record in read_log(RunFolder(folder).evaluations)}
     return found.get(0), found[max(found)] if found else None

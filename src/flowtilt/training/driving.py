@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from flowtilt.config import Recipe
 from flowtilt.config.held_out import score_name_of
+from flowtilt.config.renamed import hint
 from flowtilt.distributed import signals
 from flowtilt.distributed.world import World
 from flowtilt.errors import UserError
@@ -146,12 +147,12 @@ class Driver(ABC):
             finally:
                 self.close()
 
-    def step(self) -> dict[str, float]:
+    def rollout(self) -> dict[str, float]:
         """Trains one rollout and returns its metrics, with its checkpoint and evaluation where they are due; the last one ends the run.
 
         Raises:
             UserError: as `run`, or there is no rollout left.
-            KeyboardInterrupt: Ctrl-C, after the rollout that was going on, once it is saved; `step` may be called again.
+            KeyboardInterrupt: Ctrl-C, after the rollout that was going on, once it is saved; `rollout` may be called again.
         """
         if self.done:
             why = (
@@ -180,12 +181,17 @@ class Driver(ABC):
             raise KeyboardInterrupt(f"saved after {self.clock.step} rollouts; go on with: Trainer(resume={str(self.run_folder)!r})")
         return metrics
 
+    def step(self) -> dict[str, float]:
+        """The name of `rollout` before version 0.2."""
+        hint("Trainer", "step", "rollout", "method")
+        return self.rollout()
+
     def __iter__(self) -> Iterator[dict[str, float]]:
         """The metrics of each rollout that is left. A loop that is left early saves."""
         try:
-            yield self.step()
+            yield self.rollout()
             while not self.done:
-                yield self.step()
+                yield self.rollout()
         finally:
             self.close()
 
@@ -227,7 +233,7 @@ class Driver(ABC):
         """The message of a guard that was to stop the run here, where a kill came between."""
         folder = RunFolder(self.run_folder)
         step = self.clock.step
-        messages = [line.get("message") for line in runs.read_log(folder.guards) if line["step"] == step and line.get("stops")]
+        messages = [line.get("message") for line in runs.read_log(folder.guards) if line["rollout"] == step and line.get("stops")]
         noted = folder.stopped.is_file() and json.loads(folder.stopped.read_bytes()).get("step") == step
         return str(messages[0]) if messages and not noted else None
 
@@ -243,7 +249,7 @@ class Driver(ABC):
         self._log(metrics, self._display)
         if self._page:
             self._page.after_rollout()
-        metrics = {"step": self.clock.step, **metrics}
+        metrics = {"rollout": self.clock.step, **metrics}
         raised = self._show(metrics)
         stopping, complaints = self._heard(raised)
         if complaints:

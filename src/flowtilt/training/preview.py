@@ -18,14 +18,14 @@ class Preview(Showable):
     """A few images of a rollout, in order of prompts.
 
     Args:
-        step: the rollout, from 1.
+        rollout: its number, from 1.
         images: [M, 3, H, W] fp32 in [0, 1], on the CPU.
         prompts: the captions, M.
         scores: [M] by reward.
         sources: the source images of edits, as `images`.
     """
 
-    step: int
+    rollout: int
     images: Tensor = field(repr=False)
     prompts: Sequence[str]
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

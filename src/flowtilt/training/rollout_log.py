@@ -66,7 +66,7 @@ class RolloutLog:
             "file_name": [_name(k) for k in range(number)],
             "prompt": [prompt.text for prompt in own],
             "tag": [prompt.tag for prompt in own],
-            "step": pa.array([step] * number, pa.int64()),
+            "rollout": pa.array([step] * number, pa.int64()),
             "seed": pa.array([self._seed] * number, pa.uint64()),
             "prompt_index": pa.array([k // copies for k in range(number)], pa.int64()),
             "copy": pa.array([k % copies for k in range(number)], pa.int64()),

@@ -234,7 +234,7 @@ class Trainer(Driver):
     def _log(self, metrics: dict[str, float], display: Display) -> None:
         """One line of metrics.jsonl, the trackers, the display, and the guards."""
         if self.world.rank == 0:
-            append_line(RunFolder(self.run_folder).metrics, {"step": self.clock.step, **metrics})
+            append_line(RunFolder(self.run_folder).metrics, {"rollout": self.clock.step, **metrics})
             self.trackers.log(self.clock.step, metrics)
             display.step(self.clock.step, metrics)
             if slow := self.pace.remark(metrics):
@@ -249,7 +249,7 @@ class Trainer(Driver):
         self.trackers.guards(self.clock.step, fired)
         stops = {"stops": True} if self.recipe.guards == "stop" else {}
         for name, message in fired.items() if self.world.rank == 0 else ():
-            append_line(RunFolder(self.run_folder).guards, {"step": self.clock.step, "guard": name, "message": message, **stops})
+            append_line(RunFolder(self.run_folder).guards, {"rollout": self.clock.step, "guard": name, "message": message, **stops})
             display.say(f"guard {name}, rollout {self.clock.step}: {message}")
 
     def _evaluate(self, display: Display) -> None:
@@ -315,7 +315,7 @@ class Trainer(Driver):
     def _evaluated(self) -> dict[str, Any] | None:
         """The line of the evaluation after the rollouts done so far; none where it was not made."""
         records = runs.read_log(RunFolder(self.run_folder).evaluations)
-        return next((record for record in records if record["step"] == self.clock.step), None)
+        return next((record for record in records if record["rollout"] == self.clock.step), None)
 
     def _finish(self) -> dict[str, object]:
         """summary.json, and the report once more with it."""
@@ -323,7 +323,7 @@ class Trainer(Driver):
         summary = {
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,
-            "steps": self.clock.step,
+            "rollouts": self.clock.step,
             "seconds": round(self.clock.seconds, 2),
             "score": {"before": before, "after": after},
             "protocol": self.recipe.protocol(),

@@ -112,7 +112,7 @@ def compare(
     Args:
         runs: folders of runs; the first one's method is the baseline.
         labels: name -> runs that are one method, whatever their recipes; they need not be among `runs`.
-        axis: the leading cost: "evaluations", "seconds", "rollouts" or "steps".
+        axis: the leading cost: "evaluations", "seconds", "rollouts" or "optimizer-steps".
         targets: scores to reach; none takes a round one that the median of every method reached, if there is one.
         mixed: also compare runs that were not judged alike.
 

@@ -28,8 +28,8 @@ COSTS = {
         "One image through the network once counts one, a backward pass two more; evaluations of the score are not counted.",
     ),
     "seconds": Cost("seconds", "seconds of training", "of training", "Training alone, without evaluations, checkpoints and loading."),
-    "rollouts": Cost("step", "rollouts", "rollouts", "Rollouts, however many images each of them has."),
-    "steps": Cost(
+    "rollouts": Cost("rollout", "rollouts", "rollouts", "Rollouts, however many images each of them has."),
+    "optimizer-steps": Cost(
         "optimizer_step",
         "optimizer steps",
         "optimizer steps",
@@ -72,7 +72,7 @@ def unit_of(cost: str, high: float) -> Unit:
 def spent(run: Run, cost: str, steps: Array) -> Array:
     """What a run had spent by these rollouts [N]: straight between those logged, NaN beyond the last, and never falling."""
     key = COSTS[cost].key
-    logged = [(int(record["step"]), number(record, key)) for record in (*run.metrics, *run.evaluations)]
+    logged = [(int(record["rollout"]), number(record, key)) for record in (*run.metrics, *run.evaluations)]
     known = {0: 0.0} | {step: value for step, value in sorted(logged) if np.isfinite(value)}
     values = np.maximum.accumulate(np.array(list(known.values())))
     return np.interp(steps, np.array(list(known), dtype=float), values, right=np.nan)

@@ -78,11 +78,11 @@ class _Pen:
         found = []
         for entry in self.method.entries:
             for guard in entry.run.guards:
-                x = spent(entry.run, self.cost, np.array([number(guard, "step")]))
+                x = spent(entry.run, self.cost, np.array([number(guard, "rollout")]))
                 if np.isfinite(x).all():
                     y = float(np.interp(x[0], *entry.line(self.cost)))
                     whose = f"{self.method.label}, seed {entry.seed}"
-                    text = f"{guard.get('guard', 'guard')} at rollout {number(guard, 'step'):,.0f} ({whose}): {guard.get('message', '')}"
+                    text = f"{guard.get('guard', 'guard')} at rollout {number(guard, 'rollout'):,.0f} ({whose}): {guard.get('message', '')}"
                     found.append(Flag(float(x[0]) / self.unit.factor, y, text, self.tone))
         return found
 

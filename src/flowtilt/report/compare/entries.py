@@ -120,7 +120,7 @@ def load_entry(folder: Path) -> Entry:
     scored = [record for record in run.evaluations if np.isfinite(number(record, "score"))]
     if not scored:
         raise UserError(f"run {folder}: no evaluation yet, so there is nothing to compare; leave it out, or go on training it")
-    steps, scores = (np.array([number(record, key) for record in scored]) for key in ("step", "score"))
+    steps, scores = (np.array([number(record, key) for record in scored]) for key in ("rollout", "score"))
     return Entry(run, load_recipe(RunFolder(folder).recipe, stored=True), steps, scores)
 
 

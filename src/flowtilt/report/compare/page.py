@@ -135,7 +135,7 @@ def _guards(comparison: Comparison) -> str:
         for entry in method.entries:
             for guard in entry.run.guards:
                 same = (method.label, str(guard.get("guard", "guard")), str(guard.get("message", "")))
-                heard.setdefault(same, []).append(f"seed {entry.seed} at rollout {number(guard, 'step'):,.0f}")
+                heard.setdefault(same, []).append(f"seed {entry.seed} at rollout {number(guard, 'rollout'):,.0f}")
     rows = [
         f"<li><b>{escape(f'{name}, {label}')}</b>, {', '.join(when)}: {escape(said)}</li>" for (label, name, said), when in heard.items()
     ]

@@ -108,7 +108,7 @@ def _spent(run: Run | None, axis: str) -> float:
 
 def _series(records: Sequence[dict], key: str) -> tuple[Array, Array]:
     """Rollouts [N] and values [N] of the records that have the key."""
-    known = [(number(record, "step"), number(record, key)) for record in records if math.isfinite(number(record, key))]
+    known = [(number(record, "rollout"), number(record, key)) for record in records if math.isfinite(number(record, key))]
     return np.array([step for step, _ in known]), np.array([value for _, value in known])
 
 
