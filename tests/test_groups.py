@@ -31,7 +31,7 @@ def column(values):
     return group_sums(values[:, None], GROUPS)[:, 0]
 
 
-@pytest.mark.parametrize("temperature", [None, 0.3, -0.3])
+@pytest.mark.parametrize("temperature", [None, 0.3, -0.3, 1e-3, -1e-3])
 def test_centring_weights_sum_to_one_in_each_group_and_prefer_the_best_or_the_worst(temperature):
     a = torch.tensor([0.2, 0.8, 0.5, 0.5], dtype=torch.float64)
     q = centring_weights(a, GROUPS, temperature)

@@ -52,7 +52,7 @@ def test_hpdv3s_list_prefers_its_first_path(folder):
 
 def test_one_image_against_itself_is_a_tie_that_is_counted(folder):
     found = read_preferences(lines(folder, GOOD, GOOD | {"rejected": "images/a.png"}, GOOD | {"rejected": "images/a.png"}))
-    assert len(found.pairs) == 1 and found.dropped == {"ties": 2} and str(found) == "1 pairs; 2 rows left out: 2 ties"
+    assert len(found.pairs) == 1 and found.dropped == {"tied": 2} and str(found) == "1 pair; 2 rows left out: 2 tied"
 
 
 WRONG = [
@@ -77,7 +77,7 @@ WRONG = [
     ([GOOD | {"weight": "1"}], r'"weight" must be a number above 0'),
     (['{"prompt": "x", "chosen": "images/a.png", "rejected": "images/b.png", "weight": 1' + "0" * 400 + "}"], '"weight" must be'),
     ([], r"mine\.jsonl: no pair in the file; write one object per line$"),
-    ([GOOD | {"rejected": "images/a.png"}], r"no pair in the file \(0 pairs; 1 row left out: 1 ties\)"),
+    ([GOOD | {"rejected": "images/a.png"}], r"no pair in the file \(0 pairs; 1 row left out: 1 tied\)"),
 ]
 
 
@@ -139,8 +139,8 @@ def test_pick_a_pics_labels_choose_and_ties_are_dropped(tmp_path):
         ("a", "jpg_0", "jpg_1"),
         ("b", "jpg_1", "jpg_0"),
     ]
-    assert found.dropped == {"ties": 1, "without a label": 1, "of equal images": 1}
-    assert found.pairs[1].where.endswith("p.parquet, row 1")
+    assert found.dropped == {"tied": 1, "without a label": 1, "of equal images": 1}
+    assert found.pairs[1].where.endswith("p.parquet, row 2")
     parquet(tmp_path / "q.parquet", has_label=None, are_different=None)  # v1 has neither
     assert len(read_preferences(tmp_path).pairs) == 2 + 4
 
@@ -148,9 +148,9 @@ def test_pick_a_pics_labels_choose_and_ties_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"label_0": [1.0, 0.7, 0.5, 0.0, 1.0]}, r"p\.parquet, row 1: label_0 and label_1 must be 1 and 0"),
-        ({"label_1": [None] * 5}, r"row 0: label_0 and label_1 must be"),
-        ({"caption": ["a", None, "c", "d", "e"]}, r'row 1: "prompt" must be a text, not nothing'),
+        ({"label_0": [1.0, 0.7, 0.5, 0.0, 1.0]}, r"p\.parquet, row 2: label_0 and label_1 must be 1 and 0"),
+        ({"label_1": [None] * 5}, r"row 1: label_0 and label_1 must be"),
+        ({"caption": ["a", None, "c", "d", "e"]}, r'row 2: "prompt" must be a text, not nothing'),
         ({"jpg_1": None}, r"p\.parquet: no column jpg_1"),
     ],
 )

@@ -23,6 +23,7 @@ def stand_in(tmp_path, finished):
         "column": "light",
         "resolution": 32,
         "steps": 2,
+        "dtype": None,
         "t5_length": 1,
         "score": 0.5,
         "tolerance": 0.5,
@@ -41,6 +42,7 @@ def test_the_published_protocol_is_what_is_typed(tmp_path):
         "--guidance 1",
         "--resolution 512",
         "--levels stock",
+        "--dtype float16",
     ):
         assert words in base and words in tuned
     assert "--lora worstcoder/SD3.5M-DiffusionNFT-MultiReward" in tuned and "--lora" not in base

@@ -89,7 +89,7 @@ def model(recipe: Recipe) -> str:
     except Exception as error:
         if hub.is_offline(error) and hub.cached_pipeline(path, revision):
             return f"{path} is in the hub's cache; the hub can't be reached"
-        raise UserError(f"{path} {hub.reason(path, error)}") from error
+        raise UserError(f"{path} {hub.reason(path, error, hub.FETCH)}") from error
     if found.gated and (why := hub.allowed(path)):
         raise UserError(f"{path} {why}")
     access = "its licence is accepted, " if found.gated else ""

@@ -13,6 +13,9 @@ from flowtilt.io.published import Published, missing_size
 from flowtilt.prompts import sets
 from flowtilt.rewards.about import all_weights, built_in, download_weights, find_weights
 
+AGAIN = "run the same command where there is a network: `flowtilt download {}`"
+"""What to do where the hub can't be reached."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -168,7 +171,7 @@ def _look_up(path: str, revision: str | None) -> tuple[hub.Repository, list[str]
     try:
         return hub.pipeline(path, revision)
     except Exception as error:  # the hub's library raises those of several packages
-        raise UserError(f"model {path} {hub.reason(path, error)}") from error
+        raise UserError(f"model {path} {hub.reason(path, error, AGAIN)}") from error
 
 
 def _get_model(found: hub.Repository, files: Sequence[str], to: Path | None) -> Path:
@@ -178,7 +181,7 @@ def _get_model(found: hub.Repository, files: Sequence[str], to: Path | None) -> 
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model {found.name} {hub.reason(found.name, error)}; the same command goes on where it stopped") from error
+        raise UserError(f"model {found.name} {hub.reason(found.name, error, AGAIN)}; the same command goes on where it stopped") from error
     return place or next(path for path in paths if path.name == hub.INDEX).parent
 
 

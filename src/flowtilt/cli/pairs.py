@@ -26,6 +26,8 @@ def _pairs(args: argparse.Namespace) -> int:
         raise UserError("pairs: --per-prompt must be 2 at least, to compare")
     if args.images < args.per_prompt:
         raise UserError(f"pairs: --images {args.images} is less than the {args.per_prompt} of one prompt")
+    if args.images % args.per_prompt:
+        raise UserError(f"pairs: --images {args.images} is no multiple of --per-prompt {args.per_prompt}; every prompt has as many images")
     if args.output.exists():
         raise UserError(f"pairs: {args.output} is there already; name a new folder")
     quieten()

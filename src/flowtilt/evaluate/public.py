@@ -44,7 +44,7 @@ class PublicNumber:
     column: str = "pickscore/raw"
     resolution: int | None = 512
     steps: int = 40
-    dtype: str | None = None
+    dtype: str | None = "float16"
     levels: str | None = "stock"
     t5_length: int | None = 256
     guidance: float = 1.0
@@ -55,7 +55,7 @@ GENEVAL2 = "geneval2_data.jsonl"
 NUMBERS = (
     PublicNumber("base", BASE, (), 20.51, 0.6),
     PublicNumber("DiffusionNFT", BASE, ("worstcoder/SD3.5M-DiffusionNFT-MultiReward",), 23.80, 0.6),
-    PublicNumber("GenEval2", BASE, (), 0.124, None, GENEVAL2, "geneval2", "geneval2", levels=None, guidance=4.5, file=GENEVAL2),
+    PublicNumber("GenEval2", BASE, (), 0.124, None, GENEVAL2, "geneval2", "geneval2", dtype=None, levels=None, guidance=4.5, file=GENEVAL2),
 )
 
 

@@ -314,8 +314,12 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpcore")
 
 
-def reason(repository: str, error: BaseException) -> str:
-    """Why a repository can't be read, after its name: "can't be …; do …"."""
+def reason(repository: str, error: BaseException, fetch: str = "fetch it where there is a network with `hf download {}`") -> str:
+    """Why a repository can't be read, after its name: "can't be …; do …".
+
+    Args:
+        fetch: how it is fetched, {} being its name; `FETCH` for models, of which `hf download` takes more than is needed.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     found = list(chain(error))
@@ -325,7 +329,7 @@ def reason(repository: str, error: BaseException) -> str:
         return "is not on the hub either; a private one needs `hf auth login`"
     if is_offline(error):
         how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
-        return f"is not in the hub's cache, and {how}; fetch it where there is a network with `hf download {repository}`"
+        return f"is not in the hub's cache, and {how}; {fetch.format(repository)}"
     return f"can't be had from the hub: {first_line(error)}"
 
 
@@ -346,5 +350,5 @@ def allowed(repository: str) -> str:
     try:
         HfApi().auth_check(repository)
     except Exception as error:
-        return reason(repository, error)
+        return reason(repository, error, FETCH)
     return ""

@@ -44,7 +44,12 @@ def group_sums(values: Tensor, groups: Tensor) -> Tensor:
 
 def centring_weights(a: Tensor, groups: Tensor, temperature: float | None) -> Tensor:
     """q [N], which sums to 1 within each group: uniform, or softmax(a / temperature); a negative temperature prefers small a."""
-    raw = torch.ones_like(a) if temperature is None else (a / temperature).exp()
+    if temperature is None:
+        raw = torch.ones_like(a)
+    else:
+        logits, index = a / temperature, groups.unique(return_inverse=True)[1]
+        highest = torch.full_like(logits, -torch.inf).scatter_reduce(0, index, logits, "amax")
+        raw = (logits - highest[index]).exp()  # a small temperature would overflow
     return raw / group_sums(raw[:, None], groups)[:, 0]
 
 

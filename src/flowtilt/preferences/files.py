@@ -18,7 +18,7 @@ LINES = "pairs.jsonl"
 """The file of a folder that `flowtilt pairs` writes."""
 KEYS = (("chosen", "rejected"), ("path1", "path2"))
 """The preferred image's key and the other's: ours, HPDv3's. The first pair of which a record has one counts."""
-TIE = "ties"
+TIE = "tied"
 
 
 def read_preferences(path: str | Path) -> Preferences:
@@ -69,7 +69,7 @@ def _reader(file: Path) -> Iterator[Pair | str]:
 
 def _text(file: Path) -> str:
     try:
-        return decode(file.read_bytes(), str(file))
+        return decode(file.read_bytes(), str(file), "pairs")
     except OSError as error:
         raise UserError(f"pairs {file}: {error.strerror}; give a .jsonl, .json or .parquet file, or make one: flowtilt pairs") from None
     except ValueError as error:  # a NUL in the path

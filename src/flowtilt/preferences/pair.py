@@ -46,8 +46,9 @@ class Preferences:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """As a line for a person: "1,204 pairs; 31 rows left out: 30 ties, 1 without a label"."""
+        """As a line for a person: "1,204 pairs; 31 rows left out: 30 tied, 1 without a label"."""
         left = sum(self.dropped.values())
         why = ", ".join(f"{number:,} {name}" for name, number in self.dropped.items())
         rows = "1 row" if left == 1 else f"{left:,} rows"
-        return f"{len(self.pairs):,} pairs" + (f"; {rows} left out: {why}" if left else "")
+        pairs = "1 pair" if len(self.pairs) == 1 else f"{len(self.pairs):,} pairs"
+        return pairs + (f"; {rows} left out: {why}" if left else "")

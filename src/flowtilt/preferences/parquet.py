@@ -36,7 +36,7 @@ def rows(file: Path) -> Iterator[Pair | str]:
 
 
 def _judged(record: Mapping[str, Any], file: Path, number: int) -> Pair | str:
-    where = f"{file}, row {number}"
+    where = f"{file}, row {number + 1}"
     if record.get("has_label") is False:
         return "without a label"
     if record.get("are_different") is False:

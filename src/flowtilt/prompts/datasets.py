@@ -165,7 +165,7 @@ def _parquet(data: PromptData, path: Path) -> Iterator[Prompt]:
         if name not in names:
             raise UserError(f"prompts {data.dataset}: no column {name!r}; it has {', '.join(names)[:200]}")
     for number, record in enumerate(parquet.rows(table, [column, *wanted], f"prompts {path}")):
-        text, where = record.get(column), f"{path.name}, row {number}"
+        text, where = record.get(column), f"{path.name}, row {number + 1}"
         if not isinstance(text, str):
             raise UserError(f"prompts {data.dataset}: {column} holds no text ({where}); name the column with the captions")
         if clean := visible(text).strip():

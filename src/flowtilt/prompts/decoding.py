@@ -49,26 +49,30 @@ _INVISIBLE = re.compile(
 )
 
 
-def decode(data: bytes, path: str) -> str:
+def decode(data: bytes, path: str, what: str = "prompts") -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; line ends are "\\n".
 
+    Args:
+        what: the file is of, for messages.
+
     Raises:
-        UserError: it is another kind of file, or in another encoding; says which.
+        UserError: it is another kind of file, or in another encoding; says which, and in which line.
     """
     mark, encoding = next(((mark, encoding) for mark, encoding in MARKS if data.startswith(mark)), (b"", "utf-8"))
     if not mark:
         head = data[:64]
-        for signature, what in SIGNATURES:
+        for signature, other in SIGNATURES:
             if head.startswith(signature) or (signature.startswith(b"<") and head.lower().startswith(signature)):
-                raise UserError(f"prompts {path}: this is {what}")
+                raise UserError(f"{what} {path}: this is {other}")
         if wide := _without_mark(data):
-            raise UserError(f"prompts {path}: looks like {wide} without a byte order mark; save the file as UTF-8")
+            raise UserError(f"{what} {path}: looks like {wide} without a byte order mark; save the file as UTF-8")
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        place = f"byte {error.start + len(mark)} is not {encoding.upper()}"
-        other = "it may be Windows-1252 or Latin-1; " if encoding == "utf-8" else ""
-        raise UserError(f"prompts {path}: {place}; {other}save the file as UTF-8") from None
+        start = error.start + len(mark)
+        line = 1 + data.count(b"\n", 0, start)
+        hint = "it may be Windows-1252 or Latin-1; " if encoding == "utf-8" else ""
+        raise UserError(f"{what} {path}:{line}: byte {start} is not {encoding.upper()}; {hint}save the file as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
