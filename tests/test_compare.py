@@ -79,6 +79,18 @@ def test_with_several_differences_the_first_keeps_its_name_and_others_say_what_t
     assert [label for label, _ in names(a, b, c)] == ["playground", "lr=0.001", "rollout.steps=9, rewards.jpeg_size=0.1"]
 
 
+def test_a_reward_of_ones_own_is_called_by_its_name(tmp_path):
+    (tmp_path / "mine.py").write_text("def light(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    a, b = make(tmp_path / "a"), make(tmp_path / "b", f"rewards.mine={tmp_path / 'mine.py'}:light")
+    assert [label for label, _ in names(a, b)] == ["without reward mine", "with reward mine"]
+
+
+def test_what_is_no_run_among_runs_is_left_out_with_a_word(tmp_path, capsys):
+    (tmp_path / "sweep").mkdir()
+    words = ["compare", str(make(tmp_path / "a")), str(tmp_path / "sweep"), "-o", str(tmp_path / "page.html")]
+    assert main(words) == 0 and f"left out, as no run: {tmp_path / 'sweep'}" in capsys.readouterr().err
+
+
 def test_recipes_of_different_names_are_called_by_them(tmp_path):
     a, b = make(tmp_path / "a", "name=one"), make(tmp_path / "b", "name=two", "ema=0.5")
     assert [label for label, _ in names(a, b)] == ["one", "two"]

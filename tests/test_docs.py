@@ -29,7 +29,8 @@ def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
     words = shlex.split(command)[1:]
     assert main([*words, *QUICK, "rollouts=1", "run=run"]) == 0
     record = read_lines(Path("run/metrics.jsonl"))[0]
-    assert record["reward/total"] == pytest.approx(record["reward/mine"]) and "reward/playground" in record
+    assert record["reward/total"] == pytest.approx(record["reward/brightness"]) and "reward/playground" not in record
+    assert set(read_lines(Path("run/evaluations.jsonl"))[0]["rewards"]) == {"brightness"}
 
 
 def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch):

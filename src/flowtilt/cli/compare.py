@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from flowtilt.cli.words import say
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_json
+from flowtilt.io.run_folder import RunFolder
 
 ABOUT = """Which of several runs got further for its compute. Reads the folders of runs, finished or not; it does not train or sample.
 Runs whose recipes differ only in the seed are one method, shown as the median and the range of its seeds; the first is the baseline."""
@@ -81,6 +83,11 @@ def _compare(args: argparse.Namespace) -> int:
         raise UserError("compare: which runs? give the folders that flowtilt train has written")
     from flowtilt.report.compare import as_json, compare, text, write_comparison
 
+    # of runs/*, what else lies there, such as the folder of a sweep
+    others = [folder for folder in args.runs if folder.is_dir() and not RunFolder(folder).is_run()]
+    if others and len(others) < len(args.runs):
+        say(f"compare: left out, as no run: {', '.join(map(str, others))}")
+        args.runs = [folder for folder in args.runs if folder not in others]
     found = compare(args.runs, labels=labels, axis=args.axis, targets=args.target, mixed=args.mixed)
     write_comparison(found, args.output)
     if args.json:

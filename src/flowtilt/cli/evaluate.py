@@ -7,7 +7,7 @@ from typing import Any
 from flowtilt.cli.words import LORA, TRUST, count, model_keys, model_options, say, words
 from flowtilt.errors import UserError
 from flowtilt.io.quiet import quieten
-from flowtilt.io.run_folder import EvaluationFolder
+from flowtilt.io.run_folder import EvaluationFolder, RunFolder
 
 REWARDS = 'rewards, comma-separated: names, "all" (the eight), file.py:function, or name=http://host:port'
 
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("--trust", action="store_true", help=TRUST)
     evaluate.add_argument("--micro-batch", type=count, metavar="N", help="images per pass through the network (found by trying)")
-    evaluate.add_argument("-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(%(default)s)")
+    evaluate.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="(evaluation/ in the run, or here if --lora is no run)")
     evaluate.set_defaults(call=_evaluate)
 
     score = commands.add_parser("score", help="score images that you already have")
@@ -65,9 +65,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     from flowtilt.evaluate.assess import assess
     from flowtilt.report.evaluation.terminal import table
 
+    run = args.lora[0] if len(args.lora) == 1 and RunFolder(args.lora[0]).is_run() else Path()
+    output = args.output or run / "evaluation"
     try:
         results = assess(
-            args.output,
+            output,
             model=args.model,
             loras=args.lora,
             prompts=args.prompts,
@@ -88,14 +90,14 @@ def _evaluate(args: argparse.Namespace) -> int:
             say=say,
         )
     except KeyboardInterrupt:
-        more = "; the same command goes on from there" if EvaluationFolder(args.output).protocol.is_file() else ""
+        more = "; the same command goes on from there" if EvaluationFolder(output).protocol.is_file() else ""
         raise KeyboardInterrupt(more) from None
     if results:
         print(table(results))
-        written = EvaluationFolder(args.output)
+        written = EvaluationFolder(output)
         print(f"results  {written.results}\nreport   {written.report}")
         if args.save_images:
-            print(f"images   {args.output / 'images'}")
+            print(f"images   {output / 'images'}")
     return 0
 
 

@@ -48,7 +48,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 def _keys(args: argparse.Namespace) -> int:
     try:
-        wanted = re.compile(args.pattern or "", re.IGNORECASE)
+        wanted = re.compile((args.pattern or "").replace("_", "[_ ]"), re.IGNORECASE)  # learning_rate is a "learning rate"
     except re.error as error:
         raise UserError(f"keys: {args.pattern!r} is not a regular expression: {error}") from None
     found = [key for key in known_keys() if wanted.search(key.name) or wanted.search(key.field.description or "")]

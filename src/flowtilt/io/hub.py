@@ -229,6 +229,8 @@ def lora_file(place: str, names: Sequence[str], folders: Sequence[str], beside: 
         UserError: the hub can't be reached, has no such repository, or no LoRA in it, or several.
     """
     owner, name, *rest = place.split("/")
+    if owner == "runs":
+        raise UserError(f"lora {place}: no such run here; `flowtilt train` makes one, or give its folder")
     repository, inside = f"{owner}/{name}", "/".join(rest)
     with _lora_errors(place, repository):
         from huggingface_hub import snapshot_download

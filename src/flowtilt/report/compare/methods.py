@@ -90,7 +90,7 @@ def _names(groups: Sequence[Sequence[Entry]]) -> list[str]:
     recipes = [{entry.recipe.name for entry in entries} for entries in groups]
     if all(len(names) == 1 for names in recipes) and len(set.union(*recipes)) == len(groups):
         return [next(iter(names)) for names in recipes]
-    settings = [entries[0].settings for entries in groups]
+    settings = _whole_rewards([entries[0].settings for entries in groups])
     keys = telling(settings)
     if len(keys) == 1:
         return [_setting(one, keys[0]) for one in settings]
@@ -98,6 +98,20 @@ def _names(groups: Sequence[Sequence[Entry]]) -> list[str]:
     short = [", ".join(found[:MOST]) + (f" and {len(found) - MOST} more" if len(found) > MOST else "") for found in changes]
     labels = short if len(set(short)) == len(short) else [", ".join(found) for found in changes]
     return [groups[0][0].recipe.name, *labels[1:]]
+
+
+def _whole_rewards(settings: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Settings with one key for a reward that is a table and that only some of them have, "reward NAME", in place of the table's."""
+
+    def name_of(key: str) -> str:
+        return key.split(".")[1] if key.startswith("rewards.") and key.count(".") > 1 else ""
+
+    own = [{name_of(key) for key in one} - {""} for one in settings]
+    partly = set().union(*own) - set.intersection(*own)
+    return [
+        {key: value for key, value in one.items() if name_of(key) not in partly} | {f"reward {name}": "" for name in sorted(has & partly)}
+        for one, has in zip(settings, own, strict=True)
+    ]
 
 
 def telling(settings: Sequence[dict[str, str]]) -> list[str]:
@@ -115,6 +129,8 @@ def telling(settings: Sequence[dict[str, str]]) -> list[str]:
 
 def _setting(settings: Mapping[str, str], key: str) -> str:
     """lr=0.001: without its table where no other key ends alike."""
+    if key.startswith("reward "):
+        return f"{'with' if key in settings else 'without'} {key}"
     table, _, last = key.rpartition(".")
     alone = sum(other.rpartition(".")[2] == last for other in settings) == 1
     name = last if table in PLAIN and last != "type" and alone else key
