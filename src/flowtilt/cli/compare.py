@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.cli.words import say
+from flowtilt.config.renamed import hint
 from flowtilt.errors import UserError
 from flowtilt.io.files import write_json
 from flowtilt.io.run_folder import RunFolder
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
     )
     compare.add_argument(
         "--axis",
+        type=_axis,
         choices=("evaluations", "seconds", "rollouts", "optimizer-steps"),
         default="evaluations",
         help="cost to compare by: network evaluations (a backward counts two), training seconds, rollouts, optimizer steps (%(default)s)",
@@ -55,6 +57,13 @@ def add(commands: Any) -> None:
     compare.add_argument("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
     compare.add_argument("-o", "--output", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (%(default)s)")
     compare.set_defaults(call=_compare)
+
+
+def _axis(text: str) -> str:
+    if text != "steps":
+        return text
+    hint("compare", "steps", "optimizer-steps", "axis")
+    return "optimizer-steps"
 
 
 def _label(text: str) -> tuple[str, list[Path]]:
