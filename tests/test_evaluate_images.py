@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from flowtilt import UserError
 from flowtilt.cli import main
+from flowtilt.evaluate.gather import grouped
 from flowtilt.evaluate.images import save_scores, score_images
 from flowtilt.evaluate.pairs import find_pairs
 from flowtilt.io.images import to_png
@@ -328,3 +330,8 @@ def test_a_contact_sheet_of_sample_has_no_score_and_is_named(tmp_path):
     first, second = score_images(find_pairs([tmp_path], None), {"b": brightness})
     assert first["scores"]["b"] is None and "contact sheet" in first["note"]
     assert second["scores"]["b"] == pytest.approx(0.2)
+
+
+def test_images_of_the_base_and_of_the_tuned_model_are_told_apart_by_their_row():
+    rows = [(Path(f"{k}.png"), Prompt("a cat", metadata={"variant": who})) for k, who in enumerate(["base", "base", "tuned", "tuned", "x"])]
+    assert [(pair.variant, pair.copy) for pair in grouped(rows)] == [("base", 0), ("base", 1), ("tuned", 0), ("tuned", 1), ("tuned", 2)]

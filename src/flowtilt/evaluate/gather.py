@@ -32,6 +32,9 @@ TEXTS = (
 """Endings of files that lie beside images and that nobody expects to be scored."""
 
 
+VARIANTS = ("tuned", "base")
+
+
 @dataclass(frozen=True)
 class Pair:
     """An image file, its prompt, which prompt that is of which set, which image of it, and who drew it."""
@@ -72,12 +75,14 @@ def hidden(file: Path, place: Path) -> bool:
 
 
 def grouped(rows: Iterable[tuple[Path, Prompt]], pair: Callable[..., Pair] = Pair) -> list[Pair]:
-    """Pairs in which equal captions are one prompt."""
+    """Pairs in which equal captions are one prompt; rows that say `variant`, as those of `flowtilt sample`, are counted for each."""
     indices: dict[str, int] = {}
-    copies: dict[str, int] = {}
+    copies: dict[tuple[str, str], int] = {}
     found = []
     for file, prompt in rows:
+        said = prompt.metadata.get("variant")
+        variant = said if said in VARIANTS else VARIANTS[0]
         index = indices.setdefault(prompt.text, len(indices))
-        copies[prompt.text] = copies.get(prompt.text, -1) + 1
-        found.append(pair(file, prompt, index, copies[prompt.text]))
+        copy = copies[prompt.text, variant] = copies.get((prompt.text, variant), -1) + 1
+        found.append(pair(file, prompt, index, copy, variant=variant))
     return found
