@@ -5,6 +5,8 @@ import os
 import shutil
 import sys
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from flowtilt.cli import main
 from flowtilt.distributed.world import World
 from flowtilt.io.files import read_lines
 from flowtilt.runs import checkpoint
+from flowtilt.training.learner import shares
+from flowtilt.training.timing import Phases
 
 
 def launch(folder, processes, *overrides):
@@ -87,6 +91,37 @@ def test_two_processes_compare_the_pairs_that_one_does_though_a_prompts_images_a
     for name in ("pairs", "loss", "margin", "winner_error", "kl", "grad_norm", "network_evaluations", "reward/total"):
         assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3, abs=1e-6), name
     assert one[0]["pairs"] > 0
+
+
+COMPARING = {
+    "crd": ["objective.type=crd", "objective.centring=0.5", "objective.beta=100", "objective.kl=0"],
+    "dgpo": ["objective.type=dgpo", "objective.beta=1000"],
+    "shared": ["objective.shared=both"],
+}
+"""Recipes that compare a prompt's images. In the first update nothing has moved yet; in the second a great beta gives the groups weight."""
+
+
+def of_groups(folder):
+    """The first rank's metrics of a rollout of each."""
+    found = {}
+    for name, overrides in COMPARING.items():
+        with Trainer(quick(folder / name, *overrides, "objective.times_per_image=2", "seed=1")) as trainer:
+            found[name] = trainer.method.step(1, Phases(torch.device("cpu")))
+    if trainer.world.rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    return 0
+
+
+def test_two_processes_compare_a_prompts_images_as_one_does_though_they_are_split(tmp_path):
+    images: Any = SimpleNamespace(groups=torch.arange(12) // 4, kept=torch.ones(12, dtype=torch.bool))
+    assert {5, 6} < set(shares(2, 1, 1, images, whole_groups=True)[1])  # of one prompt, on two ranks, in the second update
+    of_groups(tmp_path / "one")
+    done = together(2, of_groups, tmp_path / "two", folder=tmp_path / "ranks")
+    assert done.codes == [0, 0], done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / size / "found.json").read_text()) for size in ("one", "two"))
+    for name in COMPARING:
+        for key in {"loss", "grad_norm", "implicit_reward", "preference"} & one[name].keys():
+            assert two[name][key] == pytest.approx(one[name][key], rel=1e-4, abs=1e-12), (name, key)
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 144])

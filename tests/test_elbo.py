@@ -10,6 +10,7 @@ from torch import Tensor
 from flowtilt.flow import add_noise
 from flowtilt.objectives.elbo import EPG, PAR, PEPG, elbo, epg_loss, par_loss, pepg_loss
 from flowtilt.objectives.forward import x0_error
+from flowtilt.objectives.grpo import grpo_loss
 from flowtilt.objectives.nft import nft_loss, optimality
 
 FEW = settings(deadline=None, max_examples=25)
@@ -107,6 +108,25 @@ def test_there_epg_is_diffusionnft_too():
     nft = gradient(lambda v: nft_loss(v, case.v, case.v_target, case.t, r, beta=0.4, clip=5.0), case.v)
     old = elbo(case.v, case.v_target, case.t)
     torch.testing.assert_close(gradient(lambda v: epg_loss(elbo(v, case.v_target, case.t), old, advantages), case.v), nft)
+
+
+def test_there_epg_on_advantages_that_tanh_bounds_is_v_grpo():
+    """V-GRPO is PPO with a likelihood that is the mean over four pairs (t, eps) which a group shares; EPG has the four as rows."""
+    case, rng = draw(), torch.Generator().manual_seed(1)
+    eps, t = torch.randn(4, *SHAPE, generator=rng, dtype=torch.float64), torch.rand(4, generator=rng, dtype=torch.float64)
+    x_t = [add_noise(case.x0, eps[j].expand(N, *SHAPE), t[j]) for j in range(4)]
+    a = 3 * torch.tensor([-9.0, -1.0, 0.5, 3.0], dtype=torch.float64).div(3).tanh()
+
+    def bounds(w: Tensor) -> list[Tensor]:
+        """Of each pair, [N]; a policy with one weight an image."""
+        return [elbo(column(w) * x_t[j], eps[j] - case.x0, t[j]) for j in range(4)]
+
+    now = torch.full((N,), 0.5, dtype=torch.float64)
+    old = bounds(now)
+    v_grpo = gradient(lambda w: grpo_loss(torch.stack(bounds(w)).mean(0), torch.stack(old).mean(0), a, 6e-3), now)
+    epg = gradient(lambda w: torch.stack([epg_loss(new, of, a) for new, of in zip(bounds(w), old, strict=True)]).mean(0), now)
+    torch.testing.assert_close(epg, v_grpo)
+    assert v_grpo.abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("loss", LOSSES)

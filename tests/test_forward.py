@@ -115,6 +115,20 @@ def test_a_method_returns_the_metrics_that_it_names_and_asks_no_role_for_nothing
     assert policy.asked == ["current", "old", "reference"][: 2 + (kind == "ram" or bool(kl or guard))]
 
 
+@pytest.mark.parametrize("kind", ["nft", "awr", "epg", "pepg", "par", "awm"])
+def test_equal_images_that_share_noise_and_level_have_no_gradient_where_the_policies_agree_and_advantages_sum_to_zero(kind):
+    policy, batch = policy_and_batch(current=0.5, old=0.5)
+    first = torch.tensor([0, 0, 2, 2])  # two groups of two
+
+    def slope(eps: Tensor) -> Tensor:
+        a = torch.tensor([0.9, -0.9, 0.4, -0.4], dtype=torch.float64)
+        alike = replace(batch, x0=batch.x0[first], eps=eps, t=batch.t[first], advantages=a)
+        loss, _ = method(kind, "objective.kl=0", "objective.consistency=0").loss(policy, alike)
+        return torch.autograd.grad(loss.sum(), policy.weights["current"])[0].abs()
+
+    assert slope(batch.eps[first]) < 1e-12 and slope(batch.eps) > 1e-3
+
+
 @pytest.mark.parametrize("kind", FORWARD)
 def test_pull_and_hinge_are_added_with_their_weights(kind):
     policy, batch = policy_and_batch(current=0.9, old=0.2, reference=0.3)

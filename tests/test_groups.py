@@ -1,17 +1,19 @@
 """CRD and DGPO: closed forms of their losses, and updates that do not depend on micro-batches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import QUICK, quick
-from forward_cases import along, draw, gradient, slopes
+from forward_cases import along, draw, gradient, policy_and_batch, slopes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowtilt import Trainer
 from flowtilt.config import load_recipe
 from flowtilt.io.files import read_lines
+from flowtilt.objectives.elbo import elbo, par_loss
 from flowtilt.objectives.groups import (
     CRD,
     DGPO,
@@ -77,6 +79,25 @@ def test_crd_is_at_rest_where_the_centred_implicit_reward_is_the_centred_a_over_
     assert at_rest.abs().max() < 1e-12
 
 
+def test_par_with_its_advantage_and_its_gain_centred_is_crd_whose_beta_is_the_level():
+    """ELBO - ELBO_old = t R. A group has one t; R and a less their group's means, and rho = 1, are all that CRD adds."""
+    case, t = draw(), 0.4
+    a = (8 * case.r - 4) / 10 + 0.5
+    old, elbo_old = normalised_error(case.v_old, case.v_target), elbo(case.v_old, case.v_target, t)
+    gain = (elbo(case.v, case.v_target, t) - elbo_old).detach()
+
+    def par(v):
+        centred = a - column(a) / 2 + column(gain) / 2
+        return 10 / t * par_loss(elbo(v, case.v_target, t), elbo_old, centred, ratio=False)
+
+    def crd(v):
+        reward = old - normalised_error(v, case.v_target)
+        return crd_loss(reward, column(reward.detach()) / 2, a, column(a) / 2, beta=t)
+
+    torch.testing.assert_close(par(case.v), crd(case.v))
+    torch.testing.assert_close(gradient(par, case.v), gradient(crd, case.v))
+
+
 def dgpo(v, case, a, beta, clip_range=1e9):
     moved = (matching_error(v, case.v_target) - matching_error(case.v_old, case.v_target)).detach()
     preference = beta / 2 * column(a * moved)
@@ -120,6 +141,19 @@ def test_dgpo_of_a_pair_is_diffusion_dpo_with_the_same_beta():
     torch.testing.assert_close(beta / 2 * ours, gradient(dpo, case.v), rtol=1e-6, atol=1e-9)
 
 
+def test_a_constant_on_the_errors_of_a_group_whose_advantages_sum_to_zero_leaves_dgpos_preference_alone():
+    rng = torch.Generator().manual_seed(0)
+    measured = {name: torch.rand(4, 3, generator=rng, dtype=torch.float64) for name in DGPO.measures}
+    a = torch.tensor([1.5, -1.5, 0.4, -0.4], dtype=torch.float64)
+    constant = torch.tensor([[3.0, 0.1, -2.0], [7.0, -0.5, 1.0]], dtype=torch.float64)[GROUPS]  # of a group and a time
+
+    def preference(advantages, more):
+        return DGPO().complete(measured | {"error": measured["error"] + more}, advantages, GROUPS)["preference"]
+
+    torch.testing.assert_close(preference(a, constant), preference(a, 0.0))
+    assert (preference(a + 0.1, constant) - preference(a + 0.1, 0.0)).abs().min() > 0.1
+
+
 @pytest.mark.parametrize(
     ("advantage", "moved", "stops"), [(1, 0.02, True), (1, -0.02, False), (-1, -0.02, True), (-1, 0.02, False), (1, 0.005, False)]
 )
@@ -141,6 +175,22 @@ def test_what_completes_a_group_depends_on_that_group_alone(method):
     for name, values in both.items():
         assert values.shape == (4, 3)
         torch.testing.assert_close(values[:2], first[name])
+
+
+@pytest.mark.parametrize("method", [CRD(kl=0.0), CRD(kl=0.0, form="bce"), DGPO(kl=0.0, clip_range=10.0)])
+def test_equal_images_that_share_noise_and_level_have_no_gradient_though_the_old_policy_and_the_base_lag(method):
+    policy, batch = policy_and_batch(current=0.5, old=0.2, reference=-0.1)
+    first = torch.tensor([0, 0, 2, 2])
+
+    def slope(eps):
+        a = torch.tensor([0.9, -0.9, 0.4, -0.4], dtype=torch.float64)
+        alike = replace(batch, x0=batch.x0[first], eps=eps, t=batch.t[first], advantages=a)
+        measured = {name: value[:, None] for name, value in method.measure(policy, alike).items()}
+        given = {name: value[:, 0] for name, value in (measured | method.complete(measured, a, GROUPS)).items()}
+        loss, _ = method.loss(policy, replace(alike, given=given))
+        return torch.autograd.grad(loss.sum(), policy.weights["current"])[0].abs()
+
+    assert slope(batch.eps[first]) < 1e-12 and slope(batch.eps) > 1e-3
 
 
 KINDS = {"crd": ["objective.reference_guidance=2"], "dgpo": [], "dgpo old": ["objective.compare=old", "objective.kl=0"]}

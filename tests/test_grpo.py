@@ -324,3 +324,20 @@ def test_a_step_that_has_moved_too_far_in_the_direction_of_its_advantage_has_no_
     assert (ahead == 0).all() == far
     back = gradient(lambda m: dppo(m, mean_old, x_next, std, trust), mean_old - toward)
     assert (back.flatten(1).abs().amax(1) > 0).all()  # never on the way back
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_the_trust_regions_distance_is_that_of_the_reversed_move_and_knows_nothing_of_the_noise(way):
+    mean_old, std = draw(N, *SHAPE), torch.tensor(0.3, dtype=torch.float64)
+    move = 0.1 * torch.nn.functional.normalize(draw(N, PIXELS, seed=2)).view(N, *SHAPE)
+    distance = 0.1**2 / PIXELS / (2 * 0.3**2)  # of every row
+    seen = set()
+    for seed in range(3):
+        x_next = mean_old + std * draw(N, *SHAPE, seed=seed + 3)
+        mean = mean_old + way * move
+        ahead = A * (log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)) > 0
+        for trust, stopped in ((distance * (1 - 1e-6), ahead), (distance * (1 + 1e-6), torch.zeros_like(ahead))):
+            found = gradient(lambda m, x=x_next, trust=trust: dppo(m, mean_old, x, std, trust), mean).flatten(1).abs().amax(1)
+            assert torch.equal(found == 0, stopped)
+        seen.add(tuple(ahead.tolist()))
+    assert len(seen) > 1  # unlike the distance, rho knows the noise

@@ -1,4 +1,4 @@
-"""The guide's pull, shared noise, rows by advantage, schedules: what they compute, and that no batch changes it."""
+"""The guide's pull, shared noise, rows by advantage, kept images, schedules: what they compute, and that no batch changes it."""
 
 import pytest
 import torch
@@ -155,6 +155,23 @@ def test_an_image_without_a_reward_has_no_rows_and_flat_rewards_share_alike():
     assert counts[1] == 0 and counts.sum() == 4
     counts, weights = row_counts(torch.zeros(4), 2, 0.5, torch.Generator().manual_seed(0))
     assert (counts == 1).all() and torch.equal(weights, torch.full((4,), 2.0))
+
+
+def test_a_prompts_kept_images_have_the_advantages_of_its_whole_group(tmp_path):
+    trainer = Trainer(quick(tmp_path / "run", "rollout.train_per_prompt=2", "advantage=group"))
+    drawn = trainer.walk.take(0, trainer.recipe.rollout.prompts)
+    rollout, _ = trainer.method.rollouts.sample(1, drawn, Phases(torch.device("cpu")))
+    rewards, found, kept = (values.view(3, 4) for values in (rollout.rewards.double(), rollout.all_advantages, rollout.kept))
+
+    def compared(of):
+        return ((of - of.mean(1, keepdim=True)) / (of.std(1, correction=0, keepdim=True) + 1e-4)).float()
+
+    assert (kept.sum(1) == 2).all()
+    torch.testing.assert_close(found, compared(rewards))
+    assert (found[kept].view(3, 2) - compared(rewards[kept].view(3, 2))).abs().min() > 0.01
+    own = rollout.own(kept.flatten().nonzero()[:, 0].tolist())
+    batch = next(trainer.method.learner.rows(1, rollout, own).micro_batches(64))
+    assert torch.equal(batch.advantages.view(3, 2, 2), found[kept].view(3, 2, 1).expand(3, 2, 2))
 
 
 @pytest.mark.parametrize(

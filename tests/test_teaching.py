@@ -42,6 +42,18 @@ def test_equal_variances_give_uniform_draws_without_a_repeat():
     assert float(((counts - 80) ** 2 / 80).sum()) < 45  # chi-square, 18 degrees of freedom: p < .0005
 
 
+def test_prompts_of_a_large_set_come_in_proportion_to_their_probability():
+    levels = (0.1, 0.25, 0.5, 1.0)
+    teaching = TeachingPrompts([Prompt(str(k)) for k in range(400)], 0, {}, by_variance=True)
+    teaching.load(teaching.state() | {"recent": [[levels[k % 4]] for k in range(400)]})
+    assert [teaching.probability(k) for k in range(4)] == list(levels)
+    seen = Counter(int(p.text) % 4 for step in range(200) for p in teaching.take(step, 40))
+    for k, level in enumerate(levels):
+        share = level / sum(levels)
+        # that no rollout has a prompt twice moves the shares by less than a fifth of a standard error
+        assert abs(seen[k] - 8000 * share) < 4 * (8000 * share * (1 - share)) ** 0.5, (level, seen[k])
+
+
 def test_a_prompt_whose_images_differ_comes_more_often():
     teaching = TeachingPrompts(PROMPTS[:10], 0, {}, by_variance=True)
     seen = Counter()
