@@ -89,7 +89,8 @@ def test_two_processes_compare_the_pairs_that_one_does_though_a_prompts_images_a
     assert done.codes == [0, 0], done.stderr[-2000:]
     one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for name in ("pairs", "loss", "margin", "winner_error", "kl", "grad_norm", "network_evaluations", "reward/total"):
-        assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3, abs=1e-6), name
+        near = 1e-5 if name == "margin" else 1e-6  # it is a difference of errors near 1, a few of whose fp32 steps that is
+        assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3, abs=near), name
     assert one[0]["pairs"] > 0
 
 
