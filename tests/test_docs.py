@@ -1,5 +1,6 @@
 """What the pages tell people to type works."""
 
+import glob
 import re
 import shlex
 from pathlib import Path
@@ -31,6 +32,21 @@ def test_the_page_on_rewards_works_as_it_stands(tmp_path, monkeypatch):
     record = read_lines(Path("run/metrics.jsonl"))[0]
     assert record["reward/total"] == pytest.approx(record["reward/brightness"]) and "reward/playground" not in record
     assert set(read_lines(Path("run/evaluations.jsonl"))[0]["rewards"]) == {"brightness"}
+
+
+def test_the_readmes_commands_run_one_after_another(tmp_path, monkeypatch):
+    """Those of the quick start and of one's own reward, in a folder where `make train` has been; training is cut down to a second."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "playground-fast", *QUICK]) == 0
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Ten lines of Python")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    Path("my_reward.py").write_text(code)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if "flowtilt " in line]
+    for line in lines:
+        words = [word for raw in shlex.split(line, comments=True) for word in (sorted(glob.glob(raw)) if "*" in raw else [raw])][1:]
+        cut = QUICK if words[0] == "train" and "--resume" not in words else []
+        assert main([*words, *cut]) == 0, line
+    assert len(lines) == 7 and Path("runs/playground-fast/evaluation/report.html").is_file()
 
 
 def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch):
