@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt import UserError, __version__
-from flowtilt.config import load_recipe, to_toml
+from flowtilt.config import load_recipe
 from flowtilt.io.files import digest, read_lines, write_atomic, write_json
 from flowtilt.io.run_folder import RunFolder
+from flowtilt.runs.sharing import shared_recipe, shared_report
 
 FILES = ("recipe.toml", "report.html", "evaluations.jsonl")
 ALL = {*FILES, "digest.json", "README.md"}
@@ -34,13 +35,9 @@ def make(run: Path, folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder}: is there already")
     folder.mkdir(parents=True)
-    recipe = load_recipe(place.recipe, stored=True)
-    text = to_toml(recipe.model_copy(update={"run": None}))
-    for path in sorted(set(re.findall(r'"(/[^"]*)"', text)), key=len, reverse=True):
-        text = text.replace(f'"{path}', f'"{Path(path.partition(":")[0]).name}{":" + path.partition(":")[2] if ":" in path else ""}')
-    write_atomic(folder / "recipe.toml", text)
-    for name in FILES[1:]:
-        shutil.copyfile(run / name, folder / name)
+    write_atomic(folder / "recipe.toml", shared_recipe(run))
+    write_atomic(folder / "report.html", shared_report(run))
+    shutil.copyfile(place.evaluations, folder / "evaluations.jsonl")
     write_json(folder / "digest.json", claims(folder) | of_run(place))
     print(f"{folder}\nwrite its README.md: what it shows, and how others repeat it")
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from flowtilt.cli import main
-from flowtilt.config import load_recipe
+from flowtilt.config import load_recipe, to_toml
+from flowtilt.runs.sharing import shared_recipe, shared_report
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_a_runs_lora_card_recipe_and_report_are_uploaded(finished, hub, tmp_path
     assert card.data.library_name == "diffusers" and 'load_lora_weights("alice/circles")' in card.text
     recipe, own = load_recipe(there / "recipe.toml", stored=True), load_recipe(finished / "recipe.toml", stored=True)
     assert recipe.run is None and recipe.objective == own.objective and recipe.rollout == own.rollout
-    for name in ("README.md", "recipe.toml"):
+    for name in ("README.md", "recipe.toml", "report.html"):
         text = (there / name).read_text()
         assert str(finished.parent) not in text and str(Path(__file__).parent) not in text
         assert not re.search(r'"/\w+/', text), name
@@ -75,3 +77,26 @@ def test_a_run_without_a_lora_is_refused(finished, hub, tmp_path, capsys):
     shutil.copy(finished / "recipe.toml", tmp_path / "run")
     assert main(["push", str(tmp_path / "run"), "alice/circles"]) == 2
     assert "has no LoRA yet" in capsys.readouterr().err and not hub
+
+
+def test_what_is_shared_names_no_server_and_no_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("def light(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = load_recipe(
+        "playground",
+        [
+            f"rewards.mine={tmp_path}/mine.py:light",
+            "rewards.geneval=http://inner.example:8765/geneval",
+            'rewards.eye={source="judge",url="http://inner.example:8000/v1",model="m"}',
+            'rewards.far={source="http://inner.example:1",weight=0.5}',
+            f"run={run}",
+        ],
+    )
+    (run / "recipe.toml").write_text(to_toml(recipe))
+    (run / "report.html").write_text(f"<pre>{escape(to_toml(recipe))}</pre>")
+    for text in (shared_recipe(run), shared_report(run)):
+        assert "inner.example" not in text and str(tmp_path) not in text and "mine.py:light" in text
+    (tmp_path / "shared.toml").write_text(shared_recipe(run))
+    found = load_recipe(tmp_path / "shared.toml", stored=True).rewards
+    assert found["geneval"] == "http://server/geneval" and found["far"].weight == 0.5 and found["eye"].options == {"model": "m"}

@@ -1,8 +1,6 @@
 """Publishes a run's LoRA on the Hugging Face hub: weights, model card, recipe and report."""
 
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,15 +8,12 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from flowtilt.build.inputs import map_paths
-from flowtilt.config import Recipe, load_recipe, to_toml
 from flowtilt.errors import UserError
 from flowtilt.io.run_folder import RunFolder
 from flowtilt.io.user_errors import first_line
 from flowtilt.runs.export import export
 from flowtilt.runs.folder import check_run
-
-REPORT = RunFolder.report
+from flowtilt.runs.sharing import shared_recipe, shared_report
 
 
 def push(run: Path | str, repo: str, *, private: bool = False) -> str:
@@ -46,21 +41,17 @@ def push(run: Path | str, repo: str, *, private: bool = False) -> str:
 def gather(run: Path, folder: Path, repo: str) -> Path:
     """The folder to upload: the LoRA, joined with those that it was trained on top of, its card, the recipe and the report.
 
-    The recipe names files without their folders, so that it tells nothing of this machine.
+    Recipe and report tell nothing of this machine and its servers; see `runs.sharing`.
     """
     if not (run / "lora" / "README.md").is_file():
         raise UserError(f"{run}: has no LoRA yet; train until its first checkpoint")
     export([run], folder, "diffusers")
     card = folder / "README.md"
     card.write_text(card.read_text(encoding="utf-8").replace(json.dumps(str(folder)), json.dumps(repo)), encoding="utf-8")
-    RunFolder(folder).recipe.write_text(to_toml(_without_folders(load_recipe(RunFolder(run).recipe, stored=True))), encoding="utf-8")
-    if (run / REPORT).is_file():
-        shutil.copy(run / REPORT, folder / REPORT)
+    RunFolder(folder).recipe.write_text(shared_recipe(run), encoding="utf-8")
+    if RunFolder(run).report.is_file():
+        RunFolder(folder).report.write_text(shared_report(run), encoding="utf-8")
     return folder
-
-
-def _without_folders(recipe: Recipe) -> Recipe:
-    return map_paths(recipe.model_copy(update={"run": None}), lambda key, path: os.path.basename(path.rstrip(os.sep)))
 
 
 def _check_name(repo: str) -> None:
