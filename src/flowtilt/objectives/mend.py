@@ -8,7 +8,7 @@ and the y_j of the greatest min(R(y_j), kappa) - mean (y_j - x)^2 / (2 tau) is a
 The denoiser at a state of the rollout is then to say d = y - x more than it did; where nothing was accepted, d = 0.
 
 Shapes   N samples, J moves; latents, velocities, gradients [N, ...]; rewards [N] or [J, N]. Everything fp32.
-Source   The formulas are those of the authors' code. How fast the floor of kappa follows the rewards is our choice.
+Source   The formulas are those of the authors' code (545bfa5), and how fast the floor of kappa follows the rewards.
 """
 
 import torch
