@@ -1,6 +1,6 @@
 """What a lag costs in learning, and what it gains in time: `rollout.lag` 0, 1 and 2 on the playground.
 
-    python benchmarks/lag.py --folder runs/lag                 learning: playground-fast, seeds 0 to 2 on the test prompts
+    python benchmarks/lag.py --folder runs/lag                 learning: playground-fast with its first guide, seeds 0 to 2, test prompts
     python benchmarks/lag.py objective.beta=0.5 --folder runs/lag-beta --lags 1        the same with another key
     python benchmarks/lag.py --folder runs/lag --speed         images per second with a judge as slow as sampling and training together
     python benchmarks/lag.py --folder runs/lag --report        only what is finished there
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fast import FIRST as GUIDE
 from fast import RESULTS as FAST
 from fast import crossing, span
 
@@ -33,7 +34,7 @@ from flowtilt.io.run_folder import RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "lag.json"
 TARGETS = (0.7, 0.8, 0.85, 0.9)
-LEARNING: dict[str, tuple[str, ...]] = {"playground-fast": (), "playground": ("rollouts=160", "evaluate.every=10")}
+LEARNING: dict[str, tuple[str, ...]] = {"playground-fast": (GUIDE,), "playground": ("rollouts=160", "evaluate.every=10")}
 SPEED = (
     "rollout.solver=dpm2",
     "rollout.steps=10",
@@ -83,8 +84,8 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
                 Trainer(load_recipe(args.recipe, words), resume=folder if run.checkpoints.is_dir() else None).run()
             if run.summary.is_file():
                 found.setdefault(f"lag {lag}", []).append(learned(folder))
-            elif not lag and args.recipe == "playground-fast" and not args.overrides:  # the recipe as it is, measured before
-                known = {entry["seed"]: entry for entry in json.loads(FAST.read_text())["test"]["runs"]}
+            elif not lag and args.recipe == "playground-fast" and not args.overrides:  # measured before
+                known = {entry["seed"]: entry for entry in json.loads(FAST.read_text())[f"test {GUIDE}"]["runs"]}
                 wanted = ("seed", "curve_evaluations_score", "evaluations_to", "final_score", "guards")
                 found.setdefault("lag 0", []).append({key: known[seed][key] for key in wanted} | {"from": FAST.name})
     for name, runs in found.items():
