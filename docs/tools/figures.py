@@ -1,11 +1,15 @@
-"""Draws the figures of docs/explain/ from benchmarks/results/*.json: `python docs/tools/figures.py` writes docs/images/methods/NAME.svg."""
+"""Draws the figures of docs/explain/, and of half precision, from benchmarks/results/*.json.
+
+`python docs/tools/figures.py` writes docs/images/methods/NAME.svg.
+"""
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +43,14 @@ PAGES = {
     "dgpo": ("dgpo",),
 }
 """Methods of the comparison on each page."""
+FIRST_GUIDE = "objective.guide=[[0,2.0],[12,0.3],[24,0.0]]"
+HALF = {
+    "fp32": f"test {FIRST_GUIDE}",
+    "bfloat16": f"test model.dtype=bfloat16 {FIRST_GUIDE}",
+    "bfloat16, compiled": f"test model.dtype=bfloat16 model.compile=true {FIRST_GUIDE}",
+}
+"""playground-fast on a base of each precision, as docs/results/performance.md shows it."""
+HALF_SEEDS = (0, 1, 2)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 54, 150, 20, 50
 
 
@@ -58,12 +70,17 @@ def figures() -> dict[str, Lines]:
         if part in fast:
             curves = [run["curve_evaluations_score"] for run in fast[part]["runs"]]
             found[page] = {label: curves, "DiffusionNFT": contest["nft"]}
+    found["half"] = {label: _seeds(fast, part, HALF_SEEDS) for label, part in HALF.items() if part in fast}
     dpo = json.loads((RESULTS / "dpo.json").read_text())["test"]["playground-dpo"]
     share = dpo["network_evaluations"] / max(int(step) for step in dpo["scores"])
     found["dpo"] = {"offline DPO": [[(int(step) * share, score) for step, score in dpo["scores"].items()]], "DiffusionNFT": contest["nft"]}
     if "dpo" in contest:
         found["dpo"][LABELS["dpo"]] = contest["dpo"]
     return found
+
+
+def _seeds(series: Mapping[str, Any], name: str, seeds: Sequence[int]) -> list[Curve]:
+    return [run["curve_evaluations_score"] for run in series[name]["runs"] if run["seed"] in seeds]
 
 
 def _curves(file: str) -> Lines:
