@@ -121,11 +121,10 @@ def test_each_has_a_recipe_that_differs_in_the_objective_and_what_it_must_have(p
     ours, base = load_recipe(f"{place}-{kind}"), load_recipe("playground" if place == "playground" else "sd35m-geneval")
     assert ours.objective.type == kind
     differing = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(base, name)}
-    assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "rollouts"} | (
-        {"evaluate", "ema_every"} if kind == "grpo" else set()
-    )
+    more = {"grpo": {"evaluate", "ema_every"}, "dgpo": {"lora"}}.get(kind, set())
+    assert differing <= {"name", "objective", "advantage", "optimizer", "ema", "rollout", "rollouts"} | more
     assert (
-        ours.advantage == ("global" if place == "sd35m" else "group")
+        ours.advantage == ("global" if place == "sd35m" and kind != "dgpo" else "group")
         if kind in ("awm", "awr", "crd", "dgpo", "grpo")
         else ours.advantage == "none"
     )

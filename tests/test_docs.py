@@ -77,7 +77,7 @@ def test_every_command_on_a_page_is_one_that_the_command_line_knows(page, tmp_pa
             words = shlex.split(line, comments=True)
             if words[:1] == ["flowtilt"]:
                 args = parser().parse_args(words[1:])
-                if args.command == "train" and args.recipe and not args.recipe.endswith(".toml"):
+                if args.command == "train" and args.recipe and not args.resume and not args.recipe.endswith(".toml"):
                     load_recipe(args.recipe, args.overrides)
 
 

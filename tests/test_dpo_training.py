@@ -176,7 +176,7 @@ WRONG = [
     (["objective.pairs="], "objective.pairs: name a file of pairs"),
     (["rewards.playground=1"], "rewards.playground: dpo-offline trains on no reward; give it the weight 0"),
     (["rollout.images_per_prompt=4"], "rollout.images_per_prompt: set it to 2"),
-    (["optimizer.steps_per_rollout=4"], "optimizer.steps_per_rollout: 4 updates for 3 pairs per step"),
+    (["optimizer.steps_per_rollout=4"], "optimizer.steps_per_rollout: 4 updates for 3 pairs per rollout"),
     (["prompts=ocr", "objective.pairs=playground"], 'objective.pairs: "playground" is for prompts = "playground" alone'),
     (["objective.pairs=nowhere.jsonl"], "pairs nowhere.jsonl: No such file"),
     (["rollout.prompts=6"], "5 pairs, but a step takes 6; add pairs or lower rollout.prompts"),
