@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowtilt.config.naming import reward_name
+from flowtilt.config.naming import checked_name, reward_name
 from flowtilt.errors import UserError
 from flowtilt.rewards import Reward, find_reward, load_reward
 from flowtilt.rewards.about import of_paper
@@ -37,10 +37,7 @@ def parse(words: Sequence[str]) -> list[Named]:
     found: dict[str, Named] = {name: Named(name, name, optional=True) for name in of_paper() if "all" in words}
     for word in (word for word in words if word != "all"):
         name, sign, source = word.partition("=")
-        if not sign:
-            name, source = reward_name(word), word
-        if not name or "/" in name:
-            raise UserError(f"rewards: {word!r} needs a name, as in geneval={source}")
+        name, source = (checked_name(name, word, source), source) if sign else (reward_name(word), word)
         if name in found and not found[name].optional:
             raise UserError(f"rewards: two are called {name}; write another name before one, as in other={source}")
         found[name] = Named(name, source)

@@ -73,10 +73,10 @@ class Asking:
         price_in: float,
         price_out: float,
     ):
+        url = url or os.environ.get(URL, "")
         service = {"url": url, "model": model, "logprobs": logprobs, "picture": picture, "workers": workers, "timeout": timeout}
         limits = {"max_calls": max_calls, "max_tokens": max_tokens, "max_cost": max_cost, "price_in": price_in, "price_out": price_out}
         check_service(name, {**service, **limits, "length": length, "side": side, "patience": patience, "max_missing": max_missing})
-        url = url or os.environ.get(URL, "")
         if not url:
             raise UserError(f'rewards.{name}: url is missing; set it to the server, as in url = "http://127.0.0.1:8000/v1", or set {URL}')
         self.name, self.facts = name, facts

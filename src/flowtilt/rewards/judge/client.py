@@ -35,7 +35,7 @@ class Client:
 
     Args:
         name: what the recipe calls the reward, for messages.
-        url: the address up to "/v1".
+        url: the address up to "/v1", with its scheme.
         model: the name under which the server has it; "" takes the only one that it has.
         logprobs: "auto" asks for them and does without where the server has none, "need" ends there, "off" does not ask.
         length: tokens of an answer without log-probabilities.
@@ -43,14 +43,12 @@ class Client:
         patience: seconds for which a failed request is tried again.
 
     Raises:
-        UserError: the address is none, or a second server would get the key.
+        UserError: a second server would get the key.
     """
 
     def __init__(self, name: str, url: str, model: str, *, logprobs: str, length: int, timeout: float, patience: float, budget: Budget):
         self.name, self.model = name, model
         self.url = url.strip().rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"rewards.{name}: url {url!r} is no address of a server; want one like http://127.0.0.1:8000/v1")
         self._key = key_for(self.url, KEY, HOST)
         self._timeout, self._patience, self._length = timeout, patience, length
         self._top, self._needs = (0 if logprobs == "off" else TOP), logprobs == "need"
