@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowtilt.errors import UserError
-from flowtilt.io import published, weights
+from flowtilt.io import download, published, weights
 from flowtilt.io.published import Hub, Url
 from flowtilt.rewards.about import all_weights, built_in, download_weights, find_weights
 
@@ -142,6 +142,7 @@ def fetched(monkeypatch, tmp_path) -> list[Path]:
 
     monkeypatch.setattr(published, "fetch", fetch)
     monkeypatch.setattr(published, "fetch_hub", fetch_hub)
+    monkeypatch.setattr(published, "wrong", lambda path, **expected: "")  # empty files have no published sum
     return made
 
 
@@ -168,6 +169,12 @@ def test_a_right_file_under_its_usual_name_is_not_fetched_again(fetched, nowhere
     assert download_weights("mask2former") == nowhere / entry.alias and not fetched
     monkeypatch.setattr(published, "wrong", lambda path, **expected: "another sum")
     assert download_weights("mask2former") == nowhere / entry.files[0]
+
+
+def test_a_hub_that_sends_another_file_than_was_published_is_refused(fetched, nowhere, monkeypatch):
+    monkeypatch.setattr(published, "wrong", download.wrong)
+    with pytest.raises(UserError, match="HPS_v2.1_compressed.pt is not the published file, though the hub says so: SHA-256 2d711642"):
+        download_weights("hpsv2")
 
 
 # reading ---------------------------------------------------------------------------------------------

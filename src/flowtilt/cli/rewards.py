@@ -82,6 +82,7 @@ def _download(args: argparse.Namespace) -> int:
         for item in catalogue.listing():
             size = f"{item.size / 1e6:,.1f} MB" if item.size is not None else "?"
             print(f"{'here' if item.there else '-':5}{item.kind:8} {item.name:16} {size:>11}  {item.about}")
+        print("? is a size that only the hub knows: `flowtilt download NAME` says it before it fetches.", file=sys.stderr)
         return 0
     if not args.names:
         raise UserError("download: which? `flowtilt download --list` shows what there is")

@@ -27,6 +27,7 @@ class Hub:
         files: their names there; the hub names each one's size and SHA-256.
         licence: as the publisher states it; "" where it is not known.
         size: bytes of all files, where they are known.
+        sha256: of a single file, where its publisher or others have stated it; the hub's own word is checked either way.
         former: ids that the repository had before; caches under them have the same commits.
         elsewhere: where other programs keep a single file, "~" being the user's home.
     """
@@ -37,6 +38,7 @@ class Hub:
     files: Sequence[str]
     licence: str = ""
     size: int | None = None
+    sha256: str = ""
     former: Sequence[str] = ()
     elsewhere: Sequence[str] = ()
 
@@ -153,7 +155,11 @@ def download(entry: Published, to: Path | None = None) -> Path:
     if to and len(entry.files) > 1:
         to = to / entry.repo
     paths = fetch_hub(entry.repo, entry.revision, entry.files, to=to)
-    return paths[0] if len(entry.files) == 1 else paths[0].parent
+    if len(entry.files) > 1:
+        return paths[0].parent
+    if problem := wrong(paths[0], sha256=entry.sha256):
+        raise UserError(f"{paths[0]} is not the published file, though the hub says so: {problem}; check HF_ENDPOINT")
+    return paths[0]
 
 
 def _fetch(entry: Url, path: Path) -> Path:
