@@ -173,7 +173,7 @@ def test_a_right_file_under_its_usual_name_is_not_fetched_again(fetched, nowhere
 
 def test_a_hub_that_sends_another_file_than_was_published_is_refused(fetched, nowhere, monkeypatch):
     monkeypatch.setattr(published, "wrong", download.wrong)
-    with pytest.raises(UserError, match="HPS_v2.1_compressed.pt is not the published file, though the hub says so: SHA-256 2d711642"):
+    with pytest.raises(UserError, match=r"HPS_v2\.1_compressed\.pt is not the published file, though the hub says so: SHA-256 2d711642"):
         download_weights("hpsv2")
 
 
