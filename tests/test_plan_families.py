@@ -1,5 +1,7 @@
 """`flowtilt plan` for every family: published sizes, what a network reads, what its passes cost, messages, a geometry for a time."""
 
+import tomllib
+
 import pytest
 import tiny_pipelines
 import torch
@@ -141,6 +143,17 @@ def test_a_proposal_fits_the_time_and_keeps_groups():
     r = found.changed_recipe.rollout
     assert r.images_per_prompt >= 12 and found.changed_recipe.rollouts >= 150
     assert "Given up" in found.text("sd35m-geneval") and proposal(found.changed_recipe, Machine("4090"), hours).changed == {}
+
+
+def test_a_proposal_uses_its_time_ends_the_guide_with_the_run_and_repeats_the_overrides():
+    overrides = ["optimizer.clip=0.5", "rollout.prompts=12"]
+    recipe = load_recipe("sd35m-24gb-geneval", overrides)
+    found = proposal(recipe, Machine("3090"), 16)
+    rollouts = found.changed_recipe.rollouts
+    assert 0.95 * 16 < found.plan.hours <= 16 and rollouts < 300
+    assert found.changed["objective.guide"] == tuple((round(x * rollouts / 300, 2), y) for x, y in recipe.objective.guide)
+    text = found.text("sd35m-24gb-geneval", overrides)
+    assert "-16h.toml optimizer.clip=0.5\n" in text and tomllib.loads(text)["rollout"]["prompts"] == 8  # what it changes is not overridden
 
 
 def test_where_nothing_sensible_fits_other_cards_are_named():

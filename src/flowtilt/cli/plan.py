@@ -56,7 +56,7 @@ def _plan(args: argparse.Namespace) -> int:
     )
     if args.hours is not None:
         found = proposal(recipe, machine, args.hours)
-        print(json.dumps(found.as_json(), indent=2) if args.json else found.text(args.recipe))
+        print(json.dumps(found.as_json(), indent=2) if args.json else found.text(args.recipe, args.overrides))
         return 0
     plan = make_plan(recipe, machine)
     print(json.dumps(plan.as_json(), indent=2) if args.json else table(plan))

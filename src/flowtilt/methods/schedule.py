@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from flowtilt.methods.base import as_tuple
@@ -36,5 +36,15 @@ def _increasing(schedule: float | tuple[Point, ...]) -> float | tuple[Point, ...
     return schedule
 
 
-Schedule = Annotated[Annotated[float, Field(ge=0, le=1e6)] | tuple[Point, ...], BeforeValidator(_tuples), AfterValidator(_increasing)]
+ALONG = "along the run"
+"""Marks keys whose points lie along the run."""
+Schedule = Annotated[
+    Annotated[float, Field(ge=0, le=1e6)] | tuple[Point, ...], BeforeValidator(_tuples), AfterValidator(_increasing), ALONG
+]
 """A number, or points [[x, value], ...] joined by straight lines."""
+
+
+def stretched(table: BaseModel, factor: float) -> dict[str, tuple[Point, ...]]:
+    """What becomes of a table's schedules in a run that is `factor` times as long, by their keys; numbers are left out."""
+    found = {name: getattr(table, name) for name, field in type(table).model_fields.items() if ALONG in field.metadata}
+    return {name: tuple((round(x * factor, 2), y) for x, y in points) for name, points in found.items() if isinstance(points, tuple)}

@@ -6,7 +6,8 @@ images of a prompt, since rewards are compared among them and small groups are k
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from flowtilt.build import judges_of, rewards_of
 from flowtilt.config import Recipe
 from flowtilt.errors import UserError
+from flowtilt.methods.schedule import stretched
 from flowtilt.plan.judges import judging
 from flowtilt.plan.machine import GPUS, Machine
 from flowtilt.plan.memory import Fitted, Memory
@@ -37,6 +39,10 @@ WEIGHTS = {
 """How much it counts that a quantity is halved."""
 EVALUATIONS = 10
 """A run is evaluated so often at most, beside before it begins."""
+SHORT = 20
+"""Rollouts of the short runs by which the time of a long one is measured."""
+Value = int | tuple[tuple[float, float], ...]
+"""Of a key: a number, or a schedule's points."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +57,35 @@ class Proposal:
 
     recipe: Recipe
     hours: float
-    changed: Mapping[str, int]
-    was: Mapping[str, int]
+    changed: Mapping[str, Value]
+    was: Mapping[str, Value]
     plan: Plan
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"within_hours": self.hours, "changed": dict(self.changed), "was": dict(self.was), **self.plan.as_json()}
 
-    def text(self, base: str) -> str:
-        """What was given up, and the recipe as a file that is based on `base`."""
+    def text(self, base: str, overrides: Sequence[str] = ()) -> str:
+        """What was given up, the recipe as a file that is based on `base`, and the command that trains it.
+
+        Args:
+            overrides: "key=value" with which `base` became the recipe.
+        """
         m, name = self.plan.machine, f"{self.recipe.name}-{self.hours:g}h"
         head = f"{self.recipe.name} within {self.hours:g} h on {m.gpus} x {m.gpu}: about {self.plan.hours:.3g} h by plan"
         if not self.changed:
             return f"{head}; it fits as it is"
-        given = [f"{key} {self.changed[key]} instead of {self.was[key]}" for key in self.changed if not key.startswith("evaluate.")]
+        given = [f"{key} {self.changed[key]} instead of {self.was[key]}" for key in self.changed if key in WEIGHTS]
         images = self.recipe.rollouts * self.recipe.rollout.images()
         left = self.changed_recipe.rollouts * self.changed_recipe.rollout.images()
         lines = [f"# {head}. Given up:", *(f"# - {one}" for one in given), f"# - {left:,} images in all instead of {images:,}"]
+        kept = [shlex.quote(one) for one in overrides if one.partition("=")[0].strip() not in self.changed]
+        lines += [f"# Save this as {name}.toml, then: {' '.join(['flowtilt train', f'{name}.toml', *kept])}"]
         lines += [f'base = "{base}"', f'name = "{name}"']
-        lines += [f"{key} = {value}" for key, value in self.changed.items() if "." not in key]
+        lines += [f"{key} = {_toml(value)}" for key, value in self.changed.items() if "." not in key]
         for table in dict.fromkeys(key.partition(".")[0] for key in self.changed if "." in key):
             lines += ["", f"[{table}]"]
-            lines += [f"{key.partition('.')[2]} = {value}" for key, value in self.changed.items() if key.startswith(f"{table}.")]
+            lines += [f"{key.partition('.')[2]} = {_toml(value)}" for key, value in self.changed.items() if key.startswith(f"{table}.")]
         return "\n".join(lines)
 
     @property
@@ -118,22 +130,33 @@ def _nearest(recipe: Recipe, machine: Machine, hours: float) -> Proposal | None:
                 rollouts = fitted.rollouts(_with(recipe, changed), hours)
             except (UserError, ValueError):
                 continue  # the method does not bear it
-            steps = min(recipe.rollouts, rollouts)
-            if steps < min(LEAST_ROLLOUTS, recipe.rollouts):
+            if rollouts < min(LEAST_ROLLOUTS, recipe.rollouts):
                 continue
-            found = {**changed, "rollouts": steps}
+            found = {**changed, "rollouts": rollouts}
             lost = sum(weight * math.log2(was[key] / found[key]) for key, weight in WEIGHTS.items() if key in found)
             if best is None or lost < best[0]:
                 best = lost, found
     if best is None:
         return None
-    found = {key: value for key, value in best[1].items() if value != was[key]} | _evaluations(recipe, best[1]["rollouts"])
-    return Proposal(recipe, hours, found, {key: _value(recipe, key) for key in found}, make_plan(_with(recipe, found), machine))
+    rollouts = best[1]["rollouts"]
+    changes: dict[str, Value] = {key: value for key, value in best[1].items() if value != was[key]}
+    if rollouts != recipe.rollouts:
+        changes |= _schedules(recipe, rollouts)
+    if (every := _every(recipe, rollouts)) != recipe.evaluate.every:
+        changes["evaluate.every"] = every
+    return Proposal(recipe, hours, changes, {key: _value(recipe, key) for key in changes}, make_plan(_with(recipe, changes), machine))
 
 
-def _evaluations(recipe: Recipe, steps: int) -> dict[str, int]:
-    every = max(recipe.evaluate.every, -(-steps // EVALUATIONS))
-    return {} if every == recipe.evaluate.every else {"evaluate.every": every}
+def _every(recipe: Recipe, rollouts: int) -> int:
+    """Rollouts between the evaluations of a shorter run; 0 stays."""
+    return recipe.evaluate.every and max(recipe.evaluate.every, -(-rollouts // EVALUATIONS))
+
+
+def _schedules(recipe: Recipe, rollouts: int) -> dict[str, Value]:
+    """Schedules that end at the same share of so many rollouts as they do of the recipe's."""
+    tables = {"objective": recipe.objective, "optimizer": recipe.optimizer}
+    share = rollouts / recipe.rollouts
+    return {f"{table}.{key}": points for table, values in tables.items() for key, points in stretched(values, share).items()}
 
 
 @dataclass(frozen=True)
@@ -153,18 +176,24 @@ class _Fitted:
         return _Fitted(needed, found) if found.fits else None
 
     def rollouts(self, recipe: Recipe, hours: float) -> int:
-        """How many of a recipe's rollouts are done within a time, evaluations among it."""
+        """How many of a recipe's rollouts are done within a time, no more than it has, with the evaluations of so many."""
         utilisation = self.needed.machine.reached(recipe.model.compile)
 
         def work(steps: int) -> tuple[float, float]:
-            short = recipe.model_copy(update={"rollouts": steps})
+            short = _with(recipe, {"rollouts": steps, **_schedules(recipe, steps)})
             found = work_of(replace(self.needed, recipe=short), self.found, utilisation)
             evaluation = found.pop("evaluate").hours / evaluations_in_all(short)
             return sum(effort.hours for effort in found.values()), evaluation
 
-        (three, evaluation), (two, _) = work(3), work(2)
-        left = hours - (EVALUATIONS + 1) * evaluation
-        return int(left / (three - two))
+        (long, evaluation), (short, _) = work(2 * SHORT), work(SHORT)
+        each, number = (long - short) / SHORT, recipe.rollouts
+        while number > 0:
+            counted = _with(recipe, {"rollouts": number, "evaluate.every": _every(recipe, number)})
+            needed = number * each + evaluations_in_all(counted) * evaluation
+            if needed <= hours:
+                break
+            number -= max(1, int((needed - hours) / (each + evaluation)))
+        return number
 
 
 def _quantities(recipe: Recipe) -> dict[str, int]:
@@ -197,14 +226,19 @@ def _has(recipe: Recipe, key: str) -> bool:
     return hasattr(getattr(recipe, table) if table else recipe, name)
 
 
-def _value(recipe: Recipe, key: str) -> int:
+def _toml(value: Value) -> str:
+    """A value as TOML has it."""
+    return f"[{', '.join(f'[{x:g}, {y:g}]' for x, y in value)}]" if isinstance(value, tuple) else str(value)
+
+
+def _value(recipe: Recipe, key: str) -> Any:
     table, _, name = key.rpartition(".")
     return getattr(getattr(recipe, table) if table else recipe, name)
 
 
-def _with(recipe: Recipe, changed: Mapping[str, int]) -> Recipe:
+def _with(recipe: Recipe, changed: Mapping[str, Value]) -> Recipe:
     """The recipe with other values."""
-    tables: dict[str, dict[str, int]] = {}
+    tables: dict[str, dict[str, Value]] = {}
     for key, value in changed.items():
         table, _, name = key.rpartition(".")
         tables.setdefault(table, {})[name] = value
