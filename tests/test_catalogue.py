@@ -49,7 +49,7 @@ def test_what_several_names_share_is_downloaded_once_and_into_the_folder_that_is
 def test_an_unknown_name_is_refused_before_anything_is_fetched(fetched):
     with pytest.raises(UserError, match=r"'pickscor': .*did you mean 'pickscore'\?"):
         catalogue.get(["drawbench", "pickscor"])
-    with pytest.raises(UserError, match="`flowtilt download --list` lists them: aesthetic, "):
+    with pytest.raises(UserError, match="`flowtilt download --list` and `flowtilt recipes` list them"):
         catalogue.get(["laion5b"])
     assert not fetched
 
@@ -67,12 +67,15 @@ def test_the_list_has_every_reward_that_reads_weights_and_every_set(fetched, tmp
 
 
 def test_sizes_are_those_that_are_told_or_here_and_never_guessed(fetched, tmp_path):
-    sizes = {(item.kind, item.name): item.size for item in catalogue.listing()}
-    assert sizes["prompts", "geneval"] == 85_209 and sizes["prompts", "hpdv2"] == 62_816 + 85_787 + 81_338 + 44_606
-    assert sizes["prompts", "ocr-train"] is None and sizes["weights", "aesthetic"] is None and sizes["weights", "pickscore"] is None
+    sizes = {(item.kind, item.name): (item.size, item.whole) for item in catalogue.listing()}
+    assert sizes["prompts", "geneval"] == (85_209, True) and sizes["prompts", "hpdv2"] == (62_816 + 85_787 + 81_338 + 44_606, True)
+    assert sizes["prompts", "ocr-train"] == (0, False) == sizes["weights", "pickscore"] and sizes["weights", "aesthetic"] == (
+        3_714_759,
+        False,
+    )
     clip = tmp_path / "weights" / "openai" / "clip-vit-large-patch14"
     clip.mkdir(parents=True)
     for file in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
         (clip / file).write_bytes(bytes(100))
-    sizes = {item.name: item.size for item in catalogue.listing() if item.kind == "weights"}
-    assert sizes["clipscore"] == 400 and sizes["aesthetic"] == 3_714_759 + 400 and sizes["pickscore"] is None
+    sizes = {item.name: (item.size, item.whole) for item in catalogue.listing() if item.kind == "weights"}
+    assert sizes["clipscore"] == (400, True) and sizes["aesthetic"] == (3_714_759 + 400, True) and not sizes["pickscore"][1]

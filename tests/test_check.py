@@ -164,9 +164,11 @@ def test_rewards_whose_weights_are_not_here(quick_recipe, no_trial, tmp_path, mo
     monkeypatch.setenv("FLOWTILT_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setattr(published.hub, "look_up", _unreachable)
     found = fails(
-        quick_recipe("rewards.hpsv2=1", "rewards.aesthetic=1"), "reward files", "hpsv2: 2.0 GB to download; type `flowtilt download"
+        quick_recipe("rewards.hpsv2=1", "rewards.aesthetic=1"),
+        "reward files",
+        "hpsv2: at least 2.0 GB to download; type",
     )
-    assert "aesthetic: 3.7 MB" in found["reward files"][1] and found["load rewards"] == ("skipped", "needs reward files")
+    assert "aesthetic: at least 3.7 MB" in found["reward files"][1] and found["load rewards"] == ("skipped", "needs reward files")
 
 
 def _unreachable(*_):
@@ -175,7 +177,7 @@ def _unreachable(*_):
 
 def test_prompts_that_are_not_there(quick_recipe, no_trial):
     found = fails(quick_recipe("prompts=./gone.txt"), "prompts", "gone.txt")
-    assert "load model" not in found
+    assert found["load model"][0] == "ok" and found["sample"] == ("skipped", "needs prompts")
 
 
 def test_a_reward_that_fails(quick_recipe, no_trial, tmp_path, monkeypatch):
@@ -257,8 +259,11 @@ def test_the_small_step_keeps_the_recipe_but_for_its_size(quick_recipe):
 
 def test_hours_are_those_of_all_images_and_evaluations(quick_recipe):
     recipe = quick_recipe("rollouts=10", "rollout.prompts=4", "rollout.images_per_prompt=8", "evaluate.every=5", "evaluate.images=100")
-    seconds = {"sample": 8.0, "reward": 0.8, "train": 16.0, "evaluate": 2.0, "judge": 0.5}
+    seconds = {"sample": 8.0, "reward": 0.8, "train": 16.0, "evaluate": 2.0, "judge": 0.5, "visit": 0.0}
     assert hours.hours_of(recipe, small(recipe), seconds) == pytest.approx((10 * 4 * 24.8 + 3 * 100 * 2.5) / 3600)
+    # text encoders and reward models that come only while they work come once a rollout and once an evaluation
+    visiting = seconds | {"encode": 3.0, "reward": 2.8, "visit": 2.0}
+    assert hours.hours_of(recipe, small(recipe), visiting) == pytest.approx((10 * (5 + 4 * 24.8) + 3 * (5 + 100 * 2.5)) / 3600)
     assert hours.said(20.0, 18.0, 0.5) == "about 20 h for the whole run, by a few images; `flowtilt plan` says 18 h; 10.00 at 0.5 per hour"
 
 

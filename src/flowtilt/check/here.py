@@ -122,8 +122,11 @@ def _lacking(one: Named) -> str:
     about = built_in().get(one.source)
     if about is None:
         return ""  # a file or a server, which loading finds
-    if size := sum(map(missing_size, about.weights)):
-        return f"{one.name}: {hub.megabytes(size)} to download; type `flowtilt download {about.name}`"
+    sizes = [size for size in map(missing_size, about.weights) if size != 0]
+    if sizes:
+        least = sum(size or 0 for size in sizes)
+        much = f"{'at least ' if None in sizes else ''}{hub.megabytes(least)}" if least else "files"
+        return f"{one.name}: {much} to download; type `flowtilt download {about.name}`"
     variable = about.variable if one.options.get("server") else ""  # a server that the recipe names needs no variable
     why = lacking(replace(about, variable="") if variable else about)
     return f"{one.name}: {why}" if why else ""

@@ -12,13 +12,17 @@ def hours_of(recipe: Recipe, tried: Recipe, seconds: Mapping[str, float]) -> flo
 
     Args:
         tried: the recipe of the step that was measured.
-        seconds: of that step by phase ("sample", "decode", "reward", "train", …); "evaluate" and "judge" per image.
+        seconds: of that step by phase ("encode", "sample", "decode", "reward", "train", …); "evaluate" and "judge" per image;
+            "visit" of the reward models, paid like "encode" once for a rollout and for an evaluation, however many images they have.
     """
     images = recipe.rollout.images() / tried.rollout.images()
     trained = recipe.rollout.trained() / tried.rollout.trained()
-    whole = {name: value * (trained if name == "train" else images) for name, value in seconds.items() if name not in ("evaluate", "judge")}
-    evaluation = recipe.evaluate.images * (seconds["evaluate"] + seconds["judge"])
-    return (recipe.rollouts * sum(whole.values()) + evaluations_in_all(recipe) * evaluation) / 3600
+    once, visit = seconds.get("encode", 0.0), min(seconds["visit"], seconds.get("reward", 0.0))
+    phases = {name: value for name, value in seconds.items() if name not in ("encode", "evaluate", "judge", "visit")}
+    phases["reward"] = phases.get("reward", 0.0) - visit
+    rollout = once + visit + sum(value * (trained if name == "train" else images) for name, value in phases.items())
+    evaluation = once + seconds["visit"] + recipe.evaluate.images * (seconds["evaluate"] + seconds["judge"])
+    return (recipe.rollouts * rollout + evaluations_in_all(recipe) * evaluation) / 3600
 
 
 def said(hours: float, planned: float | None, price: float | None) -> str:

@@ -47,14 +47,12 @@ def check(recipe: Recipe, say: Callable[[str], None], price: float | None = None
     if recipe.lora.on or recipe.lora.init:
         found.step("LoRAs", lambda: here.loras(recipe.lora.on, recipe.lora.init))
         before.append("LoRAs")
-    trial = Trial(recipe, world, *prompts) if prompts else None
-    if trial is None:
-        return found.failed
+    trial = Trial(recipe, world, *(prompts or ([], [])))
     found.step("load rewards", trial.load_rewards, ["reward files"])
     found.step("load model", trial.load_model, before)
-    found.step("sample", trial.sample, ["load model"])
+    found.step("sample", trial.sample, ["prompts", "load model"])
     found.step("score", trial.score, ["sample", "load rewards"])
-    found.step("train", trial.train, ["load model", "load rewards"])
+    found.step("train", trial.train, ["prompts", "load model", "load rewards"])
     found.step("LoRA in diffusers", trial.round_trip, ["load model", "train"])
     hour = here.known(world.device) and plan and plan.hours
     found.step(

@@ -25,6 +25,8 @@ from flowtilt.training.timing import Phases
 
 PROMPTS, IMAGES = 2, 4
 """Prompts of the step that is tried, and images of each."""
+COPIES = 5
+"""Of the two images that are scored, by which a reward is timed."""
 SPREAD = "flowtilt_check"
 """A reward of the trial alone, so that images of a prompt differ and something is trained."""
 
@@ -60,9 +62,9 @@ class Trial:
     def __init__(self, recipe: Recipe, world: World, train: Sequence[Prompt], test: Sequence[Prompt]):
         self.recipe, self.world = recipe, world
         self._train, self._test = train, test
-        self._rows = spread(test, PROMPTS)
+        self._rows = spread(test, PROMPTS) if test else []
         self.seconds: dict[str, float] = {}
-        """Of the step that was tried, by phase, and "evaluate" and "judge" per image."""
+        """Of the step that was tried, by phase; "evaluate" and "judge" per image; "visit", of reward models that come to work."""
 
     def load_rewards(self) -> str:
         """Loads every reward."""
@@ -103,9 +105,19 @@ class Trial:
     def score(self) -> str:
         """Scores the two images with every reward."""
         prompts = [self._test[index] for index, _ in self._rows]
-        begin = time.perf_counter()
-        scores, notes = judge(self._eval_rewards | self._rewards, self._images, prompts, self.world.device)
-        self.seconds["judge"] = (time.perf_counter() - begin) / len(prompts)
+
+        def timed(copies: int) -> tuple[dict[str, Tensor], list[str], float]:
+            begin = time.perf_counter()
+            images = self._images.repeat(copies, 1, 1, 1)
+            found = judge(self._eval_rewards | self._rewards, images, prompts * copies, self.world.device)
+            return *found, time.perf_counter() - begin
+
+        scores, notes, few = timed(1)
+        self.seconds["judge"], self.seconds["visit"] = few / len(prompts), 0.0
+        if self.world.device.type == "cuda":  # the first call of a GPU also sets it up; two numbers of images tell a visit from the images
+            few, many = timed(1)[2], timed(COPIES)[2]
+            self.seconds["judge"] = max(many - few, 0.0) / (COPIES - 1) / len(prompts)
+            self.seconds["visit"] = max(few - self.seconds["judge"] * len(prompts), 0.0)
         if silent := [name for name in self._eval_rewards | self._rewards if scores[name].isnan().all()]:
             why = f" ({next(filter(None, notes))})" if any(notes) else ""
             raise UserError(f"reward {silent[0]}: no score for either image{why}; do its prompts fit it?")

@@ -27,7 +27,8 @@ class Item:
         about: a model's id, the files that a reward reads, with their licences where known, or what a set holds.
         sources: addresses.
         there: all of it has been downloaded.
-        size: bytes; None where they are not known and it is not here.
+        size: bytes, as far as they are known.
+        whole: nothing that is to come is of unknown size.
     """
 
     name: str
@@ -35,7 +36,8 @@ class Item:
     about: str
     sources: Sequence[str]
     there: bool
-    size: int | None
+    size: int
+    whole: bool
 
 
 @dataclass
@@ -53,12 +55,12 @@ def listing() -> list[Item]:
     for name, files in _weights().items():
         sizes = [_size(entry) for entry in files]
         about = " + ".join(entry.name + (f" ({entry.licence})" if entry.licence else "") for entry in files)
-        items.append(Item(name, "weights", about, [entry.source for entry in files], all(map(_find, files)), _total(sizes)))
+        items.append(Item(name, "weights", about, [entry.source for entry in files], all(map(_find, files)), *_total(sizes)))
     for name, found in sets.SETS.items():
         places = [sets.folder() / file for _, file in found.files(name)]
         sizes = [place.stat().st_size if place.is_file() else source.size for place, source in zip(places, found.sources, strict=True)]
         there = all(place.is_file() for place in places)
-        items.append(Item(name, "prompts", found.about, [source.url for source in found.sources], there, _total(sizes)))
+        items.append(Item(name, "prompts", found.about, [source.url for source in found.sources], there, *_total(sizes)))
     return items
 
 
@@ -78,7 +80,7 @@ def _model(name: str, path: str) -> Item:
     except UserError:
         place = None
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) if place else None
-    return Item(name, "model", path, [f"https://huggingface.co/{path}"], place is not None, size)
+    return Item(name, "model", path, [f"https://huggingface.co/{path}"], place is not None, size or 0, place is not None)
 
 
 def _weights() -> dict[str, tuple[Published, ...]]:
@@ -102,8 +104,8 @@ def _size(entry: Published) -> int | None:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _total(sizes: Sequence[int | None]) -> int | None:
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+def _total(sizes: Sequence[int | None]) -> tuple[int, bool]:
+    return sum(size or 0 for size in sizes), None not in sizes
 
 
 def needs(names: Sequence[str]) -> Needs:
@@ -124,8 +126,8 @@ def needs(names: Sequence[str]) -> Needs:
         else:
             known = list(dict.fromkeys([*_weights(), *sets.SETS, *recipe_names()]))
             near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"`flowtilt download --list` lists them: {', '.join(known)}"
-            raise UserError(f"download {name!r}: no reward with weights, prompt set or recipe; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else "`flowtilt download --list` and `flowtilt recipes` list them"
+            raise UserError(f"download {name!r}: no recipe, reward with weights, prompt set or model on the hub (owner/name); {hint}")
     return found
 
 

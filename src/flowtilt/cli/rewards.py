@@ -80,9 +80,9 @@ def _download(args: argparse.Namespace) -> int:
 
     if args.list:
         for item in catalogue.listing():
-            size = f"{item.size / 1e6:,.1f} MB" if item.size is not None else "?"
-            print(f"{'here' if item.there else '-':5}{item.kind:8} {item.name:16} {size:>11}  {item.about}")
-        print("? is a size that only the hub knows: `flowtilt download NAME` says it before it fetches.", file=sys.stderr)
+            size = f"{'' if item.whole else '> '}{item.size / 1e6:,.1f} MB" if item.size else "?"
+            print(f"{'here' if item.there else '-':5}{item.kind:8} {item.name:16} {size:>13}  {item.about}")
+        print("Where there is ? or >, only the hub knows the size: `flowtilt download NAME` says it before it fetches.", file=sys.stderr)
         return 0
     if not args.names:
         raise UserError("download: which? `flowtilt download --list` shows what there is")

@@ -106,16 +106,32 @@ def fetch_hub(repo: str, revision: str, files: Sequence[str], *, to: Path | None
     for file in files:
         if file not in infos:
             continue
-        info: Any = infos[file]
         with hub_errors(repo):
             path = Path(hf_hub_download(repo, file, revision=revision, local_dir=to))
-        sums = {"sha256": info.lfs.sha256} if info.lfs else {"git_blob": info.blob_id}
-        if problem := wrong(path, size=info.size, **sums):
+        if problem := _unlike(path, infos[file]):
             path.resolve().unlink()
             path.unlink(missing_ok=True)
             raise UserError(f"hub repository {repo}: {file} is damaged: {problem}; it was removed, try again")
         paths.append(path)
     return paths
+
+
+def hub_wrong(repo: str, revision: str, path: Path, file: str) -> str:
+    """What of a file here is not as in a commit of a hub repository; "" where all is.
+
+    Raises:
+        UserError: the hub can't be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo):
+        infos = HfApi().get_paths_info(repo, [file], revision=revision)
+    return _unlike(path, infos[0]) if infos else f"no {file} in that commit"
+
+
+def _unlike(path: Path, info: Any) -> str:
+    sums = {"sha256": info.lfs.sha256} if info.lfs else {"git_blob": info.blob_id}
+    return wrong(path, size=info.size, **sums)
 
 
 @contextmanager

@@ -286,7 +286,9 @@ def _lora_errors(place: str, repository: str) -> Iterator[None]:
         raise
     except Exception as error:
         local = f"no such file or folder, and {repository} "
-        why = reason(repository, error)
+        inside = place.removeprefix(repository).strip("/")
+        part = f" --include '{inside}{'' if inside.endswith('.safetensors') else '/*'}'" if inside else ""
+        why = reason(repository, error, f"fetch it where there is a network with `hf download {{}}{part}`")
         raise UserError(f"lora {place}: {local}{why}") from error
 
 
@@ -322,7 +324,8 @@ def reason(repository: str, error: BaseException, fetch: str = "fetch it where t
     Args:
         fetch: how it is fetched, {} being its name; `FETCH` for models, of which `hf download` takes more than is needed.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     found = list(chain(error))
     if any(isinstance(one, GatedRepoError) for one in found):
@@ -330,8 +333,13 @@ def reason(repository: str, error: BaseException, fetch: str = "fetch it where t
     if any(isinstance(one, RepositoryNotFoundError) for one in found):
         return "is not on the hub either; a private one needs `hf auth login`"
     if is_offline(error):
-        how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
+        how = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
         return f"is not in the hub's cache, and {how}; {fetch.format(repository)}"
+    if INDEX in str(error) and any(isinstance(one, EntryNotFoundError) and not isinstance(one, LocalEntryNotFoundError) for one in found):
+        return (
+            f"is no pipeline of diffusers (it has no {INDEX}); if it is a LoRA, give it as --lora {repository} and its base as --model; "
+            f"pipelines are sometimes in a repository of another name, such as {repository}-diffusers"
+        )
     return f"can't be had from the hub: {first_line(error)}"
 
 

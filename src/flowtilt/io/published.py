@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flowtilt.errors import UserError
 from flowtilt.io import hub
-from flowtilt.io.download import fetch, fetch_hub, wrong
+from flowtilt.io.download import fetch, fetch_hub, hub_wrong, wrong
 from flowtilt.io.files import cache_folder
 from flowtilt.io.notices import notice
 
@@ -102,25 +102,38 @@ def find(entry: Published, download_as: str) -> Path:
             if all((place / file).is_file() for file in entry.files[:2]):
                 return place
     if isinstance(entry, Hub):
-        from huggingface_hub import try_to_load_from_cache
-
-        for repo in (entry.repo, *entry.former):
-            cached = [try_to_load_from_cache(repo, file, revision=entry.revision) for file in entry.files[:2]]
-            if all(isinstance(path, str) for path in cached):
-                return Path(str(cached[0])) if len(entry.files) == 1 else Path(str(cached[0])).parent
-        for place in map(os.path.expanduser, entry.elsewhere):
-            if os.path.isfile(place):
-                return Path(place)
+        if repo := _cached_as(entry):
+            cached = Path(_in_cache(repo, entry, entry.files[0]) or "")
+            return cached if len(entry.files) == 1 else cached.parent
+        if place := _elsewhere(entry):
+            return place
     what = entry.files[0] if len(entry.files) == 1 else entry.name
     cache = isinstance(entry, Hub) and not os.environ.get("FLOWTILT_WEIGHTS")
     raise UserError(
-        f"{what} is missing: `flowtilt download {download_as}` fetches it from {entry.source} "
+        f"{what} is missing: `flowtilt download {download_as}` fetches it from {getattr(entry, 'mirror', None) or entry.source} "
         f"into {'the hub cache' if cache else folder()}; or point FLOWTILT_WEIGHTS at the folder that has it"
     )
 
 
-def missing_size(entry: Published) -> int:
-    """Bytes that are to come of an entry; 0 where it is here, or nobody says."""
+def _in_cache(repo: str, entry: Hub, file: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file, revision=entry.revision)
+    return found if isinstance(found, str) else None
+
+
+def _cached_as(entry: Hub) -> str | None:
+    """The id, its own or a former one, under which the hub's cache has an entry."""
+    return next((repo for repo in (entry.repo, *entry.former) if all(_in_cache(repo, entry, file) for file in entry.files[:2])), None)
+
+
+def _elsewhere(entry: Hub) -> Path | None:
+    """Where another program keeps its file."""
+    return next((Path(place) for place in map(os.path.expanduser, entry.elsewhere) if os.path.isfile(place)), None)
+
+
+def missing_size(entry: Published) -> int | None:
+    """Bytes that are to come of an entry; 0 where it is here, none where nobody says."""
     try:
         find(entry, entry.name)
         return 0
@@ -130,9 +143,9 @@ def missing_size(entry: Published) -> int:
         try:
             files = hub.look_up(entry.repo, entry.revision).files
         except Exception:  # what keeps it from being fetched is said when it is
-            return 0
+            return None
         return sum(files[name].size for name in entry.files if name in files)
-    return entry.size or 0
+    return entry.size
 
 
 def download(entry: Published, to: Path | None = None) -> Path:
@@ -154,7 +167,12 @@ def download(entry: Published, to: Path | None = None) -> Path:
         to = folder()
     if to and len(entry.files) > 1:
         to = to / entry.repo
-    paths = fetch_hub(entry.repo, entry.revision, entry.files, to=to)
+    cached = None if to else _cached_as(entry)
+    place = None if to or cached else _elsewhere(entry)
+    if place and not hub_wrong(entry.repo, entry.revision, place, entry.files[0]):
+        return place
+    repo = cached or entry.repo
+    paths = fetch_hub(repo, entry.revision, entry.files, to=to)
     if len(entry.files) > 1:
         return paths[0].parent
     if problem := wrong(paths[0], sha256=entry.sha256):

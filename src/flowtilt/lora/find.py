@@ -57,7 +57,8 @@ def split_alpha(place: Path | str) -> tuple[Path, float | None]:
     except ValueError:
         alpha = math.nan
     if not 0 < alpha < math.inf:
-        raise UserError(f"lora {text}: what follows the @ is alpha, a positive number such as 64, not {after!r}")
+        newest = "" if Path(before).exists() else "; of a LoRA on the hub the newest commit is taken"
+        raise UserError(f"lora {text}: what follows the @ is alpha, a positive number such as 64, not {after!r}{newest}")
     return Path(before), alpha
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -173,7 +173,7 @@ def load_pipeline(
     except UserError:
         raise
     except Exception as error:  # the hub, the disk and three libraries each raise their own
-        raise UserError(f"model {path}: {_why(path, error)}") from error
+        raise UserError(f"model {path}{_why(path, error)}") from error
     finally:
         for logging in loggers:
             logging.enable_progress_bar()
@@ -195,27 +195,15 @@ def folder_of(path: str) -> str:
 
 
 def _why(path: str, error: Exception) -> str:
-    """What to do about a pipeline that can't be loaded."""
-    kinds = tuple(type(one) for one in hub.chain(error))
+    """What to do about a pipeline that can't be loaded, to go on after its name."""
     if os.path.isdir(path):
-        return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
-    if path.startswith((".", "/", "~")):
-        return "no such folder"
-    if any(issubclass(kind, GatedRepoError) for kind in kinds):
-        return f"it is gated: {hub.licence(path)}; or give a folder that has it"
-    if any(issubclass(kind, RepositoryNotFoundError) for kind in kinds):
-        return "neither a folder here nor a model on the hub; a private one needs `hf auth login`"
-    if hub.is_offline(error) or "offline" in str(error).lower():
-        how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
-        return f"not on this machine, and {how}; {hub.FETCH.format(path)}, or give a folder that has it"
-    if any(issubclass(kind, EntryNotFoundError) for kind in kinds) and hub.INDEX in str(error):
-        return (
-            f"no pipeline of diffusers (it has no {hub.INDEX}); if it is a LoRA, give it as --lora {path} and its base as --model; "
-            f"pipelines are sometimes in a repository of another name, such as {path}-diffusers"
-        )
-    if any(issubclass(kind, HfHubHTTPError) for kind in kinds):
-        return f"the hub refused: {first_line(error)}"
-    return f"can't be loaded as a diffusers pipeline: {first_line(error)}"
+        return f": can't be loaded as a diffusers pipeline: {first_line(error)}"
+    if not hub.is_hub_id(path):
+        return ": no such folder; a model on the hub is owner/name"
+    from_hub = any(isinstance(one, HfHubHTTPError) for one in hub.chain(error)) or hub.is_offline(error)
+    if from_hub or "offline" in str(error).lower():
+        return f" {hub.reason(path, error, hub.FETCH)}, or give a folder that has it"
+    return f": can't be loaded as a diffusers pipeline: {first_line(error)}"
 
 
 def fingerprint(path: str, revision: str | None) -> dict[str, str]:

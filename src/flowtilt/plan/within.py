@@ -18,7 +18,7 @@ from flowtilt.errors import UserError
 from flowtilt.methods.schedule import stretched
 from flowtilt.plan.judges import judging
 from flowtilt.plan.machine import GPUS, Machine
-from flowtilt.plan.memory import Fitted, Memory
+from flowtilt.plan.memory import GIB, Fitted, Memory
 from flowtilt.plan.network import costs_of
 from flowtilt.plan.passes import evaluations_in_all
 from flowtilt.plan.plan import Plan, make_plan, work_of
@@ -105,6 +105,13 @@ def proposal(recipe: Recipe, machine: Machine, hours: float) -> Proposal:
     found = _nearest(recipe, machine, hours)
     if found is not None:
         return found
+    sizes = _sizes(_quantities(recipe)["model.resolution"], recipe)
+    if not any(_Fitted.of(_with(recipe, {"model.resolution": size}), machine) for size in sizes):
+        peak = make_plan(recipe, machine).peak
+        raise UserError(
+            f"plan: {recipe.name} needs {peak.total / GIB:.1f} GiB, most in {peak.name}, and no smaller resolution fits the "
+            f"{machine.gib:g} GiB of this {machine.gpu}; model.quantize or a larger card may help"
+        )
     others = [replace(machine, gpu=gpu, memory=None, inside=None) for gpu in GPUS if gpu != machine.gpu]
     others += [replace(machine, gpu=machine.gpu if machine.gpu != "4090" else "h100", gpus=8, nodes=1, memory=None, inside=None)]
     fit = [f"{other.gpus} x {other.gpu}" for other in others if _nearest(recipe, other, hours) is not None]

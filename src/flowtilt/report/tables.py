@@ -15,6 +15,7 @@ from flowtilt.report.markup import flat_table, folded, none_yet, scrolling
 from flowtilt.report.numbers import decimals_apart, duration, fixed, number, short
 
 PHASES = {
+    "encode": "reading the captions",
     "sample": "sampling the images",
     "decode": "latents to pixels",
     "reward": "scoring them",

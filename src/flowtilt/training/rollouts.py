@@ -93,7 +93,7 @@ class Rollouts:
         mine = self.world.share(r.images())
         own = [prompts[i // r.images_per_prompt] for i in mine]
         positions = [(step, i // r.images_per_prompt, i % r.images_per_prompt) for i in mine]
-        with phases("sample"):
+        with phases("encode"):
             conditioning = policy.model.encode([p.caption for p in own])
         collect = collector(r, self.recipe.seed, step, self.objective, role)
         scoring = Scoring(self.rewards, self.world.device, Shares(self.world, r.images(), r.images_per_prompt))

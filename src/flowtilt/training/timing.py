@@ -17,7 +17,7 @@ class Phases:
         self._device = device
         self._begin = time.perf_counter()
         self._inner = [0.0]
-        self.seconds: dict[str, float] = dict.fromkeys(("sample", "decode", "reward", "train", "sync"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("encode", "sample", "decode", "reward", "train", "sync"), 0.0)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
