@@ -92,6 +92,8 @@ def test_a_repository_without_a_pipeline_says_what_it_may_be(hub, tmp_path):
     hub.repositories["owner/some-lora"] = tmp_path / "lora"
     with pytest.raises(UserError, match=r"give it as --lora owner/some-lora and its base as --model; .*owner/some-lora-diffusers"):
         loaded("owner/some-lora")
+    with pytest.raises(UserError, match=r"model owner/some-lora is no pipeline of diffusers .* give it as --lora owner/some-lora"):
+        catalogue.get(["owner/some-lora"])
     with pytest.raises(UserError, match="model owner/nothing is not on the hub either"):
         loaded("owner/nothing")
 

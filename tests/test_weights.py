@@ -177,6 +177,19 @@ def test_a_hub_that_sends_another_file_than_was_published_is_refused(fetched, no
         download_weights("hpsv2")
 
 
+def test_what_another_program_has_fetched_is_checked_and_not_fetched_again(fetched, monkeypatch, tmp_path):
+    monkeypatch.delenv("FLOWTILT_WEIGHTS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    entry = WEIGHTS["imagereward"]
+    assert isinstance(entry, Hub) and entry.elsewhere
+    place = Path(os.path.expanduser(entry.elsewhere[0]))
+    put(place.parent, place.name)
+    monkeypatch.setattr(published, "hub_wrong", lambda *_: "")
+    assert download_weights("imagereward") == place and not fetched
+    monkeypatch.setattr(published, "hub_wrong", lambda *_: "another sum")
+    assert download_weights("imagereward") != place and fetched
+
+
 # reading ---------------------------------------------------------------------------------------------
 
 
