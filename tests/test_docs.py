@@ -46,7 +46,7 @@ def test_the_readmes_commands_run_one_after_another(tmp_path, monkeypatch):
         words = [word for raw in shlex.split(line, comments=True) for word in (sorted(glob.glob(raw)) if "*" in raw else [raw])][1:]
         cut = QUICK if words[0] == "train" and "--resume" not in words else []
         assert main([*words, *cut]) == 0, line
-    assert len(lines) == 6 and Path("runs/playground-fast/evaluation/report.html").is_file()
+    assert len(lines) == 7 and Path("runs/playground-fast/evaluation/report.html").is_file()
 
 
 def test_the_pages_reward_with_a_model_works_as_it_stands(tmp_path, monkeypatch):
