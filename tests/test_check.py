@@ -261,6 +261,7 @@ def test_hours_are_those_of_all_images_and_evaluations(quick_recipe):
     recipe = quick_recipe("rollouts=10", "rollout.prompts=4", "rollout.images_per_prompt=8", "evaluate.every=5", "evaluate.images=100")
     seconds = {"sample": 8.0, "reward": 0.8, "train": 16.0, "evaluate": 2.0, "judge": 0.5, "visit": 0.0}
     assert hours.hours_of(recipe, small(recipe), seconds) == pytest.approx((10 * 4 * 24.8 + 3 * 100 * 2.5) / 3600)
+    assert hours.visit_apart(3 + 2 * 0.5, 3 + 10 * 0.5, 2, 10) == (0.5, 3.0) and hours.visit_apart(4.0, 3.0, 2, 10) == (0.0, 4.0)
     # text encoders and reward models that come only while they work come once a rollout and once an evaluation
     visiting = seconds | {"encode": 3.0, "reward": 2.8, "visit": 2.0}
     assert hours.hours_of(recipe, small(recipe), visiting) == pytest.approx((10 * (5 + 4 * 24.8) + 3 * (5 + 100 * 2.5)) / 3600)

@@ -25,6 +25,12 @@ def hours_of(recipe: Recipe, tried: Recipe, seconds: Mapping[str, float]) -> flo
     return (recipe.rollouts * rollout + evaluations_in_all(recipe) * evaluation) / 3600
 
 
+def visit_apart(few: float, many: float, images: int, more: int) -> tuple[float, float]:
+    """Seconds of an image, and of a visit that is paid once, from the seconds of two numbers of images; neither is below 0."""
+    each = max(many - few, 0.0) / (more - images)
+    return each, max(few - each * images, 0.0)
+
+
 def said(hours: float, planned: float | None, price: float | None) -> str:
     """The hours, what `flowtilt plan` says, and the cost, in a line.
 

@@ -3,13 +3,14 @@
 import gc
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowtilt.build import build_policy, load_rewards, loras_beneath, named, sampler_of
+from flowtilt.check.hours import visit_apart
 from flowtilt.check.round_trip import Trained, compared, set_apart
 from flowtilt.config import Recipe, RewardSettings
 from flowtilt.device.micro_batch import MicroBatch
@@ -19,6 +20,8 @@ from flowtilt.evaluate import generate, spread
 from flowtilt.methods.base import trained_rewards
 from flowtilt.policy.compiling import compile_blocks
 from flowtilt.prompts import Prompt, PromptWalk
+from flowtilt.rewards import Reward
+from flowtilt.rewards.facts import facts_of
 from flowtilt.rewards.judging import judge
 from flowtilt.training.parts import Parts, Training
 from flowtilt.training.timing import Phases
@@ -104,24 +107,26 @@ class Trial:
 
     def score(self) -> str:
         """Scores the two images with every reward."""
-        prompts = [self._test[index] for index, _ in self._rows]
-
-        def timed(copies: int) -> tuple[dict[str, Tensor], list[str], float]:
-            begin = time.perf_counter()
-            images = self._images.repeat(copies, 1, 1, 1)
-            found = judge(self._eval_rewards | self._rewards, images, prompts * copies, self.world.device)
-            return *found, time.perf_counter() - begin
-
-        scores, notes, few = timed(1)
-        self.seconds["judge"], self.seconds["visit"] = few / len(prompts), 0.0
-        if self.world.device.type == "cuda":  # the first call of a GPU also sets it up; two numbers of images tell a visit from the images
-            few, many = timed(1)[2], timed(COPIES)[2]
-            self.seconds["judge"] = max(many - few, 0.0) / (COPIES - 1) / len(prompts)
-            self.seconds["visit"] = max(few - self.seconds["judge"] * len(prompts), 0.0)
-        if silent := [name for name in self._eval_rewards | self._rewards if scores[name].isnan().all()]:
+        prompts, rewards = [self._test[index] for index, _ in self._rows], self._eval_rewards | self._rewards
+        begin = time.perf_counter()
+        scores, notes = judge(rewards, self._images, prompts, self.world.device)
+        spent = time.perf_counter() - begin
+        here = {name: reward for name, reward in rewards.items() if not facts_of(name, reward).off_device}
+        self.seconds["judge"], self.seconds["visit"] = spent / len(prompts), 0.0
+        if self.world.device.type == "cuda" and here:
+            few, many = self._spent(here, prompts, 1), self._spent(here, prompts, COPIES)
+            each, self.seconds["visit"] = visit_apart(few, many, len(prompts), COPIES * len(prompts))
+            # the first call of a GPU also sets it up; what rewards elsewhere took is a part of the rest
+            self.seconds["judge"] = each + (max(spent - few, 0.0) / len(prompts) if len(here) < len(rewards) else 0.0)
+        if silent := [name for name in rewards if scores[name].isnan().all()]:
             why = f" ({next(filter(None, notes))})" if any(notes) else ""
             raise UserError(f"reward {silent[0]}: no score for either image{why}; do its prompts fit it?")
         return "; ".join(f"{name} {', '.join(f'{value:.3f}' for value in values.tolist())}" for name, values in scores.items())
+
+    def _spent(self, rewards: Mapping[str, Reward], prompts: list[Prompt], copies: int) -> float:
+        begin = time.perf_counter()
+        judge(rewards, self._images.repeat(copies, 1, 1, 1), prompts * copies, self.world.device)
+        return time.perf_counter() - begin
 
     def train(self) -> str:
         """One step of training on a few images: rollout, loss, backward, update."""
