@@ -74,7 +74,7 @@ BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
     "AWM with the guide": (AWM[0], (*AWM[1], *guide(0.36))),
     "AWM with the guide at 2": (AWM[0], (*AWM[1], *guide(2.0))),
     "FlowGRPO": GRPO,
-    "FlowGRPO with the guide": (GRPO[0], (*GRPO[1], *guide(0.014, 32))),
+    "FlowGRPO with the guide": (GRPO[0], (*GRPO[1], *guide(0.014, 32), "objective.guide_of=old", "objective.guide_scale=2")),
     "FlowGRPO with the base's guide": (GRPO[0], (*GRPO[1], *guide(0.014, 32), "objective.guide_of=reference", "objective.guide_scale=3")),
 }
 """Recipes whose settings are those that a search chose, with about as many network evaluations of a run each. A guide's weight is 2 times a
