@@ -6,8 +6,8 @@
     python benchmarks/lag.py --folder runs/lag --report        only what is finished there
 
 Both write results/lag.json. Finished runs in the folder are not made again. The judge of `--speed` is a reward that sleeps behind
-`flowtilt serve-rewards`; the recipe has DiffusionNFT's published numbers, 10 steps of dpm2 and 9 noise levels of each image. On a GPU training
-takes a larger share of the time than here: rollout.steps=5 objective.times_per_image=12 has the share of sd35m-geneval on an H200.
+`flowtilt serve-rewards`; the recipe has DiffusionNFT's published numbers, 10 steps of dpm2 and 9 noise levels of each image. On a GPU
+training takes a larger share of the time than here: rollout.steps=5 objective.times_per_image=12 has the share of sd35m-geneval on an H200.
 """
 
 import argparse

@@ -26,7 +26,7 @@ class GRPOSettings(StepSettings):
     trust: float | None = Field(default=None, gt=0, le=NO_CLIP)
     """Flow-DPPO (arXiv 2606.11025): no clip of the ratio; a step whose mean has moved from the old one's by this KL stops counting."""
     guide_of: Literal["old", "reference"] = "reference"
-    """Whose velocity is guided: the base's. With the collecting policy's guidance adds up and the run collapses: nothing here pulls back."""
+    """Whose velocity is guided: the base's. With the collecting policy's it adds up and the run collapses: nothing here pulls back."""
     guide_scale: float = Field(default=3.0, gt=1, le=WEIGHT)
     """Guidance scale s of the guide's target: v_ref guided by s, or v_old + (s - 1)(v_old - v_ref of no words)."""
 
