@@ -28,6 +28,8 @@ from flowtilt.training.timing import Phases
 
 PROMPTS, IMAGES = 2, 4
 """Prompts of the step that is tried, and images of each."""
+QUICK = 5.0
+"""Seconds below which a part is timed a second time, as on a GPU always: the first call also sets things up."""
 COPIES = 5
 """Of the two images that are scored, by which a reward is timed."""
 SPREAD = "flowtilt_check"
@@ -92,10 +94,12 @@ class Trial:
         """Samples two prompts as the recipe's evaluation does."""
         sampler, model = sampler_of(self.recipe.evaluate), self._policy.model
         prompts, each = [self._test[index] for index, _ in self._rows], 0.0
-        for _ in range(2 if self.world.device.type == "cuda" else 1):  # the first call of a GPU also sets it up
+        for _ in range(2):
             begin = time.perf_counter()
             self._images = generate(self._policy, "ema", self._test, self._rows, sampler, self.recipe.seed, self.micro_batch)
             each = (time.perf_counter() - begin) / len(prompts)
+            if not self._again(each * len(prompts)):
+                break
         self.seconds["evaluate"] = each
         if not self._images.isfinite().all():
             raise UserError('an image is not finite; set model.dtype = "bfloat16" or "float32"')
@@ -113,15 +117,18 @@ class Trial:
         spent = time.perf_counter() - begin
         here = {name: reward for name, reward in rewards.items() if not facts_of(name, reward).off_device}
         self.seconds["judge"], self.seconds["visit"] = spent / len(prompts), 0.0
-        if self.world.device.type == "cuda" and here:
+        if here and self._again(spent):
             few, many = self._spent(here, prompts, 1), self._spent(here, prompts, COPIES)
             each, self.seconds["visit"] = visit_apart(few, many, len(prompts), COPIES * len(prompts))
-            # the first call of a GPU also sets it up; what rewards elsewhere took is a part of the rest
+            # the first call also sets things up; what rewards elsewhere took is a part of the rest
             self.seconds["judge"] = each + (max(spent - few, 0.0) / len(prompts) if len(here) < len(rewards) else 0.0)
         if silent := [name for name in rewards if scores[name].isnan().all()]:
             why = f" ({next(filter(None, notes))})" if any(notes) else ""
             raise UserError(f"reward {silent[0]}: no score for either image{why}; do its prompts fit it?")
         return "; ".join(f"{name} {', '.join(f'{value:.3f}' for value in values.tolist())}" for name, values in scores.items())
+
+    def _again(self, seconds: float) -> bool:
+        return self.world.device.type == "cuda" or seconds < QUICK
 
     def _spent(self, rewards: Mapping[str, Reward], prompts: list[Prompt], copies: int) -> float:
         begin = time.perf_counter()
@@ -138,10 +145,13 @@ class Trial:
         if recipe.model.compile and (why := compile_blocks(self._policy)):
             raise UserError(f"model.compile: the blocks can't be compiled ({why}); set it to false")
         cuda, metrics = self.world.device.type == "cuda", dict[str, float]()
-        for step in range(1, 3 if cuda else 2):
+        for step in (1, 2):
             phases = Phases(self.world.device)
             metrics = method.step(step, phases)
-            self.seconds |= phases.finish()[1]
+            total, seconds = phases.finish()
+            self.seconds |= seconds
+            if not self._again(total):
+                break
         norm = metrics.get("grad_norm", float("nan"))
         if not 0 < norm < float("inf"):
             raise UserError(f'the gradient is {norm:g}, so nothing would be trained; set model.dtype = "float32" to see whether it is that')
