@@ -35,6 +35,8 @@ class Hub:
             return _refuse(request, 404, "RepoNotFound")
         if api and words[4:] == ["auth-check"]:
             return _refuse(request, 403, "GatedRepo") if name in self.refused else _reply(request, b"{}")
+        if api and words[4:5] == ["revision"] and words[5] not in ("main", COMMIT):
+            return _refuse(request, 404, "RevisionNotFound")
         if api:
             return _reply(request, json.dumps(self.info(name)).encode())
         file = self.repositories[name] / "/".join(words[4:])

@@ -142,6 +142,8 @@ def test_a_lora_is_given_as_a_hub_id_a_folder_of_it_or_with_its_alpha(hub, loras
         "Harahan/SD35M-RTDMD/rtdmd@8": "two/rtdmd/generator_ema.pt@8",
         "Harahan/SD35M-RTDMD/cold_start/generator_ema.pt@8": "two/rtdmd/generator_ema.pt@8",
         "owner/style": "one/style.safetensors",
+        f"owner/style@{COMMIT}": "one/style.safetensors",
+        f"Harahan/SD35M-RTDMD/rtdmd@{COMMIT}@8": "two/rtdmd/generator_ema.pt@8",
     }
     for place, file in given.items():
         found, local = read_lora(place), read_lora(tmp_path / file)
@@ -150,6 +152,14 @@ def test_a_lora_is_given_as_a_hub_id_a_folder_of_it_or_with_its_alpha(hub, loras
     sent = len(hub.sent)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert read_lora("owner/style").layers.keys() == loras.layers.keys() and len(hub.sent) == sent
+    assert read_lora(f"owner/style@{COMMIT}").layers.keys() == loras.layers.keys() and len(hub.sent) == sent
+
+
+def test_a_commit_that_is_not_there_and_a_name_in_its_place_are_one_line_each(hub, loras):
+    with pytest.raises(UserError, match=r"lora owner/style@v1: what follows the @ is alpha, .* or a commit's 40 .* not 'v1'"):
+        read_lora("owner/style@v1")
+    with pytest.raises(UserError, match="lora owner/style: .* owner/style has no such revision on the hub"):
+        read_lora(f"owner/style@{'f' * 40}")
 
 
 def test_a_repository_of_several_loras_names_them(hub, loras):

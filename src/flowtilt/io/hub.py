@@ -218,15 +218,16 @@ def _folder(found: Repository) -> Path:
 # LoRAs ----------------------------------------------------------------------------------------------------
 
 
-def lora_file(place: str, names: Sequence[str], folders: Sequence[str], beside: Sequence[str]) -> Path:
+def lora_file(place: str, names: Sequence[str], folders: Sequence[str], beside: Sequence[str], revision: str | None = None) -> Path:
     """The weights of a LoRA on the hub, "owner/name" or a folder or file of it, fetched with what lies `beside` them.
 
     Args:
         names: what weights are called, in the order in which they are looked for; else a single .safetensors counts.
         folders: where they may lie in a folder, "" being itself.
+        revision: a commit; none is the newest.
 
     Raises:
-        UserError: the hub can't be reached, has no such repository, or no LoRA in it, or several.
+        UserError: the hub can't be reached, has no such repository or commit, or no LoRA in it, or several.
     """
     owner, name, *rest = place.split("/")
     if owner == "runs":
@@ -236,11 +237,11 @@ def lora_file(place: str, names: Sequence[str], folders: Sequence[str], beside: 
         from huggingface_hub import snapshot_download
 
         try:
-            found = look_up(repository)
+            found = look_up(repository, revision)
         except Exception as error:
             if not is_offline(error):
                 raise
-            folder = Path(snapshot_download(repository, local_files_only=True))
+            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
             files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
             return folder / _lora_in(place, files, inside, names, folders)
         weights = _lora_in(place, list(found.files), inside, names, folders)
@@ -325,17 +326,21 @@ def reason(repository: str, error: BaseException, fetch: str = "fetch it where t
         fetch: how it is fetched, {} being its name; `FETCH` for models, of which `hf download` takes more than is needed.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors as hub
 
     found = list(chain(error))
-    if any(isinstance(one, GatedRepoError) for one in found):
+    if any(isinstance(one, hub.GatedRepoError) for one in found):
         return f"is gated: {licence(repository)}"
-    if any(isinstance(one, RepositoryNotFoundError) for one in found):
+    if any(isinstance(one, hub.RevisionNotFoundError) for one in found):
+        return "has no such revision on the hub"
+    if any(isinstance(one, hub.RepositoryNotFoundError) for one in found):
         return "is not on the hub either; a private one needs `hf auth login`"
     if is_offline(error):
         how = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
         return f"is not in the hub's cache, and {how}; {fetch.format(repository)}"
-    if INDEX in str(error) and any(isinstance(one, EntryNotFoundError) and not isinstance(one, LocalEntryNotFoundError) for one in found):
+    if INDEX in str(error) and any(
+        isinstance(one, hub.EntryNotFoundError) and not isinstance(one, hub.LocalEntryNotFoundError) for one in found
+    ):
         return (
             f"is no pipeline of diffusers (it has no {INDEX}); if it is a LoRA, give it as --lora {repository} and its base as --model; "
             f"pipelines are sometimes in a repository of another name, such as {repository}-diffusers"

@@ -1,6 +1,7 @@
 """What a `--lora` means: a run, one of its checkpoints, a folder of diffusers, PEFT or RTDMD, or a file, each also as PATH@ALPHA."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,23 +44,31 @@ class Found:
 
 
 def split_alpha(place: Path | str) -> tuple[Path, float | None]:
-    """PATH@ALPHA as its parts, PATH also being a hub id; a path that exists is never split.
+    """PATH@ALPHA as its parts, PATH also being a hub id with or without a commit; a path that exists is never split.
 
     Raises:
-        UserError: what follows the @ is not a positive number, and what precedes it exists.
+        UserError: what follows the @ is neither a positive number nor a hub id's commit, and what precedes it exists.
     """
     text = str(place)
     before, at, after = text.rpartition("@")
-    if not at or Path(text).exists() or not (Path(before).exists() or is_hub_id(before)):
+    if not at or Path(text).exists() or _of_hub(text)[1] or not (Path(before).exists() or _of_hub(before)[0]):
         return Path(text), None
     try:
         alpha = float(after)
     except ValueError:
         alpha = math.nan
     if not 0 < alpha < math.inf:
-        newest = "" if Path(before).exists() else "; of a LoRA on the hub the newest commit is taken"
-        raise UserError(f"lora {text}: what follows the @ is alpha, a positive number such as 64, not {after!r}{newest}")
+        commit = "" if Path(before).exists() else ", or a commit's 40 hexadecimal digits"
+        raise UserError(f"lora {text}: what follows the @ is alpha, a positive number such as 64{commit}, not {after!r}")
     return Path(before), alpha
+
+
+def _of_hub(text: str) -> tuple[str | None, str | None]:
+    """A hub id, or a folder or file of it, and the commit that follows its @; none is the newest, and twice none is no hub id."""
+    name, _, commit = text.partition("@")
+    if not is_hub_id(name) or (commit and not re.fullmatch("[0-9a-f]{40}", commit)):
+        return None, None
+    return name, commit or None
 
 
 def find(place: Path | str) -> Found:
@@ -69,8 +78,10 @@ def find(place: Path | str) -> Found:
         UserError: there is no LoRA.
     """
     path, alpha = split_alpha(place)
-    if not path.exists() and is_hub_id(str(path)):
-        weights = lora_file(str(path), [name for name in FILES if name != CheckpointFolder.ema], FOLDERS, (CONFIG, f"transformer/{CONFIG}"))
+    name, commit = (None, None) if path.exists() else _of_hub(str(path))
+    if name:
+        files = [file for file in FILES if file != CheckpointFolder.ema]
+        weights = lora_file(name, files, FOLDERS, (CONFIG, f"transformer/{CONFIG}"), commit)
     else:
         weights = path if path.is_file() else _inside(path)
     beside = (weights.parent / CONFIG, weights.parent / "transformer" / CONFIG)
