@@ -158,7 +158,7 @@ def test_a_lora_is_given_as_a_hub_id_a_folder_of_it_or_with_its_alpha(hub, loras
 def test_a_commit_that_is_not_there_and_a_name_in_its_place_are_one_line_each(hub, loras):
     with pytest.raises(UserError, match=r"lora owner/style@v1: what follows the @ is alpha, .* or a commit's 40 .* not 'v1'"):
         read_lora("owner/style@v1")
-    with pytest.raises(UserError, match="lora owner/style: .* owner/style has no such revision on the hub"):
+    with pytest.raises(UserError, match=r"lora owner/style: .* owner/style has no such revision on the hub"):
         read_lora(f"owner/style@{'f' * 40}")
 
 
