@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -83,7 +84,8 @@ def main() -> None:
         told = ", ".join(f"{score}: {value}" for score, value in found[name]["core_seconds_to"].items())
         print(f"{name}: {least:.2f} (to {max(values):.2f}), {found[name]['against_nft']:.2f} x nft; to {told}")
     machine = f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}"
-    write_json(RESULTS / "core_seconds.json", {"command": "python benchmarks/core_seconds.py", "machine": machine, "methods": found})
+    command = " ".join(["python benchmarks/core_seconds.py", *sys.argv[1:]])
+    write_json(RESULTS / "core_seconds.json", {"command": command, "machine": machine, "methods": found})
 
 
 if __name__ == "__main__":
