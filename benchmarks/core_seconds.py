@@ -9,7 +9,6 @@ own for this process, and the least of the rounds counts: what else a shared mac
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -18,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from contest.machine import machine
 from contest.page import LADDER
 from contest.settings import METHODS
 from fast import crossing
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.io.environment import processor
 from flowtilt.io.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,13 +43,14 @@ def rollouts(recipe: str, folder: Path) -> Iterator[tuple[float, int]]:
         spent, begin = now, time.process_time()
 
 
-def curves(method: str) -> list[list[tuple[int, float]]]:
-    """Of each seed of the comparison: network evaluations and scores."""
-    if method == "fast":
-        entries = json.loads((RESULTS / "fast.json").read_text())["test"]["runs"]
-    else:
-        entries = [one for one in json.loads((RESULTS / "head_to_head.json").read_text())["entries"] if one["method"] == method]
-    return [[(x, y) for x, y in one["curve_evaluations_score"]] for one in entries]
+def curves() -> dict[str, list[list[tuple[int, float]]]]:
+    """Of each method and seed of the comparison: network evaluations and scores."""
+    found: dict[str, list[list[tuple[int, float]]]] = {}
+    entries = json.loads((RESULTS / "head_to_head.json").read_text())["entries"]
+    fast = json.loads((RESULTS / "fast.json").read_text())["test"]["runs"]
+    for one in [*entries, *({**run, "method": "fast"} for run in fast)]:
+        found.setdefault(one["method"], []).append([(x, y) for x, y in one["curve_evaluations_score"]])
+    return found
 
 
 def main() -> None:
@@ -68,11 +68,10 @@ def main() -> None:
                 if number >= FIRST:
                     each[name].append(1000 * seconds / evaluations)
             print(f"round {number + 1} of {FIRST + args.rounds}", flush=True)
-    base = min(each["nft"])
-    found = {}
+    base, measured, found = min(each["nft"]), curves(), {}
     for name, values in each.items():
         least = min(values)
-        reached = {f"{score:g}": [crossing(curve, score) for curve in curves(name)] for score in LADDER}
+        reached = {f"{score:g}": [crossing(curve, score) for curve in measured[name]] for score in LADDER}
         costs = {score: sorted(at * least / 1000 if at else float("inf") for at in places) for score, places in reached.items()}
         median = {score: statistics.median_low(places) for score, places in costs.items() if places}
         found[name] = {
@@ -83,9 +82,8 @@ def main() -> None:
         }
         told = ", ".join(f"{score}: {value}" for score, value in found[name]["core_seconds_to"].items())
         print(f"{name}: {least:.2f} (to {max(values):.2f}), {found[name]['against_nft']:.2f} x nft; to {told}")
-    machine = f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}"
     command = " ".join(["python benchmarks/core_seconds.py", *sys.argv[1:]])
-    write_json(RESULTS / "core_seconds.json", {"command": command, "machine": machine, "methods": found})
+    write_json(RESULTS / "core_seconds.json", {"command": command, "machine": machine(threads=1), "methods": found})
 
 
 if __name__ == "__main__":

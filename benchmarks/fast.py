@@ -14,7 +14,6 @@ be finished on another machine than it was begun on. The figures of DiffusionNFT
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -24,11 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from contest.machine import machine
 from contest.measures import measures_of
 from contest.settings import Amount
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines, write_json
 from flowtilt.io.run_folder import RunFolder
 
@@ -140,7 +139,7 @@ def entry(folder: Path, measured: bool) -> dict[str, Any]:
     guards = [line["guard"] for line in read_lines(run.guards)] if run.guards.is_file() else []
     return {
         "seed": recipe.seed,
-        "machine": f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": machine(threads=1),
         "curve_evaluations_score": [[x, round(y, 4)] for x, y in curve],
         "evaluations_to": {f"{target:g}": crossing(curve, target) for target in TARGETS},
         "first_at_0.9_seconds": next((x for x, y in seconds if y >= 0.9), None),

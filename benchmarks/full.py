@@ -6,15 +6,13 @@ The LoRA has the recipe's own learning rate. Scores are of the test prompts, EMA
 """
 
 import argparse
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from contest.machine import machine
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines, write_json
 
 
@@ -24,7 +22,6 @@ def main() -> None:
     parser.add_argument("--lr", default="4e-4", help="of all weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     entries = []
     for train, own in (("full", [f"optimizer.lr={args.lr}"]), ("lora", [])):
         with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +41,7 @@ def main() -> None:
                     "curve_step_score": curve,
                     "protocol": summary["protocol"],
                     "command": "python " + " ".join(["benchmarks/full.py", *sys.argv[1:]]),
-                    "machine": machine,
+                    "machine": machine(),
                 }
             )
             write_json(Path(__file__).parent / "results" / "full.json", entries)

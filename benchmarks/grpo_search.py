@@ -11,22 +11,20 @@ what is finished.
 """
 
 import argparse
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from contest.estimate import expected
 from contest.jobs import VALIDATION, final_job, main_jobs
+from contest.machine import machine
 from contest.results import entry_of
 from contest.running import Job, more_rollouts, run_all
 from contest.search import finalists
 from contest.settings import DECIDED_BY, METHODS, SEARCH_SEED, Plan
 
 from flowtilt.config import load_recipe
-from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines, write_json
 from flowtilt.io.quiet import quieten
 from flowtilt.report.compare.entries import load_entry
@@ -139,7 +137,7 @@ def main() -> None:
         RESULTS,
         {
             "command": "python " + " ".join(["benchmarks/grpo_search.py", *sys.argv[1:]]),
-            "machine": f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
+            "machine": machine(threads=1),
             "prompts": "playground-search, 240 images of its validation prompts, EMA weights",
             "seed": SEARCH_SEED,
             "budget": plan.search_budget,

@@ -9,7 +9,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import sys
@@ -18,9 +17,9 @@ import time
 from pathlib import Path
 
 import torch
+from contest.machine import machine
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines
 from flowtilt.runs import checkpoint
 from flowtilt.runs.folder import open_run
@@ -98,7 +97,7 @@ def main() -> None:
         "runs_with_the_same_bits": equal,
         "rollouts_done_at_each_kill": at,
         "command": "python " + " ".join(["benchmarks/kill_and_resume.py", *sys.argv[1:]]),
-        "machine": f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": machine(threads=1),
         "date": time.strftime("%Y-%m-%d"),
     }
     results = Path(__file__).parent / "results" / "kill_and_resume.json"

@@ -12,7 +12,6 @@ training takes a larger share of the time than here: rollout.steps=5 objective.t
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -23,13 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from contest.machine import machine
 from fast import FIRST as GUIDE
 from fast import RESULTS as FAST
 from fast import crossing, span
 
 from flowtilt import Trainer, load_recipe
-from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines, write_json
 from flowtilt.io.run_folder import RunFolder
 
@@ -166,8 +164,7 @@ def main() -> None:
     part = " ".join(["speed", *args.overrides] if args.speed else [f"learning, {args.recipe}", *args.overrides])
     told = speed(args) if args.speed else learning(args)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    known[part] = {"command": "python " + " ".join(["benchmarks/lag.py", *sys.argv[1:]]), "machine": machine, **told}
+    known[part] = {"command": "python " + " ".join(["benchmarks/lag.py", *sys.argv[1:]]), "machine": machine(), **told}
     write_json(RESULTS, known)
 
 

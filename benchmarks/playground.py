@@ -9,18 +9,16 @@ EMA weights and no guidance; a second evaluation at the end takes other noise, o
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from contest.machine import machine
 
 from flowtilt import Trainer, load_recipe
 from flowtilt.build import sampler_of
 from flowtilt.evaluate import evaluate
-from flowtilt.io.environment import processor
 from flowtilt.io.files import read_lines
 
 FRESH_NOISE = 1_000_003
@@ -53,7 +51,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     output = Path(__file__).parent / "results" / f"{args.name}.json"
-    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     entries = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +73,7 @@ def main() -> None:
                 "fresh_noise": {"before": before, "after": fresh(trainer, "ema", args.images)},
                 "protocol": summary["protocol"],
                 "command": "python " + " ".join(["benchmarks/playground.py", *sys.argv[1:]]),
-                "machine": machine,
+                "machine": machine(),
             }
         entries.append(entry)
         output.write_text(json.dumps(entries, indent=1) + "\n")

@@ -14,7 +14,7 @@ from flowtilt.errors import UserError
 from flowtilt.io import hub
 from flowtilt.io.environment import floors, is_older, versions
 from flowtilt.io.files import nearest_folder
-from flowtilt.io.published import missing_size
+from flowtilt.io.published import missing_size, total
 from flowtilt.lora.stacked import read_onto
 from flowtilt.models.opening import folder_of
 from flowtilt.plan import Machine, make_plan
@@ -122,10 +122,9 @@ def _lacking(one: Named) -> str:
     about = built_in().get(one.source)
     if about is None:
         return ""  # a file or a server, which loading finds
-    sizes = [size for size in map(missing_size, about.weights) if size != 0]
-    if sizes:
-        least = sum(size or 0 for size in sizes)
-        much = f"{'at least ' if None in sizes else ''}{hub.megabytes(least)}" if least else "files"
+    size, known = total(map(missing_size, about.weights))
+    if size or not known:
+        much = f"{'' if known else 'at least '}{hub.megabytes(size)}" if size else "files"
         return f"{one.name}: {much} to download; type `flowtilt download {about.name}`"
     variable = about.variable if one.options.get("server") else ""  # a server that the recipe names needs no variable
     why = lacking(replace(about, variable="") if variable else about)

@@ -112,13 +112,11 @@ class Trial:
     def score(self) -> str:
         """Scores the two images with every reward."""
         prompts, rewards = [self._test[index] for index, _ in self._rows], self._eval_rewards | self._rewards
-        begin = time.perf_counter()
-        scores, notes = judge(rewards, self._images, prompts, self.world.device)
-        spent = time.perf_counter() - begin
+        scores, notes, spent = self._judged(rewards, prompts)
         here = {name: reward for name, reward in rewards.items() if not facts_of(name, reward).off_device}
         self.seconds["judge"], self.seconds["visit"] = spent / len(prompts), 0.0
         if here and self._again(spent):
-            few, many = self._spent(here, prompts, 1), self._spent(here, prompts, COPIES)
+            few, many = self._judged(here, prompts)[2], self._judged(here, prompts, COPIES)[2]
             each, self.seconds["visit"] = visit_apart(few, many, len(prompts), COPIES * len(prompts))
             # the first call also sets things up; what rewards elsewhere took is a part of the rest
             self.seconds["judge"] = each + (max(spent - few, 0.0) / len(prompts) if len(here) < len(rewards) else 0.0)
@@ -130,10 +128,11 @@ class Trial:
     def _again(self, seconds: float) -> bool:
         return self.world.device.type == "cuda" or seconds < QUICK
 
-    def _spent(self, rewards: Mapping[str, Reward], prompts: list[Prompt], copies: int) -> float:
+    def _judged(self, rewards: Mapping[str, Reward], prompts: list[Prompt], copies: int = 1) -> tuple[dict[str, Tensor], list[str], float]:
+        """Scores and notes of so many copies of the images, and the seconds that they took."""
         begin = time.perf_counter()
-        judge(rewards, self._images.repeat(copies, 1, 1, 1), prompts * copies, self.world.device)
-        return time.perf_counter() - begin
+        scores, notes = judge(rewards, self._images.repeat(copies, 1, 1, 1), prompts * copies, self.world.device)
+        return scores, notes, time.perf_counter() - begin
 
     def train(self) -> str:
         """One step of training on a few images: rollout, loss, backward, update."""

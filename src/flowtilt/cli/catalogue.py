@@ -9,7 +9,7 @@ from pathlib import Path
 from flowtilt.config import Recipe, load_recipe, recipe_names
 from flowtilt.errors import UserError
 from flowtilt.io import hub
-from flowtilt.io.published import Published, missing_size
+from flowtilt.io.published import Published, missing_size, total
 from flowtilt.prompts import sets
 from flowtilt.rewards.about import all_weights, built_in, download_weights, find_weights
 
@@ -55,12 +55,12 @@ def listing() -> list[Item]:
     for name, files in _weights().items():
         sizes = [_size(entry) for entry in files]
         about = " + ".join(entry.name + (f" ({entry.licence})" if entry.licence else "") for entry in files)
-        items.append(Item(name, "weights", about, [entry.source for entry in files], all(map(_find, files)), *_total(sizes)))
+        items.append(Item(name, "weights", about, [entry.source for entry in files], all(map(_find, files)), *total(sizes)))
     for name, found in sets.SETS.items():
         places = [sets.folder() / file for _, file in found.files(name)]
         sizes = [place.stat().st_size if place.is_file() else source.size for place, source in zip(places, found.sources, strict=True)]
         there = all(place.is_file() for place in places)
-        items.append(Item(name, "prompts", found.about, [source.url for source in found.sources], there, *_total(sizes)))
+        items.append(Item(name, "prompts", found.about, [source.url for source in found.sources], there, *total(sizes)))
     return items
 
 
@@ -79,8 +79,8 @@ def _model(name: str, path: str) -> Item:
         place = hub.cached_pipeline(path)
     except UserError:
         place = None
-    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) if place else None
-    return Item(name, "model", path, [f"https://huggingface.co/{path}"], place is not None, size or 0, place is not None)
+    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) if place else 0
+    return Item(name, "model", path, [f"https://huggingface.co/{path}"], place is not None, size, place is not None)
 
 
 def _weights() -> dict[str, tuple[Published, ...]]:
@@ -102,10 +102,6 @@ def _size(entry: Published) -> int | None:
         return entry.size
     files = [place] if place.is_file() else [place / file for file in entry.files]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _total(sizes: Sequence[int | None]) -> tuple[int, bool]:
-    return sum(size or 0 for size in sizes), None not in sizes
 
 
 def needs(names: Sequence[str]) -> Needs:

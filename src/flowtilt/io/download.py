@@ -95,10 +95,9 @@ def fetch_hub(repo: str, revision: str, files: Sequence[str], *, to: Path | None
     Raises:
         UserError: the hub can't be reached, refuses, lacks a needed file, or sent other content.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    with hub_errors(repo):
-        infos = {info.path: info for info in HfApi().get_paths_info(repo, list(files), revision=revision)}
+    infos = _stated(repo, revision, files)
     missing = [file for file in files[:2] if file not in infos]
     if missing:
         raise UserError(f"hub repository {repo}: no {' and no '.join(missing)} in revision {revision[:12]}")
@@ -122,11 +121,16 @@ def hub_wrong(repo: str, revision: str, path: Path, file: str) -> str:
     Raises:
         UserError: the hub can't be reached, or refuses.
     """
+    infos = _stated(repo, revision, [file])
+    return _unlike(path, infos[file]) if file in infos else f"no {file} in that commit"
+
+
+def _stated(repo: str, revision: str, files: Sequence[str]) -> dict[str, Any]:
+    """What the hub says of those of the files that a commit has."""
     from huggingface_hub import HfApi
 
     with hub_errors(repo):
-        infos = HfApi().get_paths_info(repo, [file], revision=revision)
-    return _unlike(path, infos[0]) if infos else f"no {file} in that commit"
+        return {info.path: info for info in HfApi().get_paths_info(repo, list(files), revision=revision)}
 
 
 def _unlike(path: Path, info: Any) -> str:

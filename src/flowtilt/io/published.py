@@ -5,7 +5,7 @@ the hub's, or an error says what to type. `flowtilt download NAME` fetches, with
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +102,8 @@ def find(entry: Published, download_as: str) -> Path:
             if all((place / file).is_file() for file in entry.files[:2]):
                 return place
     if isinstance(entry, Hub):
-        if repo := _cached_as(entry):
-            cached = Path(_in_cache(repo, entry, entry.files[0]) or "")
-            return cached if len(entry.files) == 1 else cached.parent
+        if cached := _cached(entry):
+            return cached[1] if len(entry.files) == 1 else cached[1].parent
         if place := _elsewhere(entry):
             return place
     what = entry.files[0] if len(entry.files) == 1 else entry.name
@@ -115,16 +114,15 @@ def find(entry: Published, download_as: str) -> Path:
     )
 
 
-def _in_cache(repo: str, entry: Hub, file: str) -> str | None:
+def _cached(entry: Hub) -> tuple[str, Path] | None:
+    """The id, its own or a former one, under which the hub's cache has an entry, and the first of its files there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, file, revision=entry.revision)
-    return found if isinstance(found, str) else None
-
-
-def _cached_as(entry: Hub) -> str | None:
-    """The id, its own or a former one, under which the hub's cache has an entry."""
-    return next((repo for repo in (entry.repo, *entry.former) if all(_in_cache(repo, entry, file) for file in entry.files[:2])), None)
+    for repo in (entry.repo, *entry.former):
+        paths = [try_to_load_from_cache(repo, file, revision=entry.revision) for file in entry.files[:2]]
+        if all(isinstance(path, str) for path in paths):
+            return repo, Path(str(paths[0]))
+    return None
 
 
 def _elsewhere(entry: Hub) -> Path | None:
@@ -148,6 +146,12 @@ def missing_size(entry: Published) -> int | None:
     return entry.size
 
 
+def total(sizes: Iterable[int | None]) -> tuple[int, bool]:
+    """The sum of the sizes that are known, and whether all are."""
+    found = list(sizes)
+    return sum(size or 0 for size in found), None not in found
+
+
 def download(entry: Published, to: Path | None = None) -> Path:
     """Fetches an entry where it is missing, and checks it either way; returns what `find` will.
 
@@ -167,12 +171,11 @@ def download(entry: Published, to: Path | None = None) -> Path:
         to = folder()
     if to and len(entry.files) > 1:
         to = to / entry.repo
-    cached = None if to else _cached_as(entry)
+    cached = None if to else _cached(entry)
     place = None if to or cached else _elsewhere(entry)
     if place and not hub_wrong(entry.repo, entry.revision, place, entry.files[0]):
         return place
-    repo = cached or entry.repo
-    paths = fetch_hub(repo, entry.revision, entry.files, to=to)
+    paths = fetch_hub(cached[0] if cached else entry.repo, entry.revision, entry.files, to=to)
     if len(entry.files) > 1:
         return paths[0].parent
     if problem := wrong(paths[0], sha256=entry.sha256):

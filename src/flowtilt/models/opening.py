@@ -196,13 +196,12 @@ def folder_of(path: str) -> str:
 
 def _why(path: str, error: Exception) -> str:
     """What to do about a pipeline that can't be loaded, to go on after its name."""
-    if os.path.isdir(path):
-        return f": can't be loaded as a diffusers pipeline: {first_line(error)}"
-    if not hub.is_hub_id(path):
-        return ": no such folder; a model on the hub is owner/name"
-    from_hub = any(isinstance(one, HfHubHTTPError) for one in hub.chain(error)) or hub.is_offline(error)
-    if from_hub or "offline" in str(error).lower():
-        return f" {hub.reason(path, error, hub.FETCH)}, or give a folder that has it"
+    if not os.path.isdir(path):
+        if not hub.is_hub_id(path):
+            return ": no such folder; a model on the hub is owner/name"
+        from_hub = any(isinstance(one, HfHubHTTPError) for one in hub.chain(error)) or hub.is_offline(error)
+        if from_hub or "offline" in str(error).lower():
+            return f" {hub.reason(path, error, hub.FETCH)}, or give a folder that has it"
     return f": can't be loaded as a diffusers pipeline: {first_line(error)}"
 
 
